@@ -1,0 +1,96 @@
+//! The executor's only access to arrays: blocks in, blocks out.
+//!
+//! An array in C order is a slice for the time of one sweep. Every other layout and storage type is
+//! copied element by element into local blocks and back, so that all take the same arithmetic.
+
+use crate::real::{Element, Real};
+use crate::tensor::{RawTensor, Strides};
+
+/// Elements per block of the copying path.
+pub(super) const BLOCK: usize = 256;
+
+/// Calls `visit(k, offset)` for the elements `start..start + n` in C order with their byte offsets.
+fn walk(strides: &Strides, start: usize, n: usize, mut visit: impl FnMut(usize, isize)) {
+    let axes = strides.shape.len();
+    let mut index = vec![0usize; axes];
+    let (mut rest, mut offset) = (start, 0isize);
+    for axis in (0..axes).rev() {
+        index[axis] = rest % strides.shape[axis];
+        rest /= strides.shape[axis];
+        offset += index[axis] as isize * strides.bytes[axis];
+    }
+    for k in 0..n {
+        visit(k, offset);
+        for axis in (0..axes).rev() {
+            index[axis] += 1;
+            offset += strides.bytes[axis];
+            if index[axis] < strides.shape[axis] {
+                break;
+            }
+            offset -= index[axis] as isize * strides.bytes[axis];
+            index[axis] = 0;
+        }
+    }
+}
+
+/// Copies elements `start..start + n` into the block, widened.
+///
+/// # Safety
+/// The range lies within the tensor, which stores `E` in allocated, aligned memory.
+#[inline(always)]
+pub(super) unsafe fn load<E: Element<F>, F: Real>(from: &RawTensor, start: usize, n: usize, block: &mut [F; BLOCK]) {
+    debug_assert!(n <= BLOCK && start + n <= from.len);
+    match &from.strides {
+        None => {
+            // SAFETY: start + n ≤ len.
+            let source = unsafe { from.ptr.cast::<E>().add(start) };
+            for (k, value) in block[..n].iter_mut().enumerate() {
+                // SAFETY: k < n.
+                *value = unsafe { source.add(k).read() }.widen();
+            }
+        }
+        Some(strides) => walk(strides, start, n, |k, offset| {
+            // SAFETY: the offset belongs to an element of the tensor.
+            block[k] = unsafe { from.ptr.offset(offset).cast::<E>().read() }.widen();
+        }),
+    }
+}
+
+/// Copies the block to elements `start..start + n`, narrowed.
+///
+/// # Safety
+/// As for [`load`], and the memory is writable and touched by no other thread of the step.
+#[inline(always)]
+pub(super) unsafe fn store<E: Element<F>, F: Real>(to: &RawTensor, start: usize, n: usize, block: &[F; BLOCK]) {
+    debug_assert!(n <= BLOCK && start + n <= to.len);
+    match &to.strides {
+        None => {
+            // SAFETY: start + n ≤ len.
+            let target = unsafe { to.ptr.cast::<E>().add(start) };
+            for (k, &value) in block[..n].iter().enumerate() {
+                // SAFETY: k < n.
+                unsafe { target.add(k).write(E::narrow(value)) };
+            }
+        }
+        Some(strides) => walk(strides, start, n, |k, offset| {
+            // SAFETY: the offset belongs to an element of the tensor.
+            unsafe { to.ptr.offset(offset).cast::<E>().write(E::narrow(block[k])) };
+        }),
+    }
+}
+
+/// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.
+///
+/// # Safety
+/// For the time of the borrow the range lies within an allocated, aligned array of `F`, and within the
+/// step nothing else reads or writes it. Another thread that writes to it from Python meanwhile may
+/// leave torn values there, as in any NumPy operation; the optimizer keeps such arrays away from its own
+/// threads by checking overlap.
+#[inline(always)]
+pub(super) unsafe fn whole<'a, F: Real>(ptr: *mut u8, start: usize, n: usize) -> &'a mut [F] {
+    if n == 0 {
+        return &mut [];
+    }
+    // SAFETY: the caller's duty.
+    unsafe { std::slice::from_raw_parts_mut(ptr.cast::<F>().add(start), n) }
+}

@@ -1,0 +1,108 @@
+//! The plan: all tensors of a step cut into pieces, packed into tasks of about one chunk each.
+
+use std::ops::Range;
+
+/// Elements of a task.
+pub const CHUNK: usize = 32 * 1024;
+
+/// A part of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Which job.
+    pub tensor: usize,
+    /// First element.
+    pub start: usize,
+    /// Elements.
+    pub len: usize,
+}
+
+/// Pieces of all tensors, in order, and the tasks as ranges of them. Kept from step to step.
+#[derive(Debug, Default)]
+pub struct Plan {
+    lengths: Vec<usize>,
+    chunk: usize,
+    pieces: Vec<Piece>,
+    tasks: Vec<Range<usize>>,
+    elements: usize,
+}
+
+impl Plan {
+    /// Rebuilds only if the lengths differ from the last step's.
+    pub fn update(&mut self, chunk: usize, lengths: impl ExactSizeIterator<Item = usize> + Clone) {
+        if self.chunk == chunk
+            && lengths.len() == self.lengths.len()
+            && lengths.clone().eq(self.lengths.iter().copied())
+        {
+            return;
+        }
+        self.chunk = chunk;
+        self.lengths.clear();
+        self.lengths.extend(lengths);
+        self.pieces.clear();
+        self.tasks.clear();
+        self.elements = self.lengths.iter().sum();
+        let (mut first, mut room) = (0, chunk);
+        for (tensor, &length) in self.lengths.iter().enumerate() {
+            let mut start = 0;
+            while start < length {
+                let len = room.min(length - start);
+                self.pieces.push(Piece { tensor, start, len });
+                start += len;
+                room -= len;
+                if room == 0 {
+                    self.tasks.push(first..self.pieces.len());
+                    (first, room) = (self.pieces.len(), chunk);
+                }
+            }
+        }
+        if first < self.pieces.len() {
+            self.tasks.push(first..self.pieces.len());
+        }
+    }
+
+    /// Elements of all tensors.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Every piece.
+    pub fn all(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// The tasks.
+    pub fn tasks(&self) -> &[Range<usize>] {
+        &self.tasks
+    }
+
+    /// The pieces of a task.
+    pub fn pieces(&self, task: &Range<usize>) -> &[Piece] {
+        &self.pieces[task.clone()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #[test]
+        fn every_element_is_visited_once(chunk in 1usize..50, lengths in prop::collection::vec(0usize..200, 0..20)) {
+            let mut plan = Plan::default();
+            plan.update(chunk, lengths.iter().copied());
+            let mut seen: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
+            for task in plan.tasks() {
+                let size: usize = plan.pieces(task).iter().map(|p| p.len).sum();
+                prop_assert!(size <= chunk && size > 0);
+                for piece in plan.pieces(task) {
+                    let visited = &mut seen[piece.tensor][piece.start..piece.start + piece.len];
+                    visited.iter_mut().for_each(|n| *n += 1);
+                }
+            }
+            prop_assert!(seen.iter().flatten().all(|&n| n == 1));
+            prop_assert_eq!(plan.elements(), lengths.iter().sum::<usize>());
+        }
+    }
+}

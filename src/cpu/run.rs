@@ -1,0 +1,180 @@
+//! The loop that every rule's kernel runs through.
+//!
+//! ```text
+//! for each element:
+//!     g = ±scale·g                        maximize and gradient scale: one exact factor
+//!     g = g + λ·θ    or    θ = θ·(1 − lr·λ)
+//!     θ, slots = kernel(θ, g, slots)      the rule
+//!     slots below the smallest normal number become 0
+//! ```
+//!
+//! [`sweep`] is that loop over plain slices, compiled once per kernel, compute type and instruction set.
+//! Nothing in it fuses or reorders operations, so every level gives the same bits. [`pass`] feeds it:
+//! arrays in C order are swept where they lie, every other layout and storage type goes block by block
+//! through local arrays, with the same arithmetic.
+
+use super::isa::Isa;
+use super::memory::{BLOCK, load, store, whole};
+use crate::real::{Dtype, Element, Real};
+use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
+use crate::tensor::RawTensor;
+
+/// One kernel over elements `start..start + len` of a parameter.
+///
+/// # Safety
+/// The range lies within the tensors and slots, which are allocated, aligned and of the dtype the
+/// function was selected for; parameter and slots are writable and touched by no other thread of the
+/// step; the machine has the instruction set.
+pub(super) type Pass = unsafe fn(Isa, &Row, &RawTensor, &RawTensor, &[*mut u8; MAX_SLOTS], usize, usize);
+
+/// A selected loop and the instruction set it runs with.
+#[derive(Debug, Clone, Copy)]
+pub struct PassFn {
+    pub(super) pass: Pass,
+    pub(super) isa: Isa,
+}
+
+/// The shared pre- and post-steps, cast to the compute type. Neutral values change no bit.
+struct Frame<F> {
+    gradient_factor: F,
+    l2: Option<F>,
+    shrink: F,
+    smallest: F,
+}
+
+impl<F: Real> Frame<F> {
+    fn new(shared: &Shared) -> Self {
+        let scale = F::from_f64(shared.gradient_scale);
+        Self {
+            gradient_factor: if shared.maximize { -scale } else { scale },
+            l2: if let Decay::L2(lambda) = shared.decay { Some(F::from_f64(lambda)) } else { None },
+            shrink: if let Decay::Decoupled(factor) = shared.decay { F::from_f64(factor) } else { F::ONE },
+            smallest: if shared.flush_subnormals { F::MIN_POSITIVE } else { F::ZERO },
+        }
+    }
+}
+
+/// What a sweep works on; slots past the kernel's own are empty.
+type Sweep<K, F> = unsafe fn(&<K as Kernel>::C<F>, &Frame<F>, &mut [F], &[F], &mut [F], &mut [F], &mut [F], &mut [F]);
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "separate slice arguments tell the compiler that nothing overlaps")]
+fn sweep<K: Kernel, F: Real>(
+    c: &K::C<F>,
+    frame: &Frame<F>,
+    p: &mut [F],
+    g: &[F],
+    s0: &mut [F],
+    s1: &mut [F],
+    s2: &mut [F],
+    s3: &mut [F],
+) {
+    let n = p.len();
+    let count = <K::S<F> as SlotValues<F>>::COUNT;
+    assert!(g.len() == n);
+    for (k, slot) in [&*s0, s1, s2, s3].into_iter().enumerate() {
+        assert!(k >= count || slot.len() == n);
+    }
+    for i in 0..n {
+        let g = g[i] * frame.gradient_factor;
+        let g = if let Some(lambda) = frame.l2 { g + lambda * p[i] } else { g };
+        let theta = p[i] * frame.shrink;
+        let mut slots = <K::S<F> as SlotValues<F>>::from_fn(|k| match k {
+            0 => s0[i],
+            1 => s1[i],
+            2 => s2[i],
+            _ => s3[i],
+        });
+        p[i] = K::update(c, theta, g, &mut slots);
+        for (k, &value) in slots.as_slice().iter().enumerate() {
+            let value = if value.abs() < frame.smallest { F::ZERO } else { value };
+            match k {
+                0 => s0[i] = value,
+                1 => s1[i] = value,
+                2 => s2[i] = value,
+                _ => s3[i] = value,
+            }
+        }
+    }
+}
+
+macro_rules! level {
+    ($name:ident $(, $feature:literal)?) => {
+        $(#[target_feature(enable = $feature)])?
+        #[allow(clippy::too_many_arguments, reason = "see sweep")]
+        fn $name<K: Kernel, F: Real>(
+            c: &K::C<F>,
+            frame: &Frame<F>,
+            p: &mut [F],
+            g: &[F],
+            s0: &mut [F],
+            s1: &mut [F],
+            s2: &mut [F],
+            s3: &mut [F],
+        ) {
+            sweep::<K, F>(c, frame, p, g, s0, s1, s2, s3);
+        }
+    };
+}
+
+level!(baseline);
+#[cfg(target_arch = "x86_64")]
+level!(avx2, "avx2");
+#[cfg(target_arch = "x86_64")]
+level!(avx512, "avx512f,avx512vl");
+
+fn at_level<K: Kernel, F: Real>(isa: Isa) -> Sweep<K, F> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::<K, F>,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::<K, F>,
+        _ => baseline::<K, F>,
+    }
+}
+
+/// # Safety
+/// See [`Pass`].
+unsafe fn pass<K: Kernel, E: Element<F>, F: Real>(
+    isa: Isa,
+    row: &Row,
+    p: &RawTensor,
+    g: &RawTensor,
+    slots: &[*mut u8; MAX_SLOTS],
+    start: usize,
+    len: usize,
+) {
+    let c = <K::C<F> as Coefficients<F>>::from_row(&row.coefficients);
+    let frame = Frame::new(&row.shared);
+    let sweep = at_level::<K, F>(isa);
+    let count = <K::S<F> as SlotValues<F>>::COUNT;
+    let in_place = p.strides.is_none() && g.strides.is_none() && E::IS_COMPUTE_TYPE;
+    let step = if in_place { len } else { BLOCK };
+    let (mut p_block, mut g_block) = ([F::ZERO; BLOCK], [F::ZERO; BLOCK]);
+    for at in (start..start + len).step_by(step.max(1)) {
+        let n = step.min(start + len - at);
+        let slot = |k: usize| if k < count { (slots[k], n) } else { (std::ptr::null_mut(), 0) };
+        // SAFETY: the caller keeps start + len within tensors and slots, and other threads of the step
+        // away; slots store the compute type.
+        unsafe {
+            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole::<F>(slot(k).0, at, slot(k).1));
+            if in_place {
+                sweep(&c, &frame, whole(p.ptr, at, n), whole(g.ptr, at, n), s0, s1, s2, s3);
+            } else {
+                load::<E, F>(p, at, n, &mut p_block);
+                load::<E, F>(g, at, n, &mut g_block);
+                sweep(&c, &frame, &mut p_block[..n], &g_block[..n], s0, s1, s2, s3);
+                store::<E, F>(p, at, n, &p_block);
+            }
+        }
+    }
+}
+
+/// The compiled loop of a kernel. `isa` must not exceed what the machine has.
+pub(super) fn select<K: Kernel>(dtype: Dtype, isa: Isa) -> PassFn {
+    let pass: Pass = match dtype {
+        Dtype::F32 => pass::<K, f32, f32>,
+        Dtype::F64 => pass::<K, f64, f64>,
+    };
+    PassFn { pass, isa }
+}

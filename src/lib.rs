@@ -1,0 +1,38 @@
+//! The engine of roptim: optimizers over arrays, fused on the CPU and on any vendor's GPU.
+//!
+//! A [`rule`] is the mathematics of one optimizer on numbers; [`rules`] is the registry of all of them.
+//! An executor ([`cpu`], and `gpu` with that feature) runs a rule over many tensors at once; [`store`]
+//! holds the state; [`optimizer`] joins them. Nothing here knows Python or NumPy.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`error`] | one error type, one sentence form |
+//! | [`hyper`] | hyperparameters: name, default and range as data |
+//! | [`real`] | compute and storage types |
+//! | [`rule`] | what a rule declares, and the coefficients of a step |
+//! | [`rules`] | one file per optimizer; the registry |
+//! | [`tensor`] | views of the caller's arrays, slot buffers |
+//! | [`store`] | state by parameter, and its serde form |
+//! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
+//! | [`optimizer`] | a preset with groups, store and executor |
+
+pub mod cpu;
+pub mod error;
+pub mod hyper;
+pub mod optimizer;
+pub mod real;
+pub mod rule;
+pub mod rules;
+pub mod store;
+pub mod tensor;
+
+pub use error::{Error, ErrorKind, Result};
+pub use hyper::{Hyper, Hypers, Range, Value};
+pub use optimizer::{Optimizer, Options};
+pub use real::Dtype;
+pub use rules::{Preset, REGISTRY};
+pub use store::{ParamInfo, StateDict};
+pub use tensor::{TensorMut, TensorRef};
+
+#[cfg(not(target_endian = "little"))]
+compile_error!("roptim supports little-endian machines: state is kept and saved in that order");

@@ -1,0 +1,145 @@
+//! Views of arrays the engine does not own, and the slot buffers it does.
+//!
+//! They are addresses with lengths: only the executors dereference them, for the time of one sweep or copy.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::real::{Dtype, Real};
+
+/// Shape and strides of an array that is not in C order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Strides {
+    /// Extent of each axis.
+    pub shape: Vec<usize>,
+    /// Bytes from one element to the next along each axis; may be negative.
+    pub bytes: Vec<isize>,
+}
+
+/// Address, element count and layout of an array; elements are counted in C order of its shape.
+#[derive(Debug, Clone)]
+pub struct RawTensor {
+    /// First element (of index 0, 0, …).
+    pub ptr: *mut u8,
+    /// Elements.
+    pub len: usize,
+    /// What it stores.
+    pub dtype: Dtype,
+    /// `None` in C order.
+    pub strides: Option<Arc<Strides>>,
+}
+
+// SAFETY: a RawTensor is an address; every dereference is in cpu::memory, whose callers own the duties.
+unsafe impl Send for RawTensor {}
+// SAFETY: as above.
+unsafe impl Sync for RawTensor {}
+
+/// An array that a step may write: a parameter.
+#[derive(Debug)]
+pub struct TensorMut<'a> {
+    pub(crate) raw: RawTensor,
+    life: PhantomData<&'a mut [u8]>,
+}
+
+/// An array that a step only reads: a gradient.
+#[derive(Debug, Clone)]
+pub struct TensorRef<'a> {
+    pub(crate) raw: RawTensor,
+    life: PhantomData<&'a [u8]>,
+}
+
+impl TensorMut<'_> {
+    /// # Safety
+    /// For the life of the value `raw` must describe allocated, aligned, writable memory that no Rust
+    /// reference covers and that overlaps no other tensor given to the same call.
+    pub unsafe fn from_raw(raw: RawTensor) -> Self {
+        Self { raw, life: PhantomData }
+    }
+}
+
+impl TensorRef<'_> {
+    /// # Safety
+    /// For the life of the value `raw` must describe allocated, aligned, initialized memory that overlaps
+    /// no tensor written by the same call.
+    pub unsafe fn from_raw(raw: RawTensor) -> Self {
+        Self { raw, life: PhantomData }
+    }
+}
+
+impl<'a, F: Real> From<&'a mut [F]> for TensorMut<'a> {
+    fn from(slice: &'a mut [F]) -> Self {
+        let raw = RawTensor { ptr: slice.as_mut_ptr().cast(), len: slice.len(), dtype: F::DTYPE, strides: None };
+        Self { raw, life: PhantomData }
+    }
+}
+
+impl<'a, F: Real> From<&'a [F]> for TensorRef<'a> {
+    fn from(slice: &'a [F]) -> Self {
+        let raw = RawTensor { ptr: slice.as_ptr().cast_mut().cast(), len: slice.len(), dtype: F::DTYPE, strides: None };
+        Self { raw, life: PhantomData }
+    }
+}
+
+/// One slot of one parameter: zeroed memory, aligned to a cache line, that never moves.
+///
+/// Shared (`Arc`) between the store and whatever array views the binding hands out.
+#[derive(Debug)]
+pub struct Buffer {
+    ptr: NonNull<u8>,
+    layout: Layout,
+    len: usize,
+    dtype: Dtype,
+}
+
+// SAFETY: the buffer owns its memory; reads and writes go through raw pointers in cpu::memory.
+unsafe impl Send for Buffer {}
+// SAFETY: as above.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    const ALIGN: usize = 64;
+
+    /// `len` zeros.
+    pub fn zeroed(len: usize, dtype: Dtype) -> Result<Self> {
+        let refuse = || {
+            Error::plain(
+                ErrorKind::OutOfMemory,
+                format!("roptim: optimizer state of {len} {dtype} elements could not be allocated"),
+            )
+        };
+        let bytes = len.checked_mul(dtype.size()).ok_or_else(refuse)?.max(1);
+        let layout = Layout::from_size_align(bytes, Self::ALIGN).map_err(|_| refuse())?;
+        // SAFETY: the layout's size is at least 1.
+        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refuse)?;
+        Ok(Self { ptr, layout, len, dtype })
+    }
+
+    /// As a tensor in C order.
+    pub fn raw(&self) -> RawTensor {
+        RawTensor { ptr: self.ptr.as_ptr(), len: self.len, dtype: self.dtype, strides: None }
+    }
+
+    /// A copy of the bytes in the machine's order, little-endian on every supported one.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // SAFETY: the memory is allocated, initialized and owned; a concurrent writer (an array view in
+        // another thread) may tear values, as it may for any NumPy array.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len * self.dtype.size()) }.to_vec()
+    }
+
+    /// Overwrites the whole buffer. The length must fit.
+    pub fn copy_from(&self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.len * self.dtype.size());
+        // SAFETY: lengths agree (asserted), the regions belong to different owners.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.ptr.as_ptr(), bytes.len()) };
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout, freed once.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+    }
+}
