@@ -14,6 +14,7 @@
 //! | [`tensor`] | views of the caller's arrays, slot buffers |
 //! | [`store`] | state by parameter, and its serde form |
 //! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
+//! | [`schedule`] | learning-rate transitions |
 //! | [`optimizer`] | a preset with groups, store and executor |
 
 pub mod cpu;
@@ -23,6 +24,7 @@ pub mod optimizer;
 pub mod real;
 pub mod rule;
 pub mod rules;
+pub mod schedule;
 pub mod store;
 pub mod tensor;
 

@@ -58,6 +58,7 @@ pub struct Optimizer {
     backend: Backend,
     flush_subnormals: bool,
     update_count: u64,
+    allocations: u64,
     torn: bool,
     scratch: Scratch,
 }
@@ -119,6 +120,7 @@ impl Optimizer {
             backend,
             flush_subnormals: options.flush_subnormals,
             update_count: 0,
+            allocations: 0,
             torn: false,
             scratch: Scratch::default(),
         }
@@ -144,6 +146,11 @@ impl Optimizer {
         self.update_count
     }
 
+    /// Grows whenever host slots are allocated or replaced, so that a caller can keep a map of them.
+    pub fn allocations(&self) -> u64 {
+        self.allocations
+    }
+
     /// Whether a panic or a lost device interrupted a step.
     pub fn is_torn(&self) -> bool {
         self.torn
@@ -155,6 +162,28 @@ impl Optimizer {
             Backend::Cpu(executor) => executor.force(isa, chunk),
             #[cfg(feature = "gpu")]
             Backend::Gpu(_) => {}
+        }
+    }
+
+    /// Whether the device holds newer values of a parameter than the host. Never on the CPU.
+    pub fn host_is_stale(&self, _index: usize) -> bool {
+        false
+    }
+
+    /// The host's values of a parameter are the truth now.
+    pub fn host_written(&mut self, _index: usize) {}
+
+    /// Brings a parameter's values from the device to the host if they are newer there.
+    pub fn sync(&mut self, _index: usize, _target: &mut TensorMut<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the steps run on, for people.
+    pub fn device_name(&self) -> String {
+        match &self.backend {
+            Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.device_name(),
         }
     }
 
@@ -250,7 +279,7 @@ impl Optimizer {
     }
 
     fn step_cpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let Self { preset, groups, entries, backend, scratch, flush_subnormals, allocations, .. } = self;
         #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
         let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
         scratch.clear(groups.len());
@@ -268,6 +297,7 @@ impl Optimizer {
                 }
             }
         }
+        *allocations += u64::from(scratch.fresh.iter().any(|&fresh| fresh != 0));
         executor.clear();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
@@ -511,6 +541,7 @@ impl Optimizer {
             }
             fresh.push((state.as_ref().map_or(0, |(step, _)| *step), slots));
         }
+        self.allocations += 1;
         for (entry, (step, slots)) in self.entries.iter_mut().zip(fresh) {
             entry.step = step;
             entry.slots = slots;
