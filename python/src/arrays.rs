@@ -240,10 +240,7 @@ struct BufferOwner {
 
 /// An array that shows the engine's buffer without a copy.
 pub(crate) fn view<'py>(py: Python<'py>, buffer: &Arc<Buffer>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
-    fn of<'py, T: numpy::Element>(
-        owner: Bound<'py, PyAny>,
-        raw: &RawTensor,
-    ) -> Bound<'py, PyArray1<T>> {
+    fn of<'py, T: numpy::Element>(owner: Bound<'py, PyAny>, raw: &RawTensor) -> Bound<'py, PyArray1<T>> {
         // SAFETY: the buffer is allocated, aligned, initialized and never moves; the owner keeps it alive.
         unsafe {
             let flat = numpy::ndarray::ArrayView1::from_shape_ptr(raw.len, raw.ptr.cast::<T>().cast_const());

@@ -10,7 +10,7 @@ use roptim::store::{Array, GroupState, ParamState};
 use roptim::tensor::RawTensor;
 use roptim::{Dtype, Error, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
 
-use crate::arrays::{self, Access, Context, Seen, as_array, extent, look, share_memory, shape_text};
+use crate::arrays::{self, Access, Context, Seen, as_array, extent, look, shape_text, share_memory};
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::parameter::{Home, ParameterBase};
 use crate::values;
@@ -101,7 +101,11 @@ impl Writable {
     /// Every interval that meets `low..high`.
     fn meeting(&self, (low, high): (usize, usize)) -> impl Iterator<Item = &Interval> {
         let end = if low < high { self.intervals.partition_point(|i| i.low < high) } else { 0 };
-        (0..end).rev().take_while(move |&i| self.reach[i] > low).map(|i| &self.intervals[i]).filter(move |i| i.high > low)
+        (0..end)
+            .rev()
+            .take_while(move |&i| self.reach[i] > low)
+            .map(|i| &self.intervals[i])
+            .filter(move |i| i.high > low)
     }
 }
 
@@ -161,8 +165,11 @@ impl Engine {
                 let old = all().nth(other.index).expect("the index came from this iterator");
                 if share_memory(new.array.bind(py), old.array.bind(py)) {
                     let same = new.array.is(&old.array);
-                    let got =
-                        if same { format!("the array of {} again", old.label) } else { format!("memory of {}", old.label) };
+                    let got = if same {
+                        format!("the array of {} again", old.label)
+                    } else {
+                        format!("memory of {}", old.label)
+                    };
                     return Err(refuse(
                         py,
                         ErrorKind::Value,
@@ -385,7 +392,8 @@ impl Engine {
     /// Checks and sets hyperparameters of a group; on an error the old values stay.
     fn set_hypers(&self, py: Python<'_>, group: usize, changes: &Bound<'_, PyDict>) -> PyResult<()> {
         let mut optimizer = self.shared.try_use().or_raise(py)?;
-        let place = if optimizer.groups().len() > 1 { format!("{} group {group}", self.name()) } else { self.name().into() };
+        let place =
+            if optimizer.groups().len() > 1 { format!("{} group {group}", self.name()) } else { self.name().into() };
         let changes = values::hypers(changes, &optimizer.groups()[group], &place)?;
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
         optimizer.set_hypers(group, &changes).or_raise(py)
@@ -479,7 +487,8 @@ impl Engine {
         let (buffer, copy, shape) = {
             let optimizer = self.shared.try_use().or_raise(py)?;
             let buffer = optimizer.slot(index, key);
-            let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key).or_raise(py)? } else { None };
+            let copy =
+                if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key).or_raise(py)? } else { None };
             (buffer, copy, optimizer.entries()[index].info.shape.clone())
         };
         if let Some(buffer) = buffer {

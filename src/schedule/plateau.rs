@@ -89,13 +89,8 @@ mod tests {
 
     #[test]
     fn waits_reduces_and_cools_down() {
-        let plateau = Plateau {
-            mode: Mode::Min,
-            threshold_mode: ThresholdMode::Rel,
-            threshold: 1e-4,
-            patience: 1,
-            cooldown: 2,
-        };
+        let plateau =
+            Plateau { mode: Mode::Min, threshold_mode: ThresholdMode::Rel, threshold: 1e-4, patience: 1, cooldown: 2 };
         let mut memory = Memory { best: f64::INFINITY, bad_epochs: 0, cooldown_left: 0 };
         let mut reductions = Vec::new();
         for epoch in 0..12 {
