@@ -13,10 +13,12 @@
 //! | [`rules`] | one file per optimizer; the registry |
 //! | [`tensor`] | views of the caller's arrays, slot buffers |
 //! | [`store`] | state by parameter, and its serde form |
+//! | [`checkpoint`] | the file format: trees of values, strict reader, durable writer |
 //! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
 //! | [`schedule`] | learning-rate transitions |
 //! | [`optimizer`] | a preset with groups, store and executor |
 
+pub mod checkpoint;
 pub mod cpu;
 pub mod error;
 pub mod hyper;
