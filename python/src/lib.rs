@@ -7,6 +7,7 @@ mod clip;
 mod devices;
 mod engine;
 mod errors;
+mod files;
 mod parameter;
 mod registry;
 mod schedules;
@@ -22,6 +23,8 @@ mod _roptim {
     use crate::clip::norm;
     #[pymodule_export]
     use crate::engine::Engine;
+    #[pymodule_export]
+    use crate::files::{dumps, load, loads, save};
     #[pymodule_export]
     use crate::parameter::ParameterBase;
     #[pymodule_export]
