@@ -22,6 +22,19 @@
 //! [`save`] writes a temporary file beside the target, flushes it to disk, renames it, and flushes the
 //! directory: a crash leaves the old file or the new one. [`StateDict::into_tree`](crate::StateDict::into_tree)
 //! and [`StateDict::from_tree`](crate::StateDict::from_tree) connect optimizers.
+//!
+//! ```
+//! use roptim::checkpoint::{DataType, TensorData, Tree, load, save};
+//!
+//! let weights: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+//! let weights = TensorData::new(DataType::Float32, vec![2], weights)?;
+//! let tree = Tree::dict([("epoch", Tree::Int(3)), ("W", Tree::Tensor(weights))]);
+//! # let directory = tempfile::tempdir().unwrap();
+//! # let path = directory.path().join("model.ckpt");
+//! save(&path, &tree)?;
+//! assert_eq!(load(&path)?, tree);
+//! # Ok::<(), roptim::Error>(())
+//! ```
 
 mod json;
 mod path;

@@ -223,7 +223,7 @@ fn count(path: &Path<'_>, tree: &Tree) -> Result<u64> {
     match number {
         Some(Tree::Int(x)) if x >= 0 => Ok(x.unsigned_abs()),
         Some(Tree::UInt(x)) => Ok(x),
-        Some(Tree::Float(x)) if x >= 0.0 && x < END && x.fract() == 0.0 => Ok(x as u64),
+        Some(Tree::Float(x)) if (0.0..END).contains(&x) && x.fract() == 0.0 => Ok(x as u64),
         Some(Tree::Int(_) | Tree::Float(_)) => {
             let got = number.as_ref().map_or_else(String::new, Tree::describe);
             refuse(ErrorKind::Value, path, wanted, got)

@@ -274,7 +274,7 @@ fn replace(path: &FilePath, fill: impl FnOnce(&mut File) -> io::Result<()>) -> R
         let sentence = format!("{}: {what}", path.display());
         move |source: io::Error| Error::plain(ErrorKind::Io, format!("{sentence}: {source}")).with_source(source)
     };
-    let target = follow_links(path).map_err(failed("the link could not be followed"))?;
+    let target = follow_links(path).map_err(failed("the path could not be followed"))?;
     let existing = match fs::metadata(&target) {
         Ok(facts) if !facts.is_file() => {
             let got = if facts.is_dir() { "a directory" } else { "a device, pipe or socket" };
