@@ -510,6 +510,12 @@ impl Optimizer {
                 return Err(Error::refuse(ErrorKind::Type, place, label, info.dtype, array.dtype));
             }
         }
+        // What every variant of the rule uses must be there; the rest starts at zero when it is needed.
+        let needed = self.preset.rule.kernels().iter().map(|k| k.slots).min().unwrap_or(0);
+        if let Some(slot) = declared[..needed].iter().find(|s| state.step > 0 && !state.slots.contains_key(s.name)) {
+            let label = format!("{} of {}", slot.name, info.label(i));
+            return Err(Error::refuse(ErrorKind::Value, place, label, "present", "none"));
+        }
         Ok(declared.iter().map(|s| state.slots.get(s.name)).collect())
     }
 

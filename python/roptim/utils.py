@@ -60,8 +60,9 @@ def clip_grad_norm_(
         raise refuse(NonfiniteError, _PLACE, "the norm of the gradients", "finite", repr(total))
     factor = min(1.0, float(max_norm) / (total + 1e-6)) if not np.isnan(total) else total
     if factor != 1.0:
-        for g in gradients:
-            np.multiply(g, g.dtype.type(factor), out=g)
+        with np.errstate(invalid="ignore"):
+            for g in gradients:
+                np.multiply(g, g.dtype.type(factor), out=g)
     return total
 
 

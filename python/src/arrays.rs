@@ -127,6 +127,12 @@ fn engine_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<Dtype> {
         .find_map(|(known, engine)| descr.is_equiv_to(&known).then_some(engine))
 }
 
+/// Name of a dtype that the engine does not have in any byte order.
+pub(crate) fn foreign_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<String> {
+    let name: String = array.dtype().getattr("name").ok()?.extract().ok()?;
+    [Dtype::F32, Dtype::F64].iter().all(|d| d.name() != name).then_some(name)
+}
+
 /// What a message says was given in place of an array.
 fn describe(object: &Bound<'_, PyAny>) -> String {
     match object.get_type().fully_qualified_name() {

@@ -264,24 +264,19 @@ impl Engine {
                     let allowed = format!("of shape {}", shape_text(want.shape()));
                     return Err(refuse(py, ErrorKind::Value, place, &label, allowed, shape_text(got), None));
                 }
-                if let Ok(seen) = look(&array, Access::Read, context)
-                    && seen.raw.dtype == want.raw.dtype
-                {
-                    (seen.raw, array.unbind())
-                } else {
-                    let dtype = array.dtype().to_string();
-                    if dtype == want.raw.dtype.name() {
-                        // The dtype is right, so the full look names what is wrong.
-                        (look(&array, Access::Read, context)?.raw, array.unbind())
-                    } else {
-                        let remedy = match want.raw.dtype {
-                            Dtype::F32 => "cast it with .astype(numpy.float32)",
-                            Dtype::F64 => "cast it with .astype(numpy.float64)",
-                        };
-                        let name = want.raw.dtype;
-                        return Err(refuse(py, ErrorKind::Type, place, &label, name, dtype, Some(remedy)));
-                    }
+                let seen = look(&array, Access::Read, context);
+                let dtype = match &seen {
+                    Ok(seen) => Some(seen.raw.dtype.to_string()),
+                    Err(_) => arrays::foreign_dtype(&array),
+                };
+                if let Some(dtype) = dtype.filter(|name| name != want.raw.dtype.name()) {
+                    let remedy = match want.raw.dtype {
+                        Dtype::F32 => "cast it with .astype(numpy.float32)",
+                        Dtype::F64 => "cast it with .astype(numpy.float64)",
+                    };
+                    return Err(refuse(py, ErrorKind::Type, place, &label, want.raw.dtype, dtype, Some(remedy)));
                 }
+                (seen?.raw, array.unbind())
             }
         };
         for met in table.writable.meeting(extent(&raw)) {

@@ -31,7 +31,10 @@ pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
     let mut sentence = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
-        sentence.push_str(&format!(" ({inner})"));
+        let text = inner.to_string();
+        if !sentence.contains(&text) {
+            sentence.push_str(&format!(" ({text})"));
+        }
         cause = inner.source();
     }
     let made = py.import("roptim._errors").and_then(|m| m.getattr(class(error.kind()))?.call1((&sentence,)));

@@ -1,0 +1,134 @@
+"""Numbers against independent references and against recorded runs of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Case, load_cases, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from reference import reference
+
+import roptim
+from roptim.optimizer import REGISTRY
+
+STEMS = [name.lower() for name in REGISTRY]
+
+
+def cases(exact: bool) -> list[Any]:
+    return [pytest.param(case, id=case.name) for stem in STEMS for case in load_cases(stem, exact)]
+
+
+def replay(case: Case, compare: Any, **kwargs: Any) -> None:
+    """Runs a recorded case and hands parameters and state to ``compare`` at each checkpoint."""
+    params = [p.copy() for p in case.p0]
+    opt = getattr(roptim, case.optimizer)(params, **case.kwargs, **kwargs)
+    for step in range(1, case.steps + 1):
+        opt.step(case.gradients(step))
+        if step in case.checkpoints:
+            for i, want in enumerate(case.params(step)):
+                compare(f"parameter {i} after step {step}", params[i], want, case.p0[i])
+            for i, entry in enumerate(case.state(step)):
+                assert list(opt.state[i]) == list(entry), f"state keys of parameter {i}"
+                for key, want in entry.items():
+                    compare(f"{key} of parameter {i} after step {step}", np.asarray(opt.state[i][key]), want, want)
+
+
+def within(tolerance: float, of_state: float | None = None) -> Any:
+    def compare(what: str, got: Any, want: Any, scale: Any) -> None:
+        error = relative_error(got, want, scale)
+        limit = tolerance if what.startswith("parameter") or of_state is None else of_state
+        assert error <= limit, f"{what}: {error:.2e}"
+
+    return compare
+
+
+def identical(what: str, got: Any, want: Any, _: Any) -> None:
+    assert np.array_equal(got, want), f"{what}: {np.sum(got != want)} of {got.size} differ"
+
+
+@pytest.mark.parametrize("case", cases(exact=True))
+def test_exact_traces(case: Case) -> None:
+    """torch without FMA and with a correctly rounded square root: float32 bit for bit, float64 to 1e-13."""
+    replay(case, identical if case.dtype == np.float32 else within(1e-13))
+
+
+@pytest.mark.parametrize("case", cases(exact=False))
+def test_plain_traces(case: Case) -> None:
+    """torch as installed: its FMA and its square root put it a few ulp per step away.
+
+    A moment of a single number can be the small difference of large gradients: there the same few ulp
+    of the gradients (weight decay feeds the parameter back into them) are a larger part of it.
+    """
+    replay(case, within(1e-5, of_state=5e-5) if case.dtype == np.float32 else within(1e-13))
+
+
+@pytest.mark.parametrize("case", [p for p in cases(exact=True) if p.values[0].dtype == np.float64])
+def test_recorded_runs_against_the_reference(case: Case) -> None:
+    for i, p0 in enumerate(case.p0):
+        gradients = [case.gradient(step, i) for step in range(1, case.steps + 1)]
+        trajectory, _ = reference(case.optimizer)(p0, gradients, **case.kwargs)
+        p = p0.copy()
+        opt = getattr(roptim, case.optimizer)([p], **case.kwargs)
+        for g, want in zip(gradients, trajectory, strict=True):
+            opt.step([g])
+            assert relative_error(p, want, p0) <= 1e-12
+
+
+HYPERS = {
+    "SGD": st.fixed_dictionaries(
+        {
+            "lr": st.floats(0, 1),
+            "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+            "weight_decay": st.sampled_from([0.0, 0.1]),
+            "maximize": st.booleans(),
+        },
+        optional={"dampening": st.sampled_from([0.0, 0.3])},
+    ),
+    "Adam": st.fixed_dictionaries(
+        {
+            "lr": st.floats(0, 1),
+            "betas": st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.5, 0.99, 0.999])),
+            "eps": st.sampled_from([1e-8, 1e-3]),
+            "weight_decay": st.sampled_from([0.0, 0.1]),
+            "amsgrad": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+}
+HYPERS["AdamW"] = HYPERS["Adam"]
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+@given(data=st.data())
+def test_random_trees_against_the_reference(name: str, data: st.DataObject) -> None:
+    """Random shapes in a random container with random hyperparameters, float64."""
+    kwargs = data.draw(HYPERS[name])
+    shapes = data.draw(st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), min_size=1, max_size=4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    start = [np.asarray(rng.standard_normal(shape)) for shape in shapes]
+    params = {f"p{i}": {"nested": p.copy()} for i, p in enumerate(start)}
+    opt = getattr(roptim, name)(params, **kwargs)
+    gradients: list[list[Any]] = [
+        [None if data.draw(st.integers(0, 5)) == 0 else np.asarray(rng.standard_normal(p.shape)) for p in start]
+        for _ in range(6)
+    ]
+    for row in gradients:
+        opt.step({f"p{i}": {"nested": g} for i, g in enumerate(row)})
+    for i, p0 in enumerate(start):
+        trajectory, state = reference(name)(p0, [row[i] for row in gradients], **kwargs)
+        got = params[f"p{i}"]["nested"]
+        assert relative_error(got, trajectory[-1], p0) <= 1e-11
+        for key, want in state.items():
+            if all(row[i] is None for row in gradients):
+                continue
+            assert relative_error(np.asarray(opt.state[i][key]), want, want) <= 1e-10, key
+
+
+def test_the_references_cover_the_registry() -> None:
+    for name in REGISTRY:
+        assert callable(reference(name))
+        assert load_cases(name.lower(), True)

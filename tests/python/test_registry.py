@@ -1,0 +1,80 @@
+"""The Python classes against the registry: one text, checked where it stands twice."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+import roptim
+from roptim.optimizer import REGISTRY
+
+EXTRAS = {"backend", "allow_software", "threads", "flush_denormals"}
+SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
+# torch's order of positional arguments.
+POSITIONAL = {
+    "SGD": ["lr", "momentum", "dampening", "weight_decay", "nesterov"],
+    "Adam": ["lr", "betas", "eps", "weight_decay", "amsgrad"],
+    "AdamW": ["lr", "betas", "eps", "weight_decay", "amsgrad"],
+}
+
+
+def test_signature_is_torchs_with_the_registrys_defaults(optimizer_class: Any) -> None:
+    entry = REGISTRY[optimizer_class.__name__]
+    parameters = dict(inspect.signature(optimizer_class).parameters)
+    del parameters["params"]
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == POSITIONAL[optimizer_class.__name__]
+    settable = set(entry["defaults"]) - set(entry["fixed"])
+    assert set(parameters) - EXTRAS - SWITCHES == settable
+    for name in settable:
+        assert parameters[name].default == entry["defaults"][name], name
+
+
+def test_defaults_and_group_keys_are_complete(optimizer_class: Any) -> None:
+    opt = optimizer_class([np.zeros(2, np.float32)])
+    assert set(opt.defaults) == set(REGISTRY[optimizer_class.__name__]["defaults"])
+    assert set(opt.param_groups[0]) == {"params", *opt.defaults}
+    assert not EXTRAS & set(opt.defaults)
+
+
+def test_docstring_names_every_argument_and_slot(optimizer_class: Any) -> None:
+    entry = REGISTRY[optimizer_class.__name__]
+    doc = optimizer_class.__doc__
+    for name in inspect.signature(optimizer_class).parameters:
+        assert name in doc, name
+    for slot in entry["slots"]:
+        assert slot in doc, slot
+    assert "{" not in doc.replace("_{", "").replace("^{", "").replace("frac{", "").replace("}{", "").replace("sqrt{", "")
+
+
+def test_every_optimizer_is_exported() -> None:
+    for name in REGISTRY:
+        assert name in roptim.__all__
+        assert issubclass(getattr(roptim, name), roptim.Optimizer)
+
+
+def test_command_line_lists_every_optimizer() -> None:
+    done = subprocess.run([sys.executable, "-m", "roptim", "list"], capture_output=True, text=True, check=True)
+    for name, entry in REGISTRY.items():
+        line = next(line for line in done.stdout.splitlines() if line.startswith(name + " "))
+        assert entry["paper"] in line
+
+
+def test_import_starts_no_thread_and_loads_no_graphics_driver() -> None:
+    code = (
+        "import numpy, os; before = len(os.listdir('/proc/self/task'))\n"
+        "import roptim\n"
+        "assert len(os.listdir('/proc/self/task')) == before\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'vulkan' not in maps and 'lvp' not in maps\n"
+        "import sys; assert not {'torch', 'matplotlib', 'pickle'} & (set(sys.modules) - start)\n"
+    )
+    if not sys.platform.startswith("linux"):
+        return
+    subprocess.run(
+        [sys.executable, "-c", "import sys, numpy, dataclasses; start = set(sys.modules)\n" + code], check=True
+    )
