@@ -14,15 +14,20 @@
 //! | [`tensor`] | views of the caller's arrays, slot buffers |
 //! | [`store`] | state by parameter, and its serde form |
 //! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
+//! | [`shader`] | the text of a kernel's GPU module |
+//! | `gpu` | with that feature: adapters, arenas, one dispatch for all tensors |
 //! | [`optimizer`] | a preset with groups, store and executor |
 
 pub mod cpu;
 pub mod error;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod hyper;
 pub mod optimizer;
 pub mod real;
 pub mod rule;
 pub mod rules;
+pub mod shader;
 pub mod store;
 pub mod tensor;
 
