@@ -8,10 +8,12 @@ use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
+#[cfg(feature = "gpu")]
+use crate::rule::Facts;
 use crate::rule::{Moment, Row, Shared};
 use crate::rules::Preset;
 use crate::store::{Array, Entry, GroupState, ParamInfo, ParamState, STATE_FORMAT, StateDict};
-use crate::tensor::{Buffer, TensorMut, TensorRef};
+use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
 
 /// Where and how steps run; the same for all groups.
 #[derive(Debug, Clone)]
@@ -107,7 +109,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
-        let executor = gpu::Executor::new(preset.rule, device)?;
+        let executor = gpu::Executor::new(preset.name, preset.rule, device)?;
         Ok(Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options))
     }
 
@@ -158,6 +160,24 @@ impl Optimizer {
         }
     }
 
+    /// For tests: windows and staging blocks of so many elements, and another chunk, on a GPU. Works until
+    /// the first step or load.
+    #[cfg(feature = "gpu")]
+    pub fn force_gpu(&mut self, window: usize, chunk: usize) {
+        if let Backend::Gpu(executor) = &mut self.backend {
+            executor.force(window, chunk);
+        }
+    }
+
+    /// The device, on a GPU.
+    #[cfg(feature = "gpu")]
+    pub fn device(&self) -> Result<Option<&gpu::DeviceInfo>> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Gpu(executor) => executor.device().map(Some),
+        }
+    }
+
     fn place(&self, group: usize) -> String {
         if self.groups.len() > 1 { format!("{} group {group}", self.preset.name) } else { self.preset.name.into() }
     }
@@ -205,21 +225,12 @@ impl Optimizer {
                 );
             }
         }
+        let place = format!("{}.step", self.preset.name);
         for (i, ((entry, p), g)) in self.entries.iter().zip(params).zip(gradients).enumerate() {
             let arrays = [("", Some(&p.raw)), ("gradient of ", g.as_ref().map(|g| &g.raw))];
             for (what, raw) in arrays.into_iter().filter_map(|(what, raw)| Some((what, raw?))) {
                 let label = || format!("{what}{}", entry.info.label(i));
-                if raw.dtype != entry.info.dtype {
-                    return refuse(ErrorKind::Type, label(), entry.info.dtype.to_string(), raw.dtype.to_string());
-                }
-                if raw.len != entry.info.len() {
-                    return refuse(
-                        ErrorKind::Value,
-                        label(),
-                        format!("of {} elements", entry.info.len()),
-                        raw.len.to_string(),
-                    );
-                }
+                fits(&place, label, &entry.info, raw)?;
             }
         }
         Ok(())
@@ -286,6 +297,57 @@ impl Optimizer {
         unsafe { executor.execute(&scratch.rows) };
         executor.clear();
         Ok(())
+    }
+
+    #[cfg(feature = "gpu")]
+    fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
+        scratch.clear(groups.len());
+        let mut jobs = Vec::new();
+        for (index, entry) in entries.iter().enumerate().filter(|(i, _)| gradients[*i].is_some()) {
+            let hypers = &groups[entry.group];
+            let kernel = preset.rule.with_kernel(hypers, Facts);
+            let fresh = executor.missing(index, kernel.slots);
+            let at = Moment { step: entry.step + 1, fresh };
+            let row = scratch.row(entry.group, at, || row(preset, hypers, at, *flush_subnormals));
+            jobs.push(gpu::Job { index, row, kernel, fresh });
+        }
+        executor.step(&scratch.rows, &jobs, params, gradients)
+    }
+
+    /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
+    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU.
+    pub fn host_is_stale(&self, index: usize) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => {
+                debug_assert!(index < self.entries.len());
+                false
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.host_is_stale(index),
+        }
+    }
+
+    /// Says that the host's array of a resident parameter was written: it is the truth from now on.
+    pub fn host_written(&mut self, index: usize) {
+        match &mut self.backend {
+            Backend::Cpu(_) => debug_assert!(index < self.entries.len()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.host_written(index),
+        }
+    }
+
+    /// Brings a resident parameter's value to the host's array if the device's is ahead; else does nothing.
+    pub fn sync(&mut self, index: usize, array: &mut TensorMut<'_>) -> Result<()> {
+        let place = format!("{}.sync", self.preset.name);
+        let info = &self.entries[index].info;
+        fits(&place, || info.label(index), info, &array.raw)?;
+        match &mut self.backend {
+            Backend::Cpu(_) => Ok(()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.sync(index, array),
+        }
     }
 
     /// The buffer of one slot, if the host has it, by parameter index and torch's key.
@@ -488,14 +550,17 @@ impl Optimizer {
     fn write_state(&mut self, loaded: &[Option<Loaded<'_>>]) -> Result<()> {
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
-            for (i, state) in loaded.iter().enumerate() {
-                executor.clear_slots(i)?;
-                for (k, array) in state.iter().flat_map(|(_, slots)| slots.iter().enumerate()) {
-                    if let Some(array) = array {
-                        executor.write_slot(i, k, &array.bytes)?;
-                    }
-                }
-                self.entries[i].step = state.as_ref().map_or(0, |(step, _)| *step);
+            let declared = self.preset.declaration().slots.len();
+            let mut slots: Vec<Vec<Option<&[u8]>>> = vec![vec![None; declared]; loaded.len()];
+            for (slots, (_, arrays)) in slots.iter_mut().zip(loaded).filter_map(|(s, state)| Some((s, state.as_ref()?)))
+            {
+                *slots = arrays.iter().map(|array| Some(array.as_ref()?.bytes.as_slice())).collect();
+            }
+            let outcome = executor.replace_slots(&slots);
+            self.torn |= matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
+            outcome?;
+            for (entry, state) in self.entries.iter_mut().zip(loaded) {
+                entry.step = state.as_ref().map_or(0, |(step, _)| *step);
             }
             return Ok(());
         }
@@ -517,6 +582,17 @@ impl Optimizer {
         }
         Ok(())
     }
+}
+
+/// Whether an array is what was registered.
+fn fits(place: &str, label: impl Fn() -> String, info: &ParamInfo, raw: &RawTensor) -> Result<()> {
+    if raw.dtype != info.dtype {
+        return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype, raw.dtype));
+    }
+    if raw.len != info.len() {
+        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {} elements", info.len()), raw.len));
+    }
+    Ok(())
 }
 
 /// The coefficients of one group at one moment.

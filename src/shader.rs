@@ -46,10 +46,7 @@ pub fn module(rule: RuleId, kernel: &KernelFacts) -> String {
     for k in 0..kernel.slots {
         let binding = FIRST_SLOT_BINDING + k as u32;
         // Writing to a String cannot fail.
-        let _ = writeln!(
-            bindings,
-            "@group(0) @binding({binding}) var<storage, read_write> slot{k}: array<vec4<f32>>;"
-        );
+        let _ = writeln!(bindings, "@group(0) @binding({binding}) var<storage, read_write> slot{k}: array<vec4<f32>>;");
         let _ = writeln!(load, "    var s{k} = slot{k}[at];");
         let _ = write!(pass, ", &s{k}");
         let _ = writeln!(store, "    slot{k}[at] = stored(row.frame, s{k}, inside);");
