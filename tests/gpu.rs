@@ -218,7 +218,7 @@ fn a_group_added_later_and_a_slot_needed_later() {
         step(optimizer, values, &gradients).unwrap();
         optimizer.set_hypers(0, &[("momentum", Value::Float(0.5))]).unwrap();
         (1..4).for_each(|at| step(optimizer, values, &self::gradients(at)).unwrap());
-        // A slot that is taken back and needed again begins as zero, and as the first one.
+        // A momentum buffer that is taken back and needed again is the gradient itself once more.
         optimizer.reset(0).unwrap();
         optimizer.reset(5).unwrap();
         assert!(optimizer.slot_keys(5).is_empty());
@@ -228,6 +228,26 @@ fn a_group_added_later_and_a_slot_needed_later() {
         compare(software, want, got, &format!("parameter {i}"));
     }
     compare_state(software, &both, "SGD");
+}
+
+#[test]
+fn a_slot_that_was_reset_begins_as_zero() {
+    let Some(software) = software() else { return };
+    for preset in REGISTRY {
+        let mut both = optimizers(preset.name);
+        let mut values = [start(), start()];
+        for (optimizer, values) in both.iter_mut().zip(&mut values) {
+            optimizer.add_group(&variants(preset).pop().unwrap(), infos(0..7, false)).unwrap();
+            (0..3).for_each(|at| step(optimizer, values, &gradients(at)).unwrap());
+            optimizer.reset(2).unwrap();
+            assert!(!optimizer.has_state(2) && optimizer.slot_keys(2).is_empty());
+            (3..6).for_each(|at| step(optimizer, values, &gradients(at)).unwrap());
+        }
+        for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
+            compare(software, want, got, &format!("{} parameter {i}", preset.name));
+        }
+        compare_state(software, &both, preset.name);
+    }
 }
 
 #[test]
@@ -265,8 +285,13 @@ fn nan_and_infinity_spread_as_on_the_cpu() {
             }
         }
         let class = |x: &f32| (x.is_nan(), x.is_infinite(), x.is_finite().then_some(x.to_bits()));
-        let classes = |values: &[Vec<f32>]| values[0].iter().map(class).collect::<Vec<_>>();
-        assert_eq!(classes(&values[0]), classes(&values[1]), "{name}: {:?} against {:?}", values[0], values[1]);
+        let classes = |values: &[f32]| values.iter().map(class).collect::<Vec<_>>();
+        assert_eq!(classes(&values[0][0]), classes(&values[1][0]), "{name}: {values:?}");
+        let [cpu, gpu] = both.each_ref().map(|o| o.state_dict().unwrap().state.remove(&0).unwrap());
+        for (key, want) in &cpu.slots {
+            let (want, got) = (floats(&want.bytes), floats(&gpu.slots[key].bytes));
+            assert_eq!(classes(&want), classes(&got), "{name} {key}: {want:?} against {got:?}");
+        }
     }
 }
 
@@ -296,18 +321,19 @@ fn a_resident_parameter_stays_on_the_device() {
         if at != 3 {
             assert_eq!(values[1][..3], before[..3], "a resident parameter is not written back");
         }
-        for i in 3..7 {
+        for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate().skip(3) {
             assert!(!gpu.host_is_stale(i));
-            compare(software, &values[0][i], &values[1][i], &format!("plain parameter {i}"));
+            compare(software, want, got, &format!("plain parameter {i}"));
         }
     }
     let [cpu, gpu] = &mut both;
-    for i in 0..3 {
+    let [on_cpu, on_gpu] = &mut values;
+    for (i, (want, got)) in on_cpu.iter_mut().zip(on_gpu).enumerate().take(3) {
         assert!(gpu.host_is_stale(i));
-        gpu.sync(i, &mut values[1][i].as_mut_slice().into()).unwrap();
-        cpu.sync(i, &mut values[0][i].as_mut_slice().into()).unwrap();
+        gpu.sync(i, &mut got.as_mut_slice().into()).unwrap();
+        cpu.sync(i, &mut want.as_mut_slice().into()).unwrap();
         assert!(!gpu.host_is_stale(i));
-        compare(software, &values[0][i], &values[1][i], &format!("resident parameter {i}"));
+        compare(software, want, got, &format!("resident parameter {i}"));
     }
     let wrong = gpu.sync(1, &mut vec![0.0f32; 2].as_mut_slice().into()).unwrap_err();
     assert_eq!(wrong.to_string(), "AdamW.sync: parameter \"p1\" must be of 3 elements, got 2");

@@ -104,11 +104,14 @@ fn forked(place: &str) -> Error {
         .with_remedy("start child processes with \"spawn\", or use backend=\"cpu\" in them")
 }
 
+/// An adapter's index, and whether the limits are WebGPU's minimum.
+type Key = (usize, bool);
+
 /// The instance's adapters, best first, and the open devices.
 struct System {
     adapters: Vec<wgpu::Adapter>,
     infos: Vec<DeviceInfo>,
-    open: Mutex<Vec<((usize, bool), Arc<Context>)>>,
+    open: Mutex<Vec<(Key, Arc<Context>)>>,
 }
 
 impl System {
@@ -229,7 +232,7 @@ impl Context {
         Self::open(system, place, index, minimum)
     }
 
-    fn resolve(system: &System, place: &str, request: &DeviceRequest) -> Result<(usize, bool)> {
+    fn resolve(system: &System, place: &str, request: &DeviceRequest) -> Result<Key> {
         let set = |name| std::env::var(name).is_ok_and(|value| value.trim() == "1");
         let from_environment = std::env::var("ROPTIM_ADAPTER").ok().filter(|value| !value.trim().is_empty());
         let selector = request.selector.clone().or(from_environment);

@@ -457,3 +457,98 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     }
     words
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rule::{Decay, MAX_COEFFICIENTS, Shared};
+
+    /// An executor of Adam over one parameter of three elements on a device of its own; `None` without
+    /// an adapter.
+    fn executor() -> Option<Executor> {
+        let request = DeviceRequest { allow_software: true, ..DeviceRequest::default() };
+        let context = match Context::private("Adam", &request) {
+            Err(e) if e.kind() == ErrorKind::NoAdapter => {
+                assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
+                return None;
+            }
+            context => context.unwrap(),
+        };
+        let mut executor = Executor::on(context, "Adam", RuleId::Adam);
+        executor.add(&[ParamInfo::vector("w", 3, Dtype::F32)]).unwrap();
+        Some(executor)
+    }
+
+    /// One step with every coefficient but `eps` 1: where gradient and moments are zero it is 0/0.
+    fn step(executor: &mut Executor, w: &mut [f32; 3], g: [f32; 3]) -> Result<()> {
+        let shared = Shared { gradient_scale: 1.0, maximize: false, decay: Decay::None, flush_subnormals: true };
+        let mut coefficients = [0.0; MAX_COEFFICIENTS];
+        for (value, name) in coefficients.iter_mut().zip(RuleId::Adam.kernels()[0].coefficients) {
+            *value = if *name == "eps" { 0.0 } else { 1.0 };
+        }
+        let fresh = executor.missing(0, 2);
+        let job = Job { index: 0, row: 0, kernel: RuleId::Adam.kernels()[0], fresh };
+        let mut params = [w.as_mut_slice().into()];
+        executor.step(&[Row { shared, coefficients }], &[job], &mut params, &[Some(g.as_slice().into())])
+    }
+
+    #[test]
+    fn padding_stays_zero() {
+        let Some(mut executor) = executor() else { return };
+        let mut w = [1.0, 2.0, 3.0];
+        step(&mut executor, &mut w, [1.0, 0.0, 4.0]).unwrap();
+        assert!(w[1].is_nan() && w[0] == 2.0);
+        let inner = executor.inner.get("").unwrap();
+        for role in [Role::Parameter, Role::Gradient, Role::Slot(0), Role::Slot(1)] {
+            let source = inner.arena.buffer("", role, 0).unwrap();
+            let whole = [Download { source, offset: 0, bytes: 4 * ALIGN }];
+            let encoder = inner.context.device.create_command_encoder(&Default::default());
+            let check = |_: usize, bytes: &[u8]| assert!(bytes[12..].iter().all(|&b| b == 0), "{role:?}: {bytes:?}");
+            inner.staging.download(&inner.context, "", encoder, &whole, check).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_lost_device_is_an_error_with_a_name() {
+        let Some(mut executor) = executor() else { return };
+        let mut w = [1.0, 2.0, 3.0];
+        step(&mut executor, &mut w, [1.0; 3]).unwrap();
+        let before = w;
+        let device = executor.inner.get("").unwrap().context.device.clone();
+        device.destroy();
+        // The word of the loss comes with the next poll.
+        let _ = device.poll(wgpu::PollType::wait_indefinitely());
+        let error = step(&mut executor, &mut w, [1.0; 3]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
+        assert!(error.to_string().ends_with("; make a new optimizer and restore parameters and state"), "{error}");
+        assert_eq!(w, before);
+        assert_eq!(executor.read_slot(0, 0).unwrap_err().kind(), ErrorKind::DeviceLost);
+    }
+
+    #[test]
+    fn a_refused_allocation_changes_nothing() {
+        let Some(mut executor) = executor() else { return };
+        let inner = executor.inner.get_mut("").unwrap();
+        // One window longer than any buffer may be; drivers that overcommit never run out of memory here.
+        let plain = inner.arena.layout.rewindowed(1 << 20);
+        inner.arena.layout = inner.arena.layout.rewindowed(1 << 50);
+        inner.arena.layout.push(1 << 50);
+        let error = inner.arena.ensure(&inner.context, "Adam", &[(Role::Parameter, 0)].into()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.to_string().starts_with("Adam: the GPU refused an operation: "), "{error}");
+        assert!(inner.arena.is_unallocated() && inner.arena.generation == 0);
+        inner.arena.layout = plain;
+        let mut w = [1.0, 2.0, 3.0];
+        step(&mut executor, &mut w, [1.0; 3]).unwrap();
+    }
+
+    #[test]
+    fn a_forked_child_is_refused() {
+        let Some(mut executor) = executor() else { return };
+        executor.inner.pretend_forked();
+        let mut w = [1.0, 2.0, 3.0];
+        assert_eq!(step(&mut executor, &mut w, [1.0; 3]).unwrap_err().kind(), ErrorKind::Forked);
+        assert_eq!(executor.read_slot(0, 0).unwrap_err().kind(), ErrorKind::Forked);
+        assert_eq!(executor.add(&[]).unwrap_err().kind(), ErrorKind::Forked);
+    }
+}
