@@ -60,6 +60,7 @@ pub struct Optimizer {
     backend: Backend,
     flush_subnormals: bool,
     update_count: u64,
+    allocations: u64,
     torn: bool,
     scratch: Scratch,
 }
@@ -121,6 +122,7 @@ impl Optimizer {
             backend,
             flush_subnormals: options.flush_subnormals,
             update_count: 0,
+            allocations: 0,
             torn: false,
             scratch: Scratch::default(),
         }
@@ -144,6 +146,11 @@ impl Optimizer {
     /// Applied updates, the clock of schedules.
     pub fn update_count(&self) -> u64 {
         self.update_count
+    }
+
+    /// Grows whenever host slots are allocated or replaced, so that a caller can keep a map of them.
+    pub fn allocations(&self) -> u64 {
+        self.allocations
     }
 
     /// Whether a panic or a lost device interrupted a step.
@@ -175,6 +182,15 @@ impl Optimizer {
         match &self.backend {
             Backend::Cpu(_) => Ok(None),
             Backend::Gpu(executor) => executor.device().map(Some),
+        }
+    }
+
+    /// What the steps run on, for people.
+    pub fn device_name(&self) -> String {
+        match &self.backend {
+            Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.device_name().into(),
         }
     }
 
@@ -261,7 +277,7 @@ impl Optimizer {
     }
 
     fn step_cpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let Self { preset, groups, entries, backend, scratch, flush_subnormals, allocations, .. } = self;
         #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
         let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
         scratch.clear(groups.len());
@@ -279,6 +295,7 @@ impl Optimizer {
                 }
             }
         }
+        *allocations += u64::from(scratch.fresh.iter().any(|&fresh| fresh != 0));
         executor.clear();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
@@ -576,6 +593,7 @@ impl Optimizer {
             }
             fresh.push((state.as_ref().map_or(0, |(step, _)| *step), slots));
         }
+        self.allocations += 1;
         for (entry, (step, slots)) in self.entries.iter_mut().zip(fresh) {
             entry.step = step;
             entry.slots = slots;

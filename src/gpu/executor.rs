@@ -113,6 +113,11 @@ impl Executor {
         Ok(&self.inner.get(self.place)?.context.info)
     }
 
+    /// The device's name, for people.
+    pub fn device_name(&self) -> &str {
+        self.device().map_or("a GPU of the parent process", |info| &info.name)
+    }
+
     /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until the first
     /// step or load; results do not change.
     pub fn force(&mut self, window: usize, chunk: usize) {

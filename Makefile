@@ -1,0 +1,73 @@
+# The one entry point. Every target sets up what it needs; see `make help`.
+
+PYTHON  ?= python3
+BACKEND ?= cpu
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.stamp
+# The features and profile are the same for every target, so that each crate is compiled once.
+CARGO_TEST := cargo test --release --features gpu
+RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
+
+.PHONY: help demo test test-rust test-python lint format bench wheel docs clean build
+
+help:  ## list the chores
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "roptim needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' 'numpy>=1.26' 'pytest>=8' 'hypothesis>=6.100'
+	@touch $@
+
+$(STAMP)-lint: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'ruff>=0.6' 'mypy>=1.11'
+	@touch $@
+
+$(STAMP)-examples: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'scikit-learn>=1.4' 'matplotlib>=3.8' 'tqdm>=4.66'
+	@touch $@
+
+$(STAMP)-build: $(STAMP)-test $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet
+	@touch $@
+
+build: $(STAMP)-build  ## compile the extension into the environment
+
+demo: $(STAMP)-build $(STAMP)-examples  ## train on handwritten digits, resume, plot (BACKEND=gpu for the GPU)
+	$(BIN)/python examples/digits.py --backend $(BACKEND)
+
+test: test-rust test-python  ## run both test suites
+
+test-rust:
+	$(CARGO_TEST)
+
+test-python: $(STAMP)-build $(STAMP)-examples
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)-build $(STAMP)-lint  ## rustfmt, clippy, ruff, mypy, stubtest
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --features gpu -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest roptim --ignore-missing-stub
+
+format: $(STAMP)-lint  ## format everything
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)-build $(STAMP)-examples  ## compare with hand-written NumPy, and torch where installed
+	$(BIN)/python benches/compare.py
+
+wheel: $(STAMP)-test  ## build the wheel into dist/
+	$(BIN)/maturin build --release --out dist
+
+docs:  ## build the engine's documentation
+	cargo doc --no-deps --features gpu
+
+clean:  ## remove everything that was built
+	rm -rf target dist demo-output benches/output $(VENV)

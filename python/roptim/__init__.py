@@ -1,0 +1,70 @@
+"""roptim: torch.optim's optimizers for NumPy training loops, with a Rust engine underneath.
+
+>>> import numpy as np, roptim
+>>> W = np.ones((3, 2), np.float32)
+>>> opt = roptim.AdamW({"W": W}, lr=0.1)
+>>> opt.step({"W": np.ones_like(W)})    # in place
+"""
+
+from __future__ import annotations
+
+from roptim import lr_scheduler, utils
+from roptim._devices import Device, devices
+from roptim._errors import (
+    CheckpointError,
+    CheckpointIOError,
+    ConcurrentStepError,
+    DeviceError,
+    DeviceLostError,
+    ForkedGpuError,
+    InternalError,
+    NoAdapterError,
+    NonfiniteError,
+    OutOfMemoryError,
+    RoptimError,
+    RoptimKeyError,
+    RoptimRuntimeError,
+    RoptimTypeError,
+    RoptimValueError,
+    TornError,
+)
+from roptim._files import load, save
+from roptim._groups import ParamGroup
+from roptim._parameter import Parameter
+from roptim._roptim import __version__
+from roptim.optimizer import Optimizer
+from roptim.optimizers import SGD, Adam, AdamW
+from roptim.utils import clip_grad_norm_
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "CheckpointIOError",
+    "ConcurrentStepError",
+    "Device",
+    "DeviceError",
+    "DeviceLostError",
+    "ForkedGpuError",
+    "InternalError",
+    "NoAdapterError",
+    "NonfiniteError",
+    "Optimizer",
+    "OutOfMemoryError",
+    "ParamGroup",
+    "Parameter",
+    "RoptimError",
+    "RoptimKeyError",
+    "RoptimRuntimeError",
+    "RoptimTypeError",
+    "RoptimValueError",
+    "TornError",
+    "__version__",
+    "clip_grad_norm_",
+    "devices",
+    "load",
+    "lr_scheduler",
+    "save",
+    "utils",
+]

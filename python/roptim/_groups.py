@@ -1,0 +1,147 @@
+"""Parameter groups: live dicts that check what is assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, SupportsIndex
+
+import numpy as np
+
+from roptim._errors import RoptimKeyError, RoptimTypeError, refuse
+
+#: Keys that schedulers keep in groups.
+SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
+#: torch's choices between kernels, which ask for nothing here.
+SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions that turn one word into the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
+    """Raises if ``key`` looks like a misspelled name of a hyperparameter."""
+    if not isinstance(key, str) or len(key) < 4 or key in SCHEDULER_KEYS or key in SWITCHES:
+        return
+    names = set(known)
+    if key in names:
+        return
+    for name in sorted(names):
+        if len(name) >= 4 and edit_distance(key, name) <= 2:
+            raise refuse(
+                RoptimKeyError, place, "group key", "a hyperparameter or a name of your own", repr(key), f"did you mean {name!r}?"
+            )
+
+
+def settled(value: Any) -> Any:
+    """A NumPy number or one-element array as a Python number, so that it cannot change later."""
+    if isinstance(value, (np.generic, np.ndarray)) and value.size == 1:
+        return value.item()
+    return value
+
+
+class ParamGroup(dict[str, Any]):
+    """One parameter group: a dict whose hyperparameters are checked when they are assigned.
+
+    ``group["lr"] = 0.1`` takes effect at the next step. A value out of range raises at the assignment and
+    leaves the old one; a key that looks like a misspelled hyperparameter is an error; any other key is
+    yours. A NumPy scalar or 0-d array is read at the assignment.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        place: str,
+        hypers: frozenset[str] = frozenset(),
+        apply: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        super().__init__(options)
+        self._place = place
+        self._hypers = hypers
+        self._apply = apply
+
+    def _change(self, changes: dict[str, Any]) -> None:
+        if "params" in changes and changes["params"] is not self.get("params"):
+            raise refuse(
+                RoptimKeyError, self._place, "params", "left as it is", "an assignment", "use add_param_group"
+            )
+        changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
+        for key in changes:
+            refuse_misspelling(self._place, key, self._hypers)
+        checked = {key: value for key, value in changes.items() if key in self._hypers}
+        if checked and self._apply is not None:
+            self._apply(checked)
+        super().update(changes)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._change({key: value})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._change(dict(*args, **kwargs))
+
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]  # dict's own overloads
+        self._change(dict(other))
+        return self
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self._change({key: default})
+        return self[key]
+
+    def _refuse_removal(self, key: object) -> None:
+        if key == "params" or key in self._hypers:
+            raise refuse(RoptimKeyError, self._place, str(key), "kept", "a removal")
+
+    def __delitem__(self, key: str) -> None:
+        self._refuse_removal(key)
+        super().__delitem__(key)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self:
+            self._refuse_removal(key)
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self._refuse_removal(next(reversed(self)))
+        return super().popitem()
+
+    def clear(self) -> NoReturn:
+        raise refuse(RoptimKeyError, self._place, "hyperparameters", "kept", "a removal of all")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        from copy import deepcopy
+
+        return {key: deepcopy(value, memo) for key, value in self.items()}
+
+
+class ParamGroups(list[ParamGroup]):
+    """The list of groups. Groups are added with ``add_param_group`` and never replaced or removed."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse(
+            RoptimTypeError, "param_groups", "the list", "left as it is", "a change", "use add_param_group, or change a group's items"
+        )
+
+    append = extend = insert = remove = pop = clear = reverse = sort = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
+
+    def _add(self, group: ParamGroup) -> None:
+        super().append(group)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        from copy import deepcopy
+
+        return [deepcopy(group, memo) for group in self]

@@ -1,0 +1,160 @@
+"""The torch-shaped parameter: an array with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from roptim._errors import RoptimValueError, refuse
+from roptim._roptim import ParameterBase
+
+
+def _plain(x: Any) -> Any:
+    return x.data if isinstance(x, Parameter) else x
+
+
+class Parameter(ParameterBase, NDArrayOperatorsMixin):
+    """An array with a gradient, for training loops shaped like torch's.
+
+    Parameters
+    ----------
+    data : numpy.ndarray
+        float32 or float64, any shape and layout; wrapped, not copied, so that whoever holds the array
+        sees each update. It must be writeable, aligned and in native byte order.
+    requires_grad : bool
+        Optimizers leave the parameter untouched where this is False.
+    name : str, optional
+        Used in error messages.
+
+    Attributes
+    ----------
+    data : numpy.ndarray
+        The array. While an optimizer on a GPU owns the parameter this is a read-only array with the
+        device's values; write through ``p.data = x``, ``p[...] = x`` or ``with p.host() as a:``.
+    grad : numpy.ndarray or None
+        The gradient of the next step, of the parameter's shape and dtype. ``p.grad += g`` accumulates.
+
+    NumPy functions and operators take a parameter like its array: ``x @ W + b`` is a plain array.
+    Parameters compare by value and hash by identity.
+
+    Raises
+    ------
+    RoptimTypeError, RoptimValueError
+        If the array cannot be updated in place.
+    """
+
+    __array_priority__ = 1000.0
+
+    @property
+    def data(self) -> np.ndarray[Any, Any]:
+        array = self._host()
+        if self._on_device:
+            array = array.view()
+            array.flags.writeable = False
+        return array
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        current = self._host()
+        if value is not current:
+            self._write(Ellipsis, value)
+
+    def _write(self, index: Any, value: Any) -> None:
+        array = self._host()
+        value = np.asarray(_plain(value))
+        if index is Ellipsis and value.shape not in ((), array.shape):
+            raise refuse(
+                RoptimValueError, "Parameter.data", "value", f"of shape {array.shape} or a number", str(value.shape)
+            )
+        array[index] = value
+        self._host_written()
+
+    @contextmanager
+    def host(self) -> Iterator[np.ndarray[Any, Any]]:
+        """The array, writeable for the time of the block; what was written becomes the truth."""
+        try:
+            yield self._host()
+        finally:
+            self._host_written()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent of each axis."""
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the array stores."""
+        return self._array.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self._array.size
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self._array.ndim
+
+    @property
+    def T(self) -> np.ndarray[Any, Any]:
+        """The array, transposed."""
+        return self.data.T
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy:
+            return np.array(self.data, dtype=dtype)
+        array = self.data
+        if dtype is not None and array.dtype != dtype:
+            if copy is False:
+                raise refuse(RoptimValueError, "Parameter", "copy", "None or True to change the dtype", "False")
+            array = array.astype(dtype)
+        return array
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        outputs = kwargs.get("out", ())
+        with_written = [x for x in outputs if isinstance(x, Parameter)]
+        if with_written:
+            kwargs["out"] = tuple(x._host() if isinstance(x, Parameter) else x for x in outputs)
+        result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+        for parameter in with_written:
+            parameter._host_written()
+        return with_written[0] if len(outputs) == 1 and with_written else result
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.data[_plain(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._write(index, value)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __float__(self) -> float:
+        return float(self.data)
+
+    def item(self) -> float:
+        """The one element as a Python number."""
+        return float(self.data.item())
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        name = f", name={self.name!r}" if self.name is not None else ""
+        frozen = "" if self.requires_grad else ", requires_grad=False"
+        return f"Parameter({self.data!r}{frozen}{name})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {"grad": self.grad}
+        return type(self), (np.array(self.data), self.requires_grad, self.name), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.grad = state["grad"]

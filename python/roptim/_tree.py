@@ -1,0 +1,126 @@
+"""Containers of arrays: their shape, and reading another container in that shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._parameter import Parameter
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape of a container: a leaf, a sequence, or a mapping of specs by key."""
+
+    kind: str
+    keys: tuple[Any, ...] = ()
+    children: tuple[Spec, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """Number of arrays in it."""
+        return 1 if self.kind == "leaf" else sum(child.leaves for child in self.children)
+
+
+LEAF = Spec("leaf")
+
+
+def is_leaf(x: object) -> bool:
+    """Whether this is one array (or something given in place of one)."""
+    return not isinstance(x, (Mapping, list, tuple))
+
+
+def is_pair(x: object) -> bool:
+    """Whether this is a (name, array) pair."""
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) and is_leaf(x[1])
+
+
+def listed(params: object, place: str) -> object:
+    """``params`` with iterators turned into lists; refuses what has no order."""
+    if isinstance(params, (set, frozenset)):
+        raise refuse(RoptimTypeError, place, "params", "ordered", f"a {type(params).__name__}", "use a list")
+    if isinstance(params, (str, bytes)) or params is None:
+        raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", repr(params))
+    if is_leaf(params) and not isinstance(params, (np.ndarray, Parameter)):
+        if isinstance(params, Iterable) and not hasattr(params, "__array__"):
+            return list(params)
+    return params
+
+
+def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None]:
+    """Spec, arrays and names of a container; names are None where nothing in it names anything."""
+    leaves: list[Any] = []
+    names: list[str] = []
+    named = False
+
+    def walk(node: object, path: str) -> Spec:
+        nonlocal named
+        if isinstance(node, Mapping):
+            named = True
+            items = list(node.items())
+        elif isinstance(node, (list, tuple)):
+            if node and all(is_pair(item) for item in node):
+                named = True
+                leaves.extend(array for _, array in node)
+                names.extend(path + name for name, _ in node)
+                return Spec("pairs", tuple(name for name, _ in node), (LEAF,) * len(node))
+            items = list(enumerate(node))
+        else:
+            leaves.append(node)
+            names.append(path.removesuffix("."))
+            return LEAF
+        kind = "mapping" if isinstance(node, Mapping) else "sequence"
+        children = tuple(walk(child, f"{path}{key}.") for key, child in items)
+        return Spec(kind, tuple(key for key, _ in items), children)
+
+    spec = walk(tree, "")
+    if not named:
+        return spec, leaves, None
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise refuse(RoptimValueError, place, "names", "different", f"{name!r} twice")
+        seen.add(name)
+    return spec, leaves, names
+
+
+def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
+    """The leaves of ``tree`` in the order of ``spec``; a missing or surplus name is an error."""
+    if spec.kind == "leaf":
+        if isinstance(tree, (Mapping, list, tuple)):
+            raise refuse(RoptimTypeError, place, f"gradient {path or 'given'}", "an array", f"a {type(tree).__name__}")
+        return [tree]
+    where = f"gradients of {path}" if path else "gradients"
+    if isinstance(tree, Mapping) and spec.kind in ("mapping", "pairs"):
+        if tree.keys() != set(spec.keys):
+            missing = [str(key) for key in spec.keys if key not in tree]
+            surplus = [str(key) for key in tree if key not in spec.keys]
+            got = " and ".join(
+                text
+                for text, some in ((f"none for {', '.join(missing)}", missing), (f"{', '.join(surplus)}", surplus))
+                if some
+            )
+            allowed = f"given for {', '.join(map(str, spec.keys))}"
+            raise refuse(RoptimKeyError, place, where, allowed, got, "give None to skip a parameter")
+        children = [tree[key] for key in spec.keys]
+    elif isinstance(tree, (list, tuple)) and spec.kind in ("sequence", "pairs"):
+        if spec.kind == "pairs" and tree and all(is_pair(item) for item in tree):
+            return read(spec, dict(tree), place, path)
+        if len(tree) != len(spec.keys):
+            raise refuse(RoptimValueError, place, where, f"{len(spec.keys)} in number", str(len(tree)))
+        children = list(tree)
+    else:
+        kind = "a dict" if spec.kind == "mapping" else "a list"
+        raise refuse(RoptimTypeError, place, where, f"{kind} like the parameters", f"a {type(tree).__name__}")
+    if all(child is LEAF for child in spec.children) and not any(
+        isinstance(child, (Mapping, list, tuple)) for child in children
+    ):
+        return children
+    out: list[Any] = []
+    for key, child_spec, child in zip(spec.keys, spec.children, children, strict=True):
+        out.extend(read(child_spec, child, place, f"{path}.{key}" if path else str(key)))
+    return out

@@ -1,0 +1,470 @@
+"""The base class of all optimizers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from roptim import _roptim, _tree
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._groups import SCHEDULER_KEYS, SWITCHES, ParamGroup, ParamGroups, refuse_misspelling, settled
+from roptim._parameter import Parameter
+from roptim._roptim import Engine
+from roptim._state import State
+
+#: Every optimizer of the engine by class name, as data.
+REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim.registry()}
+
+_FORMAT = 1
+_OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
+
+
+def check_switches(place: str, **switches: Any) -> None:
+    """Accepts torch's kernel switches where they ask for nothing, refuses them by name where they do."""
+    for name, value in switches.items():
+        harmless = (None, False, True) if name in ("foreach", "fused") else (None, False)
+        if not any(value is allowed for allowed in harmless):
+            allowed = " or ".join(map(repr, harmless[1:])) + " or None"
+            raise refuse(RoptimValueError, place, name, allowed, repr(value), "roptim has no such mode")
+
+
+class Optimizer:
+    """Base class of all optimizers, and of those written in Python.
+
+    A subclass written in Python calls ``super().__init__(params, defaults)`` and defines ``step``, as in
+    torch: ``self.param_groups`` holds the groups with the defaults filled in, ``self.state[p]`` is a dict
+    per parameter.
+
+    Parameters
+    ----------
+    params
+        Arrays or :class:`~roptim.Parameter` objects: a list, a dict of names, nested containers of both,
+        (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each.
+    defaults : dict
+        Options of every group that does not set its own.
+
+    Attributes
+    ----------
+    param_groups : list of ParamGroup
+        Live dicts: assigning ``opt.param_groups[0]["lr"] = 0.1`` takes effect at the next step.
+    state : State
+        State by parameter, name or index. ``opt.state = {}`` returns every parameter to step 0.
+    defaults : dict
+        Options as given to the constructor.
+    """
+
+    #: Name in the engine's registry; None for optimizers written in Python.
+    _engine_name: ClassVar[str | None] = None
+    #: Whether step was ever called: schedulers warn if they are stepped first.
+    _step_called = False
+
+    param_groups: ParamGroups
+    defaults: dict[str, Any]
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        options = {
+            "backend": backend,
+            "allow_software": allow_software,
+            "threads": threads,
+            "flush_denormals": flush_denormals,
+        }
+        self._setup(defaults, options)
+        params = _tree.listed(params, self._place)
+        if isinstance(params, (list, tuple)) and any(_is_group(item) for item in params):
+            groups: list[Any] = list(params)
+        else:
+            groups = [{"params": params}]
+        if not groups or (len(groups) == 1 and _is_empty(groups[0].get("params"))):
+            raise refuse(RoptimValueError, self._place, "params", "at least one array", "an empty container")
+        for group in groups:
+            self.add_param_group(group)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("step")
+        if own is not None:
+
+            @functools.wraps(own)
+            def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+                self._step_called = True
+                return own(self, *args, **kwargs)
+
+            cls.step = step  # type: ignore[method-assign]
+
+    def _setup(self, defaults: dict[str, Any], options: dict[str, Any]) -> None:
+        self._place = type(self).__name__
+        self.defaults = dict(defaults)
+        self._options = options
+        self._specs: list[_tree.Spec] = []
+        self._engine: Engine | None = None
+        hypers: frozenset[str] = frozenset()
+        if self._engine_name is not None:
+            threads = options["threads"]
+            if threads is not None and (isinstance(threads, bool) or int(threads) != threads or threads < 1):
+                raise refuse(RoptimValueError, self._place, "threads", "None or a whole number >= 1", repr(threads))
+            if not isinstance(options["backend"], str):
+                raise refuse(RoptimTypeError, self._place, "backend", '"cpu" or "gpu"', repr(options["backend"]))
+            self._engine = Engine(
+                self._engine_name,
+                options["backend"],
+                threads,
+                bool(options["flush_denormals"]),
+                bool(options["allow_software"]),
+            )
+            hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
+            self._engine.check_hypers({key: value for key, value in defaults.items() if key in hypers})
+        self._hypers = hypers
+        self.param_groups = ParamGroups()
+        self._state = State(self._engine)
+
+    # ---- parameters -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Adds a group of parameters.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``"params"`` (anything the constructor takes, but groups) and the options that differ from the
+            defaults. The dict itself is not kept.
+
+        Raises
+        ------
+        RoptimError
+            If an array, a name or an option is refused; nothing has changed then.
+        """
+        place = self._place
+        if not isinstance(param_group, Mapping):
+            raise refuse(RoptimTypeError, place, "param_group", "a dict", f"a {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise refuse(RoptimKeyError, place, "param_group", "a dict with a 'params' entry", str(sorted(map(str, param_group))))
+        spec, objects, names = _tree.flatten(_tree.listed(param_group["params"], place), place)
+        given = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
+        for key in given:
+            refuse_misspelling(place, key, self._hypers or self.defaults)
+        if names is None and "param_names" in param_group:
+            names = [str(name) for name in param_group["param_names"]]
+            if len(names) != len(objects):
+                raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
+        self._check_names(names)
+        options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
+        options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
+        index = len(self.param_groups)
+        if self._engine is not None:
+            hypers = {key: options[key] for key in self._hypers if key in options}
+            self._engine.add_group(hypers, objects, names)
+            for key, value in self._engine.hypers(index).items():
+                options.setdefault(key, value)
+                if isinstance(value, tuple):
+                    options[key] = tuple(options[key])
+        else:
+            self._check_objects(objects)
+        group: dict[str, Any] = {"params": objects}
+        if names is not None:
+            group["param_names"] = names
+        self._specs.append(spec)
+        engine = self._engine
+        apply = None if engine is None else (lambda changes: engine.set_hypers(index, changes))
+        self.param_groups._add(ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply))
+        self._state._register(objects, names)
+
+    def _check_names(self, names: list[str] | None) -> None:
+        known = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if self.param_groups and (names is None) != ("param_names" not in self.param_groups[0]):
+            allowed, got = ("named", "without names") if names is None else ("without names", "named")
+            raise refuse(RoptimValueError, self._place, "parameters of all groups", f"{allowed} like the first group's", got)
+        for name in names or ():
+            if name in known:
+                raise refuse(RoptimValueError, self._place, "names", "different", f"{name!r} twice")
+
+    def _check_objects(self, objects: list[Any]) -> None:
+        """The gate for optimizers written in Python, which own no engine."""
+        seen = {id(obj) for group in self.param_groups for obj in group["params"]}
+        for i, obj in enumerate(objects):
+            if not isinstance(obj, (np.ndarray, Parameter)):
+                got = f"an object of type {type(obj).__name__}"
+                raise refuse(RoptimTypeError, self._place, f"parameter {i}", "a numpy.ndarray or Parameter", got)
+            if id(obj) in seen:
+                raise refuse(RoptimValueError, self._place, f"parameter {i}", "given once", "one given before")
+            seen.add(id(obj))
+
+    def _parameters(self) -> Iterable[Any]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of all Parameters.
+
+        Parameters
+        ----------
+        set_to_none : bool
+            With False the gradient arrays stay and are filled with zeros.
+        """
+        for p in self._parameters():
+            if isinstance(p, Parameter) and p.grad is not None:
+                if set_to_none:
+                    p.grad = None
+                elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
+                    p.grad[...] = 0
+                else:
+                    p.grad = np.zeros_like(p.grad)
+
+    # ---- steps ------------------------------------------------------------------------------------------
+
+    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient, in place.
+
+        Parameters
+        ----------
+        gradients : optional
+            - Nothing: each Parameter's ``.grad`` is used; a Parameter without one is left untouched.
+            - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
+              list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
+              error. With several groups: a list over all parameters, or a list with one container per
+              group.
+            - A callable: see ``closure``.
+        closure : callable, optional
+            Called once before the update. It returns the loss, with the gradients in ``.grad``, or
+            ``(loss, gradients)``.
+
+        Returns
+        -------
+        The loss that the closure returned; None without closure.
+
+        Raises
+        ------
+        RoptimError
+            If a gradient is refused; parameters and state are as before then.
+        """
+        if self._engine is None:
+            raise NotImplementedError(f"{type(self).__name__} must define step")
+        self._step_called = True
+        loss = None
+        if callable(gradients) and closure is None and not hasattr(gradients, "__array__"):
+            gradients, closure = None, gradients
+        if closure is not None:
+            loss = closure()
+            if isinstance(loss, tuple) and len(loss) == 2:
+                loss, gradients = loss
+        self._engine.step(None if gradients is None else self._read(gradients))
+        return loss
+
+    def _read(self, gradients: Any) -> list[Any]:
+        place = f"{self._place}.step"
+        if len(self._specs) == 1:
+            return _tree.read(self._specs[0], gradients, place)
+        total = sum(spec.leaves for spec in self._specs)
+        if isinstance(gradients, Mapping):
+            names = [name for group in self.param_groups for name in group.get("param_names", ())]
+            return _tree.read(_tree.Spec("mapping", tuple(names), (_tree.LEAF,) * len(names)), gradients, place)
+        if not isinstance(gradients, (list, tuple)):
+            got = f"a {type(gradients).__name__}"
+            raise refuse(RoptimTypeError, place, "gradients", "a list over all parameters or groups", got)
+        if len(gradients) == len(self._specs) and not (
+            len(gradients) == total and all(map(_tree.is_leaf, gradients))
+        ):
+            read = zip(self._specs, gradients, strict=True)
+            return [leaf for i, (spec, tree) in enumerate(read) for leaf in _tree.read(spec, tree, place, f"group {i}")]
+        return _tree.read(_tree.Spec("sequence", tuple(range(total)), (_tree.LEAF,) * total), gradients, place)
+
+    # ---- state ------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """State by parameter."""
+        return self._state
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        if value is self._state:
+            return
+        if not isinstance(value, Mapping) or len(value):
+            raise refuse(
+                RoptimValueError, self._place, "state", "{} when assigned", "a mapping with entries", "use load_state_dict"
+            )
+        self._state.clear()
+
+    @property
+    def update_count(self) -> int:
+        """Applied updates, the clock of schedules."""
+        return self._engine.update_count if self._engine is not None else 0
+
+    @property
+    def device(self) -> str:
+        """What the steps run on."""
+        return self._engine.device if self._engine is not None else "python"
+
+    def reset(self, p: Any) -> None:
+        """Returns one parameter (object, name or index) to step 0 without state."""
+        del self._state[p]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything but the parameters' values, in torch's layout.
+
+        Returns
+        -------
+        dict
+            ``"state"``: ``{index: {"step": int, slot: array}}``, without parameters never updated;
+            ``"param_groups"``: options of each group with ``"params"`` as indices and, where names were
+            given, ``"param_names"``; ``"roptim"``: class, format version and count of updates.
+        """
+        groups, start = [], 0
+        for group in self.param_groups:
+            options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+            count = len(group["params"])
+            groups.append({**options, "params": list(range(start, start + count))})
+            start += count
+        if self._engine is not None:
+            state = self._engine.state()
+        else:
+            state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
+        about = {"optimizer": type(self).__name__ if self._engine is None else self._engine_name, "format": _FORMAT}
+        return {"state": state, "param_groups": groups, "roptim": {**about, "update_count": self.update_count}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replaces options and state by those of ``state_dict``, which is not kept.
+
+        Parameters are matched by name where both sides have names, else by position. A dict without the
+        ``"roptim"`` entry, from torch, is accepted when its state fits this class.
+
+        Raises
+        ------
+        RoptimError
+            If class, groups, names, shapes, dtypes or options do not fit; nothing has changed then.
+        """
+        place = f"{self._place}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise refuse(RoptimTypeError, place, "state_dict", "a dict", f"a {type(state_dict).__name__}")
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict))))
+        about = state_dict.get("roptim", {})
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            ids = group.get("params")
+            if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, np.integer)) and i >= 0 for i in ids):
+                raise refuse(RoptimTypeError, place, "params of a group", "a list of indices", repr(ids))
+        if self._engine is None:
+            self._load_own(place, groups, state_dict["state"], about)
+        else:
+            self._load_engine(place, groups, state_dict["state"], about)
+        for own, group in zip(self.param_groups, groups, strict=True):
+            kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            dict.update(own, {key: copy.deepcopy(value) for key, value in kept.items()})
+            if self._engine is not None:
+                hypers = self._engine.hypers(self.param_groups.index(own))
+                dict.update(own, {key: value for key, value in hypers.items() if own.get(key) != value})
+
+    def _load_engine(self, place: str, groups: list[dict[str, Any]], state: Any, about: Mapping[str, Any]) -> None:
+        assert self._engine is not None
+        engine_groups = []
+        for group in groups:
+            for key in [key for key in group if key in SWITCHES and key not in self._hypers]:
+                check_switches(place, **{key: group.pop(key)})
+            hypers = {key: settled(value) for key, value in group.items() if key in self._hypers}
+            for key in group:
+                refuse_misspelling(place, key, self._hypers)
+                if not about and key not in self._hypers and key not in SCHEDULER_KEYS:
+                    others = [name for name, keys in _OTHERS_HYPERS.items() if key in keys]
+                    if others:
+                        got = f"a state with {key!r}, of {' or '.join(others)}"
+                        raise refuse(RoptimValueError, place, "state_dict", f"of {self._engine_name}", got)
+            group.update(hypers)
+            names = group.get("param_names")
+            engine_groups.append((hypers, [int(i) for i in group["params"]], None if names is None else list(names)))
+        entries: dict[int, tuple[int, dict[str, Any]]] = {}
+        for index, entry in dict(state).items():
+            slots = {key: np.asarray(value) for key, value in entry.items() if key != "step" and value is not None}
+            if slots or "step" in entry:
+                entries[int(index)] = (_whole(place, entry.get("step", 1)), slots)
+        count = about.get("update_count", max((step for step, _ in entries.values()), default=0))
+        name, form = about.get("optimizer"), about.get("format", _FORMAT)
+        self._engine.load(name, _whole(place, form), _whole(place, count), engine_groups, entries)
+
+    def _load_own(self, place: str, groups: list[dict[str, Any]], state: Any, about: Mapping[str, Any]) -> None:
+        own = type(self).__name__
+        if about and about.get("optimizer") != own:
+            raise refuse(RoptimValueError, place, "state", f"of {own}", f"of {about.get('optimizer')}")
+        if len(groups) != len(self.param_groups):
+            want, got = str(len(self.param_groups)), str(len(groups))
+            raise refuse(RoptimValueError, place, "number of parameter groups", want, got)
+        index: dict[int, int] = {}
+        start = 0
+        for i, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
+            count = len(mine["params"])
+            if len(theirs["params"]) != count:
+                got = str(len(theirs["params"]))
+                raise refuse(RoptimValueError, place, f"number of parameters in group {i}", str(count), got)
+            order = dict(zip(theirs["params"], range(start, start + count), strict=True))
+            if mine.get("param_names") is not None and theirs.get("param_names") is not None:
+                by_name = dict(zip(mine["param_names"], range(start, start + count), strict=True))
+                if by_name.keys() != set(theirs["param_names"]):
+                    want, got = ", ".join(by_name), ", ".join(theirs["param_names"])
+                    raise refuse(RoptimValueError, place, f"names of group {i}", want, got)
+                order = {k: by_name[name] for k, name in zip(theirs["params"], theirs["param_names"], strict=True)}
+            index.update(order)
+            start += count
+        self._state._own = {index[int(k)]: copy.deepcopy(dict(v)) for k, v in dict(state).items() if int(k) in index}
+
+    # ---- copies and text --------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        internal = {"_engine", "_state", "param_groups", "_specs", "_options", "defaults", "_place", "_hypers"}
+        return {
+            "defaults": self.defaults,
+            "options": self._options,
+            "specs": self._specs,
+            "groups": [dict(group) for group in self.param_groups],
+            "state": _roptim.dumps(self.state_dict()["state"]),
+            "update_count": self.update_count,
+            "attributes": {key: value for key, value in vars(self).items() if key not in internal},
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self._setup(saved["defaults"], saved["options"])
+        for group in saved["groups"]:
+            self.add_param_group(group)
+        self._specs = saved["specs"]
+        self.__dict__.update(saved["attributes"])
+        mine = self.state_dict()
+        mine["state"] = _roptim.loads(saved["state"])
+        mine["roptim"]["update_count"] = saved["update_count"]
+        self.load_state_dict(mine)
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines += [""] * (i > 0) + [f"Parameter Group {i}"]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names")]
+        return "\n".join([*lines, ")"])
+
+
+def _is_group(item: object) -> bool:
+    return isinstance(item, Mapping) and "params" in item
+
+
+def _is_empty(params: object) -> bool:
+    return isinstance(params, (list, tuple, Mapping)) and len(params) == 0
+
+
+def _whole(place: str, value: Any) -> int:
+    """A count that torch may hold as a float or a 0-d tensor."""
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        if not isinstance(number, bool) and int(number) == number and number >= 0:
+            return int(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise refuse(RoptimValueError, place, "step", "a whole number >= 0", repr(value))

@@ -1,0 +1,279 @@
+//! All knowledge of NumPy: the gate every array passes, its address and layout, overlap, and views of
+//! the engine's buffers.
+//!
+//! An array is looked at in full when it is registered. At each step its header is read again (address,
+//! shape, strides, flags, dtype) without NumPy calls and compared with what was seen; anything that
+//! changed goes through the full gate again and either passes or is named. rust-numpy's borrow table is
+//! not used: it costs a lock and a hash look-up per array and step, and its borrows do not keep Python
+//! code in other threads away.
+
+use std::sync::Arc;
+
+use numpy::npyffi::flags::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE};
+use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods, dtype};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use roptim::tensor::{Buffer, RawTensor, Strides};
+use roptim::{Dtype, ErrorKind};
+
+use crate::errors::refuse;
+
+/// Whether a step writes to the array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// A parameter.
+    Write,
+    /// A gradient.
+    Read,
+}
+
+/// How messages speak of an array: where, and which.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Context<'a> {
+    /// The call.
+    pub(crate) place: &'a str,
+    /// The array.
+    pub(crate) label: &'a str,
+}
+
+/// An array as last seen.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    /// What the engine gets.
+    pub(crate) raw: RawTensor,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    descr: *mut std::ffi::c_void,
+}
+
+// SAFETY: the pointers are compared, or handed to the engine with its duties; never dereferenced here.
+unsafe impl Send for Seen {}
+// SAFETY: as above.
+unsafe impl Sync for Seen {}
+
+struct Header {
+    data: *mut u8,
+    flags: i32,
+    descr: *mut std::ffi::c_void,
+}
+
+fn header(array: &Bound<'_, PyUntypedArray>) -> Header {
+    // SAFETY: the object is an ndarray, checked when the Bound was made, and alive.
+    let fields = unsafe { &(*array.as_array_ptr()).fields };
+    Header { data: fields.data.cast(), flags: fields.flags, descr: fields.descr.cast() }
+}
+
+/// The byte range that the elements lie in.
+pub(crate) fn extent(raw: &RawTensor) -> (usize, usize) {
+    let (mut low, mut high) = (raw.ptr as usize, raw.ptr as usize);
+    if raw.len == 0 {
+        return (low, high);
+    }
+    match &raw.strides {
+        None => high += raw.len * raw.dtype.size(),
+        Some(strides) => {
+            for (&axis, &step) in strides.shape.iter().zip(&strides.bytes) {
+                let reach = step * (axis as isize - 1);
+                if reach < 0 {
+                    low = low.wrapping_add_signed(reach);
+                } else {
+                    high = high.wrapping_add_signed(reach);
+                }
+            }
+            high += raw.dtype.size();
+        }
+    }
+    (low, high)
+}
+
+/// Whether two elements of a strided array may be the same memory: false only where the axes, sorted by
+/// stride, nest, or (for small arrays) where no offset repeats.
+fn overlaps_itself(strides: &Strides, item: usize) -> bool {
+    let mut axes: Vec<(usize, usize)> = strides
+        .shape
+        .iter()
+        .zip(&strides.bytes)
+        .filter(|(n, _)| **n > 1)
+        .map(|(&n, &step)| (step.unsigned_abs(), n))
+        .collect();
+    axes.sort_unstable();
+    let mut reach = item;
+    let nested = axes.iter().all(|&(step, n)| {
+        let fits = step >= reach;
+        reach = reach.max(step * (n - 1) + item);
+        fits
+    });
+    if nested {
+        return false;
+    }
+    let count: usize = axes.iter().map(|(_, n)| n).product();
+    if axes.first().is_some_and(|(step, _)| *step < item) || count > 1 << 20 {
+        return true;
+    }
+    let mut offsets = vec![0usize];
+    for (step, n) in axes {
+        offsets = offsets.iter().flat_map(|o| (0..n).map(move |i| o + i * step)).collect();
+    }
+    offsets.sort_unstable();
+    offsets.windows(2).any(|w| w[1] - w[0] < item)
+}
+
+/// The engine's dtype of an array, if it has one and is in the machine's byte order.
+fn engine_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<Dtype> {
+    let py = array.py();
+    let descr = array.dtype();
+    [(dtype::<f32>(py), Dtype::F32), (dtype::<f64>(py), Dtype::F64)]
+        .into_iter()
+        .find_map(|(known, engine)| descr.is_equiv_to(&known).then_some(engine))
+}
+
+/// What a message says was given in place of an array.
+fn describe(object: &Bound<'_, PyAny>) -> String {
+    match object.get_type().fully_qualified_name() {
+        Ok(name) => format!("an object of type {name}"),
+        Err(_) => "an object of unknown type".to_owned(),
+    }
+}
+
+/// The object as an ndarray: exactly `numpy.ndarray` or `numpy.memmap`; a NumPy scalar as a gradient of a
+/// 0-d parameter.
+pub(crate) fn as_array<'py>(
+    object: &Bound<'py, PyAny>,
+    access: Access,
+    context: Context<'_>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let py = object.py();
+    if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
+        return Ok(array.clone());
+    }
+    let numpy = py.import("numpy")?;
+    if let Ok(array) = object.cast::<PyUntypedArray>()
+        && object.get_type().is(&numpy.getattr("memmap")?)
+    {
+        return Ok(array.clone());
+    }
+    if access == Access::Read && object.is_instance(&numpy.getattr("generic")?)? {
+        return numpy.call_method1("asarray", (object,))?.cast_into().map_err(|e| PyTypeError::new_err(e.to_string()));
+    }
+    let remedy = "convert it with numpy.asarray";
+    Err(refuse(py, ErrorKind::Type, context.place, context.label, "a numpy.ndarray", describe(object), Some(remedy)))
+}
+
+/// The full look at an array. Everything a step relies on is checked here.
+pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: Context<'_>) -> PyResult<Seen> {
+    let py = array.py();
+    let head = header(array);
+    let no = |kind, allowed: &str, got: String, remedy| {
+        Err(refuse(py, kind, context.place, context.label, allowed, got, Some(remedy)))
+    };
+    let Some(dtype) = engine_dtype(array) else {
+        let descr = array.dtype();
+        if descr.is_native_byteorder() == Some(false) {
+            let remedy = "convert it with .astype(a.dtype.newbyteorder(\"=\"))";
+            return no(ErrorKind::Value, "in native byte order", format!("dtype {descr}"), remedy);
+        }
+        let remedy = "convert it with .astype(numpy.float32)";
+        return no(ErrorKind::Type, "float32 or float64", descr.to_string(), remedy);
+    };
+    if head.flags & NPY_ARRAY_ALIGNED == 0 {
+        return no(ErrorKind::Value, "aligned", "a misaligned array".into(), "copy it with .copy()");
+    }
+    if access == Access::Write && head.flags & NPY_ARRAY_WRITEABLE == 0 {
+        return no(ErrorKind::Value, "writeable", "a read-only array".into(), "copy it with .copy()");
+    }
+    let shape = array.shape().to_vec();
+    let strides = array.strides().to_vec();
+    let in_order = head.flags & NPY_ARRAY_C_CONTIGUOUS != 0 || array.len() == 0;
+    let layout = (!in_order).then(|| Arc::new(Strides { shape: shape.clone(), bytes: strides.clone() }));
+    if access == Access::Write && layout.as_ref().is_some_and(|s| overlaps_itself(s, dtype.size())) {
+        let got = format!("strides {strides:?} that visit memory twice");
+        return no(ErrorKind::Value, "without elements that share memory", got, "copy it with .copy()");
+    }
+    let raw = RawTensor { ptr: head.data, len: array.len(), dtype, strides: layout };
+    Ok(Seen { raw, shape, strides, descr: head.descr })
+}
+
+impl Seen {
+    /// Whether the array's header still says what was seen.
+    pub(crate) fn still_holds(&self, array: &Bound<'_, PyUntypedArray>, access: Access) -> bool {
+        let head = header(array);
+        let needed = if access == Access::Write { NPY_ARRAY_ALIGNED | NPY_ARRAY_WRITEABLE } else { NPY_ARRAY_ALIGNED };
+        head.data == self.raw.ptr
+            && head.descr == self.descr
+            && head.flags & needed == needed
+            && array.shape() == self.shape
+            && array.strides() == self.strides
+    }
+
+    /// The look at a gradient that resembles this parameter: same dtype object, same shape. `None` where
+    /// the full look is needed.
+    pub(crate) fn glance(&self, gradient: &Bound<'_, PyUntypedArray>) -> Option<RawTensor> {
+        let head = header(gradient);
+        let needed = NPY_ARRAY_ALIGNED | NPY_ARRAY_C_CONTIGUOUS;
+        (head.descr == self.descr && head.flags & needed == needed && gradient.shape() == self.shape)
+            .then(|| RawTensor { ptr: head.data, len: self.raw.len, dtype: self.raw.dtype, strides: None })
+    }
+
+    /// Extent of each axis.
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+}
+
+/// Whether two arrays share memory, exactly; taken as true where NumPy finds the question too hard.
+pub(crate) fn share_memory(a: &Bound<'_, PyAny>, b: &Bound<'_, PyAny>) -> bool {
+    let exact = || a.py().import("numpy")?.call_method1("shares_memory", (a, b, 1_000_000))?.is_truthy();
+    exact().unwrap_or(true)
+}
+
+/// A tuple as NumPy prints shapes.
+pub(crate) fn shape_text(shape: &[usize]) -> String {
+    let axes: Vec<_> = shape.iter().map(usize::to_string).collect();
+    if axes.len() == 1 { format!("({},)", axes[0]) } else { format!("({})", axes.join(", ")) }
+}
+
+/// Keeps a buffer alive under the arrays that show it.
+#[pyclass(frozen, module = "roptim._roptim")]
+struct BufferOwner {
+    buffer: Arc<Buffer>,
+}
+
+/// An array that shows the engine's buffer without a copy.
+pub(crate) fn view<'py>(py: Python<'py>, buffer: &Arc<Buffer>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
+    fn of<'py, T: numpy::Element>(owner: Bound<'py, PyAny>, raw: &RawTensor) -> Bound<'py, PyArray1<T>> {
+        // SAFETY: the buffer is allocated, aligned, initialized and never moves; the owner keeps it alive.
+        unsafe {
+            let flat = numpy::ndarray::ArrayView1::from_shape_ptr(raw.len, raw.ptr.cast::<T>().cast_const());
+            PyArray1::borrow_from_array(&flat, owner)
+        }
+    }
+    let raw = buffer.raw();
+    let owner = Bound::new(py, BufferOwner { buffer: Arc::clone(buffer) })?.into_any();
+    debug_assert!(owner.cast::<BufferOwner>().is_ok_and(|o| Arc::ptr_eq(&o.get().buffer, buffer)));
+    match raw.dtype {
+        Dtype::F32 => Ok(of::<f32>(owner, &raw).reshape(shape.to_vec())?.into_any()),
+        Dtype::F64 => Ok(of::<f64>(owner, &raw).reshape(shape.to_vec())?.into_any()),
+    }
+}
+
+/// A new array with a copy of the bytes.
+pub(crate) fn from_bytes<'py>(
+    py: Python<'py>,
+    dtype: &str,
+    shape: &[usize],
+    bytes: &[u8],
+) -> PyResult<Bound<'py, PyAny>> {
+    let numpy = py.import("numpy")?;
+    let array = numpy.call_method1("empty", (shape.to_vec(), dtype))?;
+    let flat = array.call_method1("reshape", (-1,))?.call_method1("view", ("uint8",))?;
+    if !bytes.is_empty() {
+        let flat = flat.cast_into::<PyArray1<u8>>().map_err(|e| PyTypeError::new_err(e.to_string()))?;
+        flat.try_readwrite()?.as_slice_mut()?.copy_from_slice(bytes);
+    }
+    Ok(array)
+}
+
+/// The bytes of any array in C order.
+pub(crate) fn to_bytes(array: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    array.call_method1("tobytes", ("C",))?.extract()
+}

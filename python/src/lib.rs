@@ -1,0 +1,39 @@
+//! `roptim._roptim`: the compiled half of the Python package. Exports only; the package around it holds
+//! classes, docstrings and types.
+
+mod arrays;
+mod clip;
+#[cfg(feature = "gpu")]
+mod devices;
+mod engine;
+mod errors;
+mod files;
+mod parameter;
+mod registry;
+mod schedules;
+mod values;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _roptim {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::clip::norm;
+    #[pymodule_export]
+    use crate::engine::Engine;
+    #[pymodule_export]
+    use crate::files::{dumps, load, loads, save};
+    #[pymodule_export]
+    use crate::parameter::ParameterBase;
+    #[pymodule_export]
+    use crate::registry::registry;
+    #[pymodule_export]
+    use crate::schedules::{cosine_closed, cosine_next, plateau_observe, plateau_reduced, step_closed, step_next};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,487 @@
+//! The strict reader: bytes to a tree, or one sentence about what is wrong.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::Path as FilePath;
+
+use super::json::{Json, shown};
+use super::tree::{Bytes, DataType, Key, TensorData, Tree, byte_count};
+use super::write::{Image, PLAIN_NAN, stored_size};
+use super::{
+    CHECKSUM_AT, CHECKSUM_BLANK, CHECKSUM_LEN, FORMAT, MAX_DEPTH, MAX_HEADER_LEN, MAX_NAME_LEN, MAX_RANK, OPENING,
+    checksum,
+};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The tree of a file given as bytes. Anything but what [`to_bytes`](super::to_bytes) gives for some
+/// tree is refused with kind `File`.
+pub fn from_bytes(bytes: &[u8]) -> Result<Tree> {
+    Reader { place: "checkpoint" }.read(bytes.to_vec())
+}
+
+/// Reads the tree of a file that [`save`](super::save) wrote. Its arrays share the memory that the file
+/// was read into.
+pub fn load(path: impl AsRef<FilePath>) -> Result<Tree> {
+    let path = path.as_ref();
+    let place = path.display().to_string();
+    let reader = Reader { place: &place };
+    let bytes = reader.bytes(path)?;
+    reader.read(bytes)
+}
+
+/// `place` starts every message.
+struct Reader<'p> {
+    place: &'p str,
+}
+
+/// A tensor as the header gives it, with its bytes.
+struct Entry {
+    dtype: DataType,
+    shape: Vec<usize>,
+    bytes: Bytes,
+}
+
+impl Reader<'_> {
+    fn error(&self, name: impl Display, allowed: impl Display, got: impl Display) -> Error {
+        Error::refuse(ErrorKind::File, self.place, name, allowed, got)
+    }
+
+    fn refuse<T>(&self, name: impl Display, allowed: impl Display, got: impl Display) -> Result<T> {
+        Err(self.error(name, allowed, got))
+    }
+
+    fn bytes(&self, path: &FilePath) -> Result<Vec<u8>> {
+        let failed = |source: io::Error| {
+            Error::plain(ErrorKind::Io, format!("{}: the file could not be read: {source}", self.place))
+                .with_source(source)
+        };
+        // Before opening: to open a pipe would wait for its other end.
+        if !fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(Error::refuse(
+                ErrorKind::Io,
+                self.place,
+                "the path",
+                "that of a regular file",
+                "something else",
+            ));
+        }
+        let mut file = File::open(path).map_err(failed)?;
+        let len = file.metadata().map_err(failed)?.len();
+        // The start is looked at first, so that a large file of another kind is not read whole.
+        let mut bytes = Vec::new();
+        file.by_ref().take(8).read_to_end(&mut bytes).map_err(failed)?;
+        self.header_len(&bytes, len)?;
+        // One more than it should have: a file that grows meanwhile has trailing bytes.
+        let rest = len.saturating_sub(8).saturating_add(1);
+        let reserved = usize::try_from(rest).is_ok_and(|rest| bytes.try_reserve_exact(rest).is_ok());
+        if !reserved {
+            let sentence = format!("{}: the file's {len} bytes could not be allocated", self.place);
+            return Err(Error::plain(ErrorKind::OutOfMemory, sentence));
+        }
+        file.take(rest).read_to_end(&mut bytes).map_err(failed)?;
+        Ok(bytes)
+    }
+
+    /// Length of the header in a file of `len` bytes that starts with `start`.
+    fn header_len(&self, start: &[u8], len: u64) -> Result<usize> {
+        if let Some(kind) = foreign(start) {
+            return self.refuse("the file", "one that roptim wrote", kind);
+        }
+        let Some(first) = start.first_chunk::<8>() else {
+            return self.refuse("the file", "at least 8 bytes long", start.len());
+        };
+        let header_len = u64::from_le_bytes(*first);
+        if header_len > MAX_HEADER_LEN as u64 {
+            return self.refuse("the header's length", format!("at most {MAX_HEADER_LEN}"), header_len);
+        }
+        let held = len.saturating_sub(8);
+        if header_len > held {
+            return self.refuse("the header's length", format!("at most the {held} bytes that follow it"), header_len);
+        }
+        // At most MAX_HEADER_LEN.
+        Ok(header_len as usize)
+    }
+
+    fn read(&self, bytes: Vec<u8>) -> Result<Tree> {
+        let header_len = self.header_len(&bytes, bytes.len() as u64)?;
+        let (head, data) = bytes.split_at(8 + header_len);
+        let header = match str::from_utf8(&head[8..]) {
+            Ok(header) => header,
+            Err(error) => return self.refuse("the header", "UTF-8", error),
+        };
+        let header = match Json::parse(header) {
+            Ok(header) => header,
+            Err(error) => return self.refuse("the header", "strict JSON", error),
+        };
+        let Json::Object(mut items) = header else {
+            return self.refuse("the header", "an object", header.describe());
+        };
+        let metadata = match items.iter().position(|(key, _)| key == "__metadata__") {
+            Some(0) => items.remove(0).1,
+            Some(i) => return self.refuse("__metadata__", "the header's first key", format!("key {i}")),
+            None => return self.refuse("the file", "one that roptim wrote", "a safetensors file without metadata"),
+        };
+        let structure = self.structure(metadata)?;
+        let entries = self.entries(items, data.len())?;
+        if !head[8..].starts_with(OPENING.as_bytes()) {
+            return self.refuse("the header's opening", "in canonical form", "another form of the same JSON");
+        }
+        let found = checksum(head, std::iter::once(data));
+        if structure.checksum != found {
+            let error = self.error("the checksum", format!("{found} as the contents give"), structure.checksum);
+            return Err(error.with_remedy("the file is damaged, restore it from a copy"));
+        }
+        let mut head = head.to_vec();
+        let entries = self.with_bytes(entries, 8 + header_len, bytes)?;
+        let tree = Growth { reader: self, entries }.finish(structure.tree)?;
+        // One tree, one file: this also holds for the forms of JSON that no check above has looked at.
+        head[CHECKSUM_AT].copy_from_slice(&CHECKSUM_BLANK);
+        let canonical = match Image::unsealed(&tree, self.place) {
+            Ok(image) => image.head,
+            Err(error) => return Err(Error::plain(ErrorKind::File, error.to_string()).with_source(error)),
+        };
+        match head.iter().zip(&canonical).position(|(a, b)| a != b) {
+            Some(at) => self.refuse("the header", "in canonical form", format!("another form at byte {at}")),
+            None if head.len() != canonical.len() => {
+                self.refuse("the header's length", canonical.len() - 8, head.len() - 8)
+            }
+            None => Ok(tree),
+        }
+    }
+
+    fn structure(&self, metadata: Json) -> Result<Envelope> {
+        let Json::Object(mut items) = metadata else {
+            return self.refuse("__metadata__", "an object", metadata.describe());
+        };
+        if !items.iter().any(|(key, _)| key == "roptim") {
+            return self.refuse(
+                "the file",
+                "one that roptim wrote",
+                "a safetensors file without the metadata of roptim",
+            );
+        }
+        if items.len() > 1 {
+            let other = items.iter().find(|(key, _)| key != "roptim").map_or_else(String::new, |(key, _)| shown(key));
+            return self.refuse("__metadata__", "of the one key \"roptim\"", other);
+        }
+        let text = match items.swap_remove(0).1 {
+            Json::Str(text) => text,
+            other => return self.refuse("__metadata__.roptim", "a string", other.describe()),
+        };
+        let items = match Json::parse(&text) {
+            Ok(Json::Object(items)) => items,
+            Ok(other) => return self.refuse("__metadata__.roptim", "an object", other.describe()),
+            Err(error) => return self.refuse("__metadata__.roptim", "strict JSON", error),
+        };
+        // The version first: a later one may have other fields.
+        match items.iter().find(|(key, _)| key == "format").map(|(_, version)| version) {
+            Some(Json::Int(version)) if *version == i64::from(FORMAT) => {}
+            Some(Json::Int(version)) if *version > i64::from(FORMAT) => {
+                let error = self.error("the format version", format!("at most {FORMAT}"), version);
+                return Err(error.with_remedy("a later roptim wrote the file, install that one to read it"));
+            }
+            Some(other) => return self.refuse("the format version", FORMAT, other.describe()),
+            None => return self.refuse("the format version", "present", "none"),
+        }
+        let (mut digits, mut tree) = (None, None);
+        for (key, value) in items {
+            match (key.as_str(), value) {
+                ("format", _) => {}
+                ("checksum", Json::Str(text)) => digits = Some(text),
+                ("checksum", other) => return self.refuse("the checksum", "a string", other.describe()),
+                ("tree", value) => tree = Some(value),
+                _ => return self.refuse("a key of __metadata__.roptim", "format, checksum or tree", shown(&key)),
+            }
+        }
+        let Some(checksum) = digits else { return self.refuse("the checksum", "present", "none") };
+        let Some(tree) = tree else { return self.refuse("the tree", "present", "none") };
+        let hexadecimal = checksum.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+        if checksum.len() != CHECKSUM_LEN || !hexadecimal {
+            let allowed = format!("{CHECKSUM_LEN} digits 0-9 and a-f");
+            return self.refuse("the checksum", allowed, shown(&checksum));
+        }
+        Ok(Envelope { checksum, tree })
+    }
+
+    /// Checks what the header says of the tensors, against the `held` bytes of data.
+    fn entries(&self, items: Vec<(String, Json)>, held: usize) -> Result<Vec<Listed>> {
+        let mut entries: Vec<Listed> = Vec::with_capacity(items.len());
+        let mut end = 0;
+        for (name, item) in items {
+            let entry = self.entry(name, item, end)?;
+            end = entry.range.end;
+            if end > held {
+                let place = format!("tensor {}", shown(&entry.name));
+                return self.refuse(place, format!("within the {held} bytes of data"), format!("an end at {end}"));
+            }
+            if let Some(last) = entries.last() {
+                let key = |e: &Listed| std::cmp::Reverse(stored_size(e.dtype));
+                let ascending = key(last).cmp(&key(&entry)).then_with(|| last.name.cmp(&entry.name));
+                if ascending != std::cmp::Ordering::Less {
+                    let place = format!("tensor {}", shown(&entry.name));
+                    let got = format!("its place behind {}", shown(&last.name));
+                    return self.refuse(place, "in order of element size, then name", got);
+                }
+            }
+            entries.push(entry);
+        }
+        if end != held {
+            return self.refuse("the data", format!("{end} bytes long"), format!("{held}, with trailing bytes"));
+        }
+        Ok(entries)
+    }
+
+    fn entry(&self, name: String, item: Json, begin: usize) -> Result<Listed> {
+        let place = format!("tensor {}", shown(&name));
+        let forbidden = |c: char| c.is_control() || c == '/' || c == '\\';
+        if name.is_empty() || name.len() > MAX_NAME_LEN {
+            return self.refuse("a tensor's name", format!("1 to {MAX_NAME_LEN} bytes long"), name.len());
+        }
+        if name.contains(forbidden) {
+            return self.refuse("a tensor's name", "without slashes and control characters", shown(&name));
+        }
+        let Json::Object(fields) = item else { return self.refuse(place, "an object", item.describe()) };
+        let (mut dtype, mut shape, mut offsets) = (None, None, None);
+        for (field, value) in fields {
+            match (field.as_str(), value) {
+                ("dtype", Json::Str(name)) => match DataType::from_container_name(&name) {
+                    Some(known) => dtype = Some(known),
+                    None => return self.refuse(format!("dtype of {place}"), "one that NumPy has", shown(&name)),
+                },
+                ("shape", Json::List(axes)) => shape = Some(axes),
+                ("data_offsets", Json::List(ends)) => offsets = Some(ends),
+                ("dtype", other) => return self.refuse(format!("dtype of {place}"), "a string", other.describe()),
+                (field @ ("shape" | "data_offsets"), other) => {
+                    return self.refuse(format!("{field} of {place}"), "a list", other.describe());
+                }
+                _ => return self.refuse(format!("a field of {place}"), "dtype, shape or data_offsets", shown(&field)),
+            }
+        }
+        let missing = |field: &str| self.refuse(format!("{field} of {place}"), "present", "none");
+        let Some(dtype) = dtype else { return missing("dtype") };
+        let Some(axes) = shape else { return missing("shape") };
+        let Some(ends) = offsets else { return missing("data_offsets") };
+        if axes.len() > MAX_RANK {
+            return self.refuse(format!("shape of {place}"), format!("of at most {MAX_RANK} axes"), axes.len());
+        }
+        let shape = self.sizes(&axes, || format!("shape of {place}"))?;
+        let ends = self.sizes(&ends, || format!("data_offsets of {place}"))?;
+        let Some(len) = byte_count(dtype, &shape) else {
+            let got = format!("{shape:?} of {dtype}");
+            return self.refuse(format!("shape of {place}"), "one that fits in memory", got);
+        };
+        let [from, to] = ends[..] else {
+            return self.refuse(format!("data_offsets of {place}"), "two numbers", ends.len());
+        };
+        if from != begin {
+            let allowed = format!("from {begin}, where the tensor before it ends");
+            return self.refuse(format!("data_offsets of {place}"), allowed, format!("from {from}"));
+        }
+        if to.checked_sub(from) != Some(len) {
+            let allowed = format!("{len} apart as the shape asks");
+            return self.refuse(format!("data_offsets of {place}"), allowed, format!("{from} and {to}"));
+        }
+        Ok(Listed { name, dtype, shape, range: from..to })
+    }
+
+    fn sizes(&self, list: &[Json], name: impl Fn() -> String) -> Result<Vec<usize>> {
+        let size = |item: &Json| match item {
+            Json::Int(x) => usize::try_from(*x).ok(),
+            Json::UInt(x) => usize::try_from(*x).ok(),
+            _ => None,
+        };
+        list.iter()
+            .map(|item| match size(item) {
+                Some(size) => Ok(size),
+                None => self.refuse(name(), "of integers from 0 to what memory can address", item.describe()),
+            })
+            .collect()
+    }
+
+    /// Gives each tensor its part of the file.
+    fn with_bytes(&self, listed: Vec<Listed>, start: usize, file: Vec<u8>) -> Result<HashMap<String, Entry>> {
+        let file = Bytes::from(file);
+        let entry = |Listed { name, dtype, shape, range }: Listed| {
+            // Both ends are within the file, as `entries` has checked.
+            let bytes = file.slice(start + range.start..start + range.end);
+            match bytes {
+                Some(bytes) => Ok((name, Entry { dtype, shape, bytes })),
+                None => self.refuse(format!("tensor {}", shown(&name)), "within the file", "a range outside"),
+            }
+        };
+        listed.into_iter().map(entry).collect()
+    }
+}
+
+struct Envelope {
+    checksum: String,
+    tree: Json,
+}
+
+struct Listed {
+    name: String,
+    dtype: DataType,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+}
+
+/// What a file of another kind is called, by its first bytes.
+fn foreign(start: &[u8]) -> Option<&'static str> {
+    match start {
+        [b'P', b'K', 3, 4, ..] => Some("a zip archive, as torch.save and numpy.savez write"),
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("an array file of numpy.save"),
+        [0x80, 2..=5, b'c' | b'}' | b']' | b'(' | 0x95 | 0x8a, ..] => Some("a pickle"),
+        _ => None,
+    }
+}
+
+/// Builds the tree, taking each tensor once.
+struct Growth<'r> {
+    reader: &'r Reader<'r>,
+    entries: HashMap<String, Entry>,
+}
+
+impl Growth<'_> {
+    fn finish(mut self, json: Json) -> Result<Tree> {
+        let tree = self.tree(json, 0)?;
+        match self.entries.keys().min() {
+            Some(name) => {
+                self.reader.refuse(format!("tensor {}", shown(name)), "part of the tree", "no reference to it")
+            }
+            None => Ok(tree),
+        }
+    }
+
+    fn tree(&mut self, json: Json, depth: usize) -> Result<Tree> {
+        Ok(match json {
+            Json::Null => Tree::None,
+            Json::Bool(x) => Tree::Bool(x),
+            Json::Int(x) => Tree::Int(x),
+            Json::UInt(x) => Tree::UInt(x),
+            Json::Float(x) => Tree::Float(x),
+            Json::Str(x) => Tree::Str(x),
+            Json::List(items) => Tree::List(self.items(items, depth)?),
+            Json::Object(items) => match items.first() {
+                Some((tag, _)) if is_tag(tag) => self.tagged(items, depth)?,
+                _ => self.dict(items, depth)?,
+            },
+        })
+    }
+
+    fn enter(&self, depth: usize) -> Result<()> {
+        if depth >= MAX_DEPTH {
+            return self.reader.refuse("the tree", format!("at most {MAX_DEPTH} levels deep"), "another level");
+        }
+        Ok(())
+    }
+
+    fn items(&mut self, items: Vec<Json>, depth: usize) -> Result<Vec<Tree>> {
+        self.enter(depth)?;
+        items.into_iter().map(|item| self.tree(item, depth + 1)).collect()
+    }
+
+    fn dict(&mut self, items: Vec<(String, Json)>, depth: usize) -> Result<Tree> {
+        self.enter(depth)?;
+        let mut dict = Vec::with_capacity(items.len());
+        for (key, value) in items {
+            let key = self.key(key)?;
+            dict.push((key, self.tree(value, depth + 1)?));
+        }
+        Ok(Tree::Dict(dict))
+    }
+
+    fn key(&self, key: String) -> Result<Key> {
+        if let Some(digits) = key.strip_prefix('#') {
+            return match digits.parse::<i64>() {
+                Ok(number) if number.to_string() == digits => Ok(Key::Int(number)),
+                _ => self.reader.refuse("a key that starts with #", "an integer of 64 bits", shown(digits)),
+            };
+        }
+        match key.strip_prefix('$') {
+            Some(plain) if plain.starts_with(['#', '$']) => Ok(Key::Str(plain.to_owned())),
+            Some(_) => self.reader.refuse("a tag", "the first key of its object", shown(&key)),
+            None => Ok(Key::Str(key)),
+        }
+    }
+
+    fn tagged(&mut self, items: Vec<(String, Json)>, depth: usize) -> Result<Tree> {
+        let mut items = items.into_iter();
+        let Some((tag, value)) = items.next() else { return Ok(Tree::Dict(Vec::new())) };
+        let second = items.next();
+        if let (Some((extra, _)), false) = (&second, matches!(tag.as_str(), "$tensor" | "$scalar")) {
+            return self.reader.refuse(format!("an object with {tag}"), "of that one key", shown(extra));
+        }
+        if let Some((extra, _)) = items.next() {
+            return self.reader.refuse(format!("an object with {tag}"), "of at most two keys", shown(&extra));
+        }
+        match (tag.as_str(), value) {
+            ("$tuple", Json::List(items)) => Ok(Tree::Tuple(self.items(items, depth)?)),
+            ("$float", Json::Str(text)) => match special_float(&text) {
+                Some(x) => Ok(Tree::Float(x)),
+                None => self.reader.refuse("$float", "inf, -inf, nan or the bits of a NaN", shown(&text)),
+            },
+            ("$tensor", Json::Str(name)) => Ok(Tree::Tensor(self.tensor(&name, second)?)),
+            ("$scalar", Json::Str(name)) => {
+                let tensor = self.tensor(&name, second)?;
+                if tensor.shape.is_empty() {
+                    return Ok(Tree::Scalar(tensor));
+                }
+                self.reader.refuse(format!("scalar {}", shown(&name)), "without axes", format!("{:?}", tensor.shape))
+            }
+            ("$tuple", other) => self.reader.refuse("$tuple", "a list", other.describe()),
+            ("$float" | "$tensor" | "$scalar", other) => self.reader.refuse(tag, "a string", other.describe()),
+            _ => self.reader.refuse("a tag", "$tuple, $float, $tensor or $scalar", shown(&tag)),
+        }
+    }
+
+    fn tensor(&mut self, name: &str, second: Option<(String, Json)>) -> Result<TensorData> {
+        let place = format!("tensor {}", shown(name));
+        let Some(Entry { mut dtype, mut shape, bytes }) = self.entries.remove(name) else {
+            return self.reader.refuse(place, "in the header and in the tree once", "a reference to nothing");
+        };
+        match second {
+            None => {}
+            Some((key, Json::Str(real))) if key == "$dtype" => {
+                if real != DataType::Complex128.name() {
+                    return self.reader.refuse(format!("$dtype of {place}"), "complex128", shown(&real));
+                }
+                if dtype != DataType::Float64 || shape.pop() != Some(2) {
+                    let allowed = "stored as F64 with a last axis of 2 to be complex128";
+                    return self.reader.refuse(
+                        place,
+                        allowed,
+                        format!("{} of another shape or type", dtype.container_name()),
+                    );
+                }
+                dtype = DataType::Complex128;
+            }
+            Some((key, value)) => {
+                let got = format!("{} with {}", shown(&key), value.describe());
+                return self.reader.refuse(format!("the second key of {place}"), "$dtype with a string", got);
+            }
+        }
+        if dtype == DataType::Bool
+            && let Some(byte) = bytes.iter().find(|byte| **byte > 1)
+        {
+            return self.reader.refuse(place, "of the bytes 0 and 1 as BOOL", format!("a byte {byte}"));
+        }
+        Ok(TensorData { dtype, shape, bytes })
+    }
+}
+
+fn is_tag(key: &str) -> bool {
+    key.strip_prefix('$').is_some_and(|rest| !rest.starts_with(['#', '$']))
+}
+
+fn special_float(text: &str) -> Option<f64> {
+    match text {
+        "inf" => return Some(f64::INFINITY),
+        "-inf" => return Some(f64::NEG_INFINITY),
+        "nan" => return Some(f64::from_bits(PLAIN_NAN)),
+        _ => {}
+    }
+    let x = f64::from_bits(u64::from_str_radix(text.strip_prefix("nan:")?, 16).ok()?);
+    x.is_nan().then_some(x)
+}

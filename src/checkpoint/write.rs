@@ -1,0 +1,362 @@
+//! The writer: a tree to bytes, and bytes to disk.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write as _};
+use std::path::{Path as FilePath, PathBuf};
+
+use super::json::{push_float, push_str};
+use super::path::Path;
+use super::tree::{DataType, Key, TensorData, Tree};
+use super::{
+    ALIGNMENT, CHECKSUM_AT, CHECKSUM_BLANK, MAX_DEPTH, MAX_HEADER_LEN, MAX_NAME_LEN, MAX_RANK, OPENING, checksum,
+};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The file of a tree, as bytes. The same tree gives the same bytes.
+///
+/// Refuses (kind `Value`) what the reader would refuse: a dict with a key twice, more than
+/// [`MAX_DEPTH`] levels, an array whose bytes do not fit its shape, a header above [`MAX_HEADER_LEN`].
+pub fn to_bytes(tree: &Tree) -> Result<Vec<u8>> {
+    const PLACE: &str = "checkpoint";
+    let image = Image::sealed(tree, PLACE)?;
+    let mut bytes = Vec::new();
+    let len = image.data().try_fold(image.head.len(), |n, data| n.checked_add(data.len()));
+    let reserved = len.is_some_and(|len| bytes.try_reserve_exact(len).is_ok());
+    if !reserved {
+        return Err(Error::plain(ErrorKind::OutOfMemory, format!("{PLACE}: the file's bytes could not be allocated")));
+    }
+    bytes.extend_from_slice(&image.head);
+    image.data().for_each(|data| bytes.extend_from_slice(data));
+    Ok(bytes)
+}
+
+/// Writes the file of a tree, so that a crash or an error at any moment leaves the old file or the new
+/// one.
+///
+/// The permissions are those of the file it replaces, else what the process gives new files (0666
+/// without the umask). Where `path` is a symbolic link, the file it points to is replaced and the link
+/// stays. What is not a regular file is refused.
+pub fn save(path: impl AsRef<FilePath>, tree: &Tree) -> Result<()> {
+    let path = path.as_ref();
+    let image = Image::sealed(tree, &path.display().to_string())?;
+    replace(path, |file| {
+        let mut file = BufWriter::with_capacity(1 << 18, file);
+        file.write_all(&image.head)?;
+        for data in image.data() {
+            file.write_all(data)?;
+        }
+        file.flush()
+    })
+}
+
+/// Everything of a file before the data, and the tensors in order.
+pub(super) struct Image<'t> {
+    /// Length, header and padding.
+    pub(super) head: Vec<u8>,
+    tensors: Vec<&'t TensorData>,
+}
+
+impl<'t> Image<'t> {
+    /// With the checksum's digits blank. `place` starts the messages.
+    pub(super) fn unsealed(tree: &'t Tree, place: &str) -> Result<Self> {
+        let mut structure = Structure { place, json: String::new(), tensors: Vec::new() };
+        structure.push(&Path::Root, 0, tree)?;
+        let Structure { json, mut tensors, .. } = structure;
+        tensors.sort_by(|(a, x), (b, y)| stored_size(y.dtype).cmp(&stored_size(x.dtype)).then_with(|| a.cmp(b)));
+
+        let mut header = String::from(r#"{"__metadata__":{"roptim":"#);
+        let blank = str::from_utf8(&CHECKSUM_BLANK).unwrap_or_default();
+        push_str(&mut header, &format!(r#"{{"format":{},"checksum":"{blank}","tree":{json}}}"#, super::FORMAT));
+        header.push('}');
+        debug_assert!(header.starts_with(OPENING), "the checksum is looked for at a fixed place");
+        let mut end = 0usize;
+        for (name, tensor) in &tensors {
+            let begin = end;
+            end = begin.checked_add(tensor.bytes.len()).ok_or_else(|| {
+                Error::refuse(ErrorKind::Value, place, "the data", "addressable", "more bytes than memory can hold")
+            })?;
+            header.push(',');
+            push_str(&mut header, name);
+            let mut shape = tensor.shape.clone();
+            if tensor.dtype == DataType::Complex128 {
+                shape.push(2);
+            }
+            let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+            header.push_str(&format!(
+                r#":{{"dtype":"{}","shape":[{}],"data_offsets":[{begin},{end}]}}"#,
+                tensor.dtype.container_name(),
+                shape.join(",")
+            ));
+        }
+        header.push('}');
+        let padded = (8 + header.len()).next_multiple_of(ALIGNMENT) - 8;
+        if padded > MAX_HEADER_LEN {
+            let remedy = "keep long lists of numbers as arrays";
+            return Err(too_long(place, "the header", MAX_HEADER_LEN, padded).with_remedy(remedy));
+        }
+        let mut head = Vec::with_capacity(8 + padded);
+        head.extend_from_slice(&(padded as u64).to_le_bytes());
+        head.extend_from_slice(header.as_bytes());
+        head.resize(8 + padded, b' ');
+        Ok(Self { head, tensors: tensors.into_iter().map(|(_, tensor)| tensor).collect() })
+    }
+
+    fn sealed(tree: &'t Tree, place: &str) -> Result<Self> {
+        let mut image = Self::unsealed(tree, place)?;
+        let digits = checksum(&image.head, image.data());
+        image.head[CHECKSUM_AT].copy_from_slice(digits.as_bytes());
+        Ok(image)
+    }
+
+    fn data(&self) -> impl Iterator<Item = &'t [u8]> {
+        self.tensors.iter().map(|tensor| &*tensor.bytes)
+    }
+}
+
+/// Bytes of an element as the container counts them: the data is in descending order of these, so that
+/// every tensor is aligned.
+pub(super) fn stored_size(dtype: DataType) -> usize {
+    dtype.size().min(8)
+}
+
+fn too_long(place: &str, name: impl std::fmt::Display, allowed: usize, got: usize) -> Error {
+    Error::refuse(ErrorKind::Value, place, name, format!("at most {allowed} bytes"), got)
+}
+
+/// Collects the structure's JSON and the tensors.
+struct Structure<'t, 'p> {
+    place: &'p str,
+    json: String,
+    tensors: Vec<(String, &'t TensorData)>,
+}
+
+impl<'t> Structure<'t, '_> {
+    fn refuse(
+        &self,
+        path: &Path<'_>,
+        allowed: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> std::result::Result<(), Error> {
+        Err(Error::refuse(ErrorKind::Value, self.place, path, allowed, got))
+    }
+
+    fn push(&mut self, path: &Path<'_>, depth: usize, tree: &'t Tree) -> Result<()> {
+        if self.json.len() > MAX_HEADER_LEN {
+            let remedy = "keep long lists of numbers as arrays";
+            return Err(too_long(self.place, "the header", MAX_HEADER_LEN, self.json.len()).with_remedy(remedy));
+        }
+        match tree {
+            Tree::None => self.json.push_str("null"),
+            Tree::Bool(x) => self.json.push_str(if *x { "true" } else { "false" }),
+            Tree::Int(x) => self.json.push_str(&x.to_string()),
+            Tree::UInt(x) => {
+                if i64::try_from(*x).is_ok() {
+                    return self.refuse(path, "Tree::Int below 2^63", format!("Tree::UInt({x})"));
+                }
+                self.json.push_str(&x.to_string());
+            }
+            Tree::Float(x) if x.is_finite() => push_float(&mut self.json, *x),
+            Tree::Float(x) => self.json.push_str(&format!(r#"{{"$float":"{}"}}"#, special_float(*x))),
+            Tree::Str(x) => push_str(&mut self.json, x),
+            Tree::List(items) => self.push_items(path, depth, items)?,
+            Tree::Tuple(items) => {
+                self.json.push_str(r#"{"$tuple":"#);
+                self.push_items(path, depth, items)?;
+                self.json.push('}');
+            }
+            Tree::Dict(items) => self.push_dict(path, depth, items)?,
+            Tree::Scalar(tensor) => {
+                if !tensor.shape.is_empty() {
+                    return self.refuse(path, "without axes as a scalar", format!("shape {:?}", tensor.shape));
+                }
+                self.push_tensor(path, "$scalar", tensor)?;
+            }
+            Tree::Tensor(tensor) => self.push_tensor(path, "$tensor", tensor)?,
+        }
+        Ok(())
+    }
+
+    fn enter(&self, path: &Path<'_>, depth: usize) -> Result<()> {
+        if depth >= MAX_DEPTH {
+            return self.refuse(path, format!("at most {MAX_DEPTH} levels deep"), "another level");
+        }
+        Ok(())
+    }
+
+    fn push_items(&mut self, path: &Path<'_>, depth: usize, items: &'t [Tree]) -> Result<()> {
+        self.enter(path, depth)?;
+        self.json.push('[');
+        for (i, item) in items.iter().enumerate() {
+            if i > 0 {
+                self.json.push(',');
+            }
+            self.push(&path.item(i), depth + 1, item)?;
+        }
+        self.json.push(']');
+        Ok(())
+    }
+
+    fn push_dict(&mut self, path: &Path<'_>, depth: usize, items: &'t [(Key, Tree)]) -> Result<()> {
+        self.enter(path, depth)?;
+        let mut seen = HashSet::new();
+        self.json.push('{');
+        for (i, (key, value)) in items.iter().enumerate() {
+            let path = path.key(key);
+            if !seen.insert(key) {
+                return self.refuse(&path, "in its dict once", "the key twice");
+            }
+            if i > 0 {
+                self.json.push(',');
+            }
+            match key {
+                Key::Int(key) => push_str(&mut self.json, &format!("#{key}")),
+                Key::Str(key) if key.starts_with(['#', '$']) => push_str(&mut self.json, &format!("${key}")),
+                Key::Str(key) => push_str(&mut self.json, key),
+            }
+            self.json.push(':');
+            self.push(&path, depth + 1, value)?;
+        }
+        self.json.push('}');
+        Ok(())
+    }
+
+    fn push_tensor(&mut self, path: &Path<'_>, tag: &str, tensor: &'t TensorData) -> Result<()> {
+        tensor.check(self.place, &path.to_string())?;
+        let complex = tensor.dtype == DataType::Complex128;
+        let max_rank = MAX_RANK - usize::from(complex);
+        if tensor.shape.len() > max_rank {
+            return self.refuse(path, format!("of at most {max_rank} axes"), tensor.shape.len());
+        }
+        if complex && super::tree::byte_count(DataType::Float64, &[tensor.shape.as_slice(), &[2]].concat()).is_none() {
+            return self.refuse(path, "of a shape that fits in memory", format!("{:?}", tensor.shape));
+        }
+        if tensor.dtype == DataType::Bool
+            && let Some(byte) = tensor.bytes.iter().find(|byte| **byte > 1)
+        {
+            return self.refuse(path, "of the bytes 0 and 1 as a bool array", format!("a byte {byte}"));
+        }
+        let name = path.tensor_name();
+        if name.len() > MAX_NAME_LEN {
+            return Err(too_long(self.place, format!("the name of {path}"), MAX_NAME_LEN, name.len()));
+        }
+        self.json.push_str(&format!(r#"{{"{tag}":"#));
+        push_str(&mut self.json, &name);
+        if complex {
+            self.json.push_str(r#","$dtype":"complex128""#);
+        }
+        self.json.push('}');
+        self.tensors.push((name, tensor));
+        Ok(())
+    }
+}
+
+/// What JSON has no number for. The NaN that arithmetic gives most often has a short text, others
+/// their bits.
+fn special_float(x: f64) -> String {
+    match x {
+        f64::INFINITY => "inf".into(),
+        f64::NEG_INFINITY => "-inf".into(),
+        _ if x.to_bits() == PLAIN_NAN => "nan".into(),
+        _ => format!("nan:{:016x}", x.to_bits()),
+    }
+}
+
+pub(super) const PLAIN_NAN: u64 = 0x7ff8_0000_0000_0000;
+
+/// Marks temporary files as ours, for whoever cleans up after a crash.
+const TEMPORARY_PREFIX: &str = ".roptim-";
+const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// Replaces a file by what `fill` writes, durably.
+fn replace(path: &FilePath, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    let failed = |what: &str| {
+        let sentence = format!("{}: {what}", path.display());
+        move |source: io::Error| Error::plain(ErrorKind::Io, format!("{sentence}: {source}")).with_source(source)
+    };
+    let target = follow_links(path).map_err(failed("the path could not be followed"))?;
+    let existing = match fs::metadata(&target) {
+        Ok(facts) if !facts.is_file() => {
+            let got = if facts.is_dir() { "a directory" } else { "a device, pipe or socket" };
+            return Err(Error::refuse(ErrorKind::Io, path.display(), "the target", "a regular file or absent", got));
+        }
+        Ok(facts) => Some(facts.permissions()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(failed("the target could not be examined")(error)),
+    };
+    let directory = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => FilePath::new("."),
+    };
+    let flusher = Directory::open(directory).map_err(failed("the directory could not be opened"))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY_PREFIX).suffix(TEMPORARY_SUFFIX);
+    // From the first moment no wider than in the end; the umask narrows it where the file is new.
+    #[cfg(unix)]
+    builder.permissions(existing.clone().unwrap_or_else(|| {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::Permissions::from_mode(0o666)
+    }));
+    // Removes its file when dropped, also by a panic.
+    let mut temporary =
+        builder.tempfile_in(directory).map_err(failed("a temporary file could not be made beside it"))?;
+    if let Some(permissions) = existing {
+        let set = temporary.as_file().set_permissions(permissions);
+        set.map_err(failed("the permissions could not be kept"))?;
+    }
+    fill(temporary.as_file_mut()).map_err(failed("writing failed"))?;
+    temporary.as_file().sync_all().map_err(failed("flushing to disk failed"))?;
+    temporary.persist(&target).map_err(|error| failed("the finished file could not be renamed")(error.error))?;
+    flusher.sync().map_err(failed("the file is in place, but flushing its directory to disk failed"))
+}
+
+/// The place a path names once its last part is no symbolic link, whether or not a file is there.
+fn follow_links(path: &FilePath) -> io::Result<PathBuf> {
+    const LINKS: usize = 40;
+    let mut target = path.to_owned();
+    for _ in 0..LINKS {
+        match fs::symlink_metadata(&target) {
+            Ok(facts) if facts.is_symlink() => {
+                let next = fs::read_link(&target)?;
+                target = target.parent().map(|parent| parent.join(&next)).unwrap_or(next);
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(target),
+        }
+    }
+    Err(io::Error::other("too many symbolic links"))
+}
+
+/// A directory whose entries can be made durable. Opened before anything is written, so that a
+/// directory that cannot be opened leaves the old file.
+struct Directory {
+    #[cfg(unix)]
+    handle: File,
+}
+
+#[cfg(unix)]
+impl Directory {
+    fn open(path: &FilePath) -> io::Result<Self> {
+        Ok(Self { handle: File::open(path)? })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self.handle.sync_all() {
+            // Some network file systems know no flush of a directory; there is nothing more to ask for.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+            outcome => outcome,
+        }
+    }
+}
+
+#[cfg(not(unix))]
+impl Directory {
+    /// Elsewhere directories cannot be flushed by the standard library; the rename is atomic all the same.
+    fn open(path: &FilePath) -> io::Result<Self> {
+        fs::metadata(path).map(|_| Self {})
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
