@@ -377,21 +377,26 @@ impl Optimizer {
         self.preset.declaration().slots.iter().position(|s| s.name == key)
     }
 
-    /// A copy of slot k of a parameter, if it exists.
-    fn read_slot(&self, index: usize, k: usize) -> Result<Option<Array>> {
-        let entry = &self.entries[index];
+    /// Copies of slots, each named by its parameter's index and k; `None` where a slot does not exist.
+    fn read_slots(&self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
         let bytes = match &self.backend {
-            Backend::Cpu(_) => entry.slots[k].as_ref().map(|buffer| buffer.to_bytes()),
+            Backend::Cpu(_) => {
+                wanted.iter().map(|&(index, k)| Some(self.entries[index].slots[k].as_ref()?.to_bytes())).collect()
+            }
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.read_slot(index, k)?,
+            Backend::Gpu(executor) => executor.read_slots(wanted)?,
         };
-        Ok(bytes.map(|bytes| Array { dtype: entry.info.dtype, shape: entry.info.shape.clone(), bytes }))
+        let array = |(&(index, _), bytes): (&(usize, usize), Option<Vec<u8>>)| {
+            let info = &self.entries[index].info;
+            Some(Array { dtype: info.dtype, shape: info.shape.clone(), bytes: bytes? })
+        };
+        Ok(wanted.iter().zip::<Vec<_>>(bytes).map(array).collect())
     }
 
     /// A copy of one slot by torch's key, wherever it lives.
     pub fn slot_array(&self, index: usize, key: &str) -> Result<Option<Array>> {
         match self.slot_index(key) {
-            Some(k) if index < self.entries.len() => self.read_slot(index, k),
+            Some(k) if index < self.entries.len() => Ok(self.read_slots(&[(index, k)])?.pop().flatten()),
             _ => Ok(None),
         }
     }
@@ -431,15 +436,15 @@ impl Optimizer {
 
     /// A copy of everything but the parameters' values.
     pub fn state_dict(&self) -> Result<StateDict> {
+        let declared = self.preset.declaration().slots;
+        let known: Vec<usize> = (0..self.entries.len()).filter(|&i| self.has_state(i)).collect();
+        let wanted: Vec<_> = known.iter().flat_map(|&i| (0..declared.len()).map(move |k| (i, k))).collect();
+        let mut arrays = self.read_slots(&wanted)?.into_iter();
         let mut state = BTreeMap::new();
-        for (i, entry) in self.entries.iter().enumerate().filter(|(i, _)| self.has_state(*i)) {
-            let mut slots = BTreeMap::new();
-            for (k, slot) in self.preset.declaration().slots.iter().enumerate() {
-                if let Some(array) = self.read_slot(i, k)? {
-                    slots.insert(slot.name.to_owned(), array);
-                }
-            }
-            state.insert(i, ParamState { step: entry.step, slots });
+        for i in known {
+            let present =
+                declared.iter().zip(arrays.by_ref()).filter_map(|(s, array)| Some((s.name.to_owned(), array?)));
+            state.insert(i, ParamState { step: self.entries[i].step, slots: present.collect() });
         }
         let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
             let members = || self.entries.iter().enumerate().filter(move |(_, e)| e.group == g);

@@ -180,15 +180,20 @@ impl Executor {
 
     /// A copy of slot k of a parameter in C order, if it exists.
     pub fn read_slot(&self, index: usize, k: usize) -> Result<Option<Vec<u8>>> {
+        Ok(self.read_slots(&[(index, k)])?.pop().flatten())
+    }
+
+    /// Copies of slots, each named by its parameter's index and k, brought home together.
+    pub fn read_slots(&self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Vec<u8>>>> {
         let inner = self.inner.get(self.place)?;
-        if !self.has_slot(index, k) {
-            return Ok(None);
-        }
-        let mut bytes = vec![0; 4 * self.params[index].len];
-        inner.read(self.place, Role::Slot(k), index, |segment, part| {
-            bytes[4 * segment.start..][..part.len()].copy_from_slice(part);
+        let exists = |&&(index, k): &&(usize, usize)| self.has_slot(index, k);
+        let sources: Vec<_> = wanted.iter().filter(exists).map(|&(index, k)| (Role::Slot(k), index)).collect();
+        let mut found: Vec<Vec<u8>> = sources.iter().map(|&(_, index)| vec![0; 4 * self.params[index].len]).collect();
+        inner.read(self.place, &sources, |which, segment, part| {
+            found[which][4 * segment.start..][..part.len()].copy_from_slice(part);
         })?;
-        Ok(Some(bytes))
+        let mut found = found.into_iter();
+        Ok(wanted.iter().map(|slot| exists(&slot).then(|| found.next()).flatten()).collect())
     }
 
     /// Replaces every slot of every parameter: by parameter and slot the bytes in C order, or `None` where
@@ -247,7 +252,7 @@ impl Executor {
             return Ok(());
         }
         let raw = float32(&array.raw, param.len);
-        inner.read(self.place, Role::Parameter, index, |segment, part| {
+        inner.read(self.place, &[(Role::Parameter, index)], |_, segment, part| {
             // SAFETY: TensorMut promises memory for its elements, whose number was compared; segments lie
             // within the parameter.
             unsafe { memory::write_bytes(raw, segment.start, part) };
@@ -397,16 +402,22 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads a tensor's segments in order.
-    fn read(&self, place: &str, role: Role, index: usize, mut take: impl FnMut(Segment, &[u8])) -> Result<()> {
-        let segments: Vec<Segment> = self.arena.layout.segments(index, self.staging.longest()).collect();
-        if segments.is_empty() {
+    /// Reads tensors' segments in order; `take` gets the tensor's position in `sources`.
+    fn read(&self, place: &str, sources: &[(Role, usize)], mut take: impl FnMut(usize, Segment, &[u8])) -> Result<()> {
+        let (mut downloads, mut targets) = (Vec::new(), Vec::new());
+        for (which, &(role, index)) in sources.iter().enumerate() {
+            for segment in self.arena.layout.segments(index, self.staging.longest()) {
+                downloads.push(download(place, &self.arena, role, segment)?);
+                targets.push((which, segment));
+            }
+        }
+        if downloads.is_empty() {
             return Ok(());
         }
-        let downloads = segments.iter().map(|&s| download(place, &self.arena, role, s)).collect::<Result<Vec<_>>>()?;
         let encoder = self.context.device.create_command_encoder(&Default::default());
         self.staging.download(&self.context, place, encoder, &downloads, |i, part| {
-            take(segments[i], &part[..4 * segments[i].len]);
+            let (which, segment) = targets[i];
+            take(which, segment, &part[..4 * segment.len]);
         })
     }
 }
