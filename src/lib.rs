@@ -15,18 +15,23 @@
 //! | [`store`] | state by parameter, and its serde form |
 //! | [`checkpoint`] | the file format: trees of values, strict reader, durable writer |
 //! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
+//! | [`shader`] | the text of a kernel's GPU module |
+//! | `gpu` | with that feature: adapters, arenas, one dispatch for all tensors |
 //! | [`schedule`] | learning-rate transitions |
 //! | [`optimizer`] | a preset with groups, store and executor |
 
 pub mod checkpoint;
 pub mod cpu;
 pub mod error;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod hyper;
 pub mod optimizer;
 pub mod real;
 pub mod rule;
 pub mod rules;
 pub mod schedule;
+pub mod shader;
 pub mod store;
 pub mod tensor;
 

@@ -8,10 +8,12 @@ use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
+#[cfg(feature = "gpu")]
+use crate::rule::Facts;
 use crate::rule::{Moment, Row, Shared};
 use crate::rules::Preset;
 use crate::store::{Array, Entry, GroupState, ParamInfo, ParamState, STATE_FORMAT, StateDict};
-use crate::tensor::{Buffer, TensorMut, TensorRef};
+use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
 
 /// Where and how steps run; the same for all groups.
 #[derive(Debug, Clone)]
@@ -108,7 +110,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
-        let executor = gpu::Executor::new(preset.rule, device)?;
+        let executor = gpu::Executor::new(preset.name, preset.rule, device)?;
         Ok(Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options))
     }
 
@@ -165,17 +167,22 @@ impl Optimizer {
         }
     }
 
-    /// Whether the device holds newer values of a parameter than the host. Never on the CPU.
-    pub fn host_is_stale(&self, _index: usize) -> bool {
-        false
+    /// For tests: windows and staging blocks of so many elements, and another chunk, on a GPU. Works until
+    /// the first step or load.
+    #[cfg(feature = "gpu")]
+    pub fn force_gpu(&mut self, window: usize, chunk: usize) {
+        if let Backend::Gpu(executor) = &mut self.backend {
+            executor.force(window, chunk);
+        }
     }
 
-    /// The host's values of a parameter are the truth now.
-    pub fn host_written(&mut self, _index: usize) {}
-
-    /// Brings a parameter's values from the device to the host if they are newer there.
-    pub fn sync(&mut self, _index: usize, _target: &mut TensorMut<'_>) -> Result<()> {
-        Ok(())
+    /// The device, on a GPU.
+    #[cfg(feature = "gpu")]
+    pub fn device(&self) -> Result<Option<&gpu::DeviceInfo>> {
+        match &self.backend {
+            Backend::Cpu(_) => Ok(None),
+            Backend::Gpu(executor) => executor.device().map(Some),
+        }
     }
 
     /// What the steps run on, for people.
@@ -183,7 +190,7 @@ impl Optimizer {
         match &self.backend {
             Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.device_name(),
+            Backend::Gpu(executor) => executor.device_name().into(),
         }
     }
 
@@ -234,21 +241,12 @@ impl Optimizer {
                 );
             }
         }
+        let place = format!("{}.step", self.preset.name);
         for (i, ((entry, p), g)) in self.entries.iter().zip(params).zip(gradients).enumerate() {
             let arrays = [("", Some(&p.raw)), ("gradient of ", g.as_ref().map(|g| &g.raw))];
             for (what, raw) in arrays.into_iter().filter_map(|(what, raw)| Some((what, raw?))) {
                 let label = || format!("{what}{}", entry.info.label(i));
-                if raw.dtype != entry.info.dtype {
-                    return refuse(ErrorKind::Type, label(), entry.info.dtype.to_string(), raw.dtype.to_string());
-                }
-                if raw.len != entry.info.len() {
-                    return refuse(
-                        ErrorKind::Value,
-                        label(),
-                        format!("of {} elements", entry.info.len()),
-                        raw.len.to_string(),
-                    );
-                }
+                fits(&place, label, &entry.info, raw)?;
             }
         }
         Ok(())
@@ -318,6 +316,57 @@ impl Optimizer {
         Ok(())
     }
 
+    #[cfg(feature = "gpu")]
+    fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
+        scratch.clear(groups.len());
+        let mut jobs = Vec::new();
+        for (index, entry) in entries.iter().enumerate().filter(|(i, _)| gradients[*i].is_some()) {
+            let hypers = &groups[entry.group];
+            let kernel = preset.rule.with_kernel(hypers, Facts);
+            let fresh = executor.missing(index, kernel.slots);
+            let at = Moment { step: entry.step + 1, fresh };
+            let row = scratch.row(entry.group, at, || row(preset, hypers, at, *flush_subnormals));
+            jobs.push(gpu::Job { index, row, kernel, fresh });
+        }
+        executor.step(&scratch.rows, &jobs, params, gradients)
+    }
+
+    /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
+    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU.
+    pub fn host_is_stale(&self, index: usize) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => {
+                debug_assert!(index < self.entries.len());
+                false
+            }
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.host_is_stale(index),
+        }
+    }
+
+    /// Says that the host's array of a resident parameter was written: it is the truth from now on.
+    pub fn host_written(&mut self, index: usize) {
+        match &mut self.backend {
+            Backend::Cpu(_) => debug_assert!(index < self.entries.len()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.host_written(index),
+        }
+    }
+
+    /// Brings a resident parameter's value to the host's array if the device's is ahead; else does nothing.
+    pub fn sync(&mut self, index: usize, array: &mut TensorMut<'_>) -> Result<()> {
+        let place = format!("{}.sync", self.preset.name);
+        let info = &self.entries[index].info;
+        fits(&place, || info.label(index), info, &array.raw)?;
+        match &mut self.backend {
+            Backend::Cpu(_) => Ok(()),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => executor.sync(index, array),
+        }
+    }
+
     /// The buffer of one slot, if the host has it, by parameter index and torch's key.
     pub fn slot(&self, index: usize, key: &str) -> Option<Arc<Buffer>> {
         let k = self.slot_index(key)?;
@@ -328,21 +377,26 @@ impl Optimizer {
         self.preset.declaration().slots.iter().position(|s| s.name == key)
     }
 
-    /// A copy of slot k of a parameter, if it exists.
-    fn read_slot(&self, index: usize, k: usize) -> Result<Option<Array>> {
-        let entry = &self.entries[index];
+    /// Copies of slots, each named by its parameter's index and k; `None` where a slot does not exist.
+    fn read_slots(&self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
         let bytes = match &self.backend {
-            Backend::Cpu(_) => entry.slots[k].as_ref().map(|buffer| buffer.to_bytes()),
+            Backend::Cpu(_) => {
+                wanted.iter().map(|&(index, k)| Some(self.entries[index].slots[k].as_ref()?.to_bytes())).collect()
+            }
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.read_slot(index, k)?,
+            Backend::Gpu(executor) => executor.read_slots(wanted)?,
         };
-        Ok(bytes.map(|bytes| Array { dtype: entry.info.dtype, shape: entry.info.shape.clone(), bytes }))
+        let array = |(&(index, _), bytes): (&(usize, usize), Option<Vec<u8>>)| {
+            let info = &self.entries[index].info;
+            Some(Array { dtype: info.dtype, shape: info.shape.clone(), bytes: bytes? })
+        };
+        Ok(wanted.iter().zip::<Vec<_>>(bytes).map(array).collect())
     }
 
     /// A copy of one slot by torch's key, wherever it lives.
     pub fn slot_array(&self, index: usize, key: &str) -> Result<Option<Array>> {
         match self.slot_index(key) {
-            Some(k) if index < self.entries.len() => self.read_slot(index, k),
+            Some(k) if index < self.entries.len() => Ok(self.read_slots(&[(index, k)])?.pop().flatten()),
             _ => Ok(None),
         }
     }
@@ -382,15 +436,15 @@ impl Optimizer {
 
     /// A copy of everything but the parameters' values.
     pub fn state_dict(&self) -> Result<StateDict> {
+        let declared = self.preset.declaration().slots;
+        let known: Vec<usize> = (0..self.entries.len()).filter(|&i| self.has_state(i)).collect();
+        let wanted: Vec<_> = known.iter().flat_map(|&i| (0..declared.len()).map(move |k| (i, k))).collect();
+        let mut arrays = self.read_slots(&wanted)?.into_iter();
         let mut state = BTreeMap::new();
-        for (i, entry) in self.entries.iter().enumerate().filter(|(i, _)| self.has_state(*i)) {
-            let mut slots = BTreeMap::new();
-            for (k, slot) in self.preset.declaration().slots.iter().enumerate() {
-                if let Some(array) = self.read_slot(i, k)? {
-                    slots.insert(slot.name.to_owned(), array);
-                }
-            }
-            state.insert(i, ParamState { step: entry.step, slots });
+        for i in known {
+            let present =
+                declared.iter().zip(arrays.by_ref()).filter_map(|(s, array)| Some((s.name.to_owned(), array?)));
+            state.insert(i, ParamState { step: self.entries[i].step, slots: present.collect() });
         }
         let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
             let members = || self.entries.iter().enumerate().filter(move |(_, e)| e.group == g);
@@ -524,14 +578,17 @@ impl Optimizer {
     fn write_state(&mut self, loaded: &[Option<Loaded<'_>>]) -> Result<()> {
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
-            for (i, state) in loaded.iter().enumerate() {
-                executor.clear_slots(i)?;
-                for (k, array) in state.iter().flat_map(|(_, slots)| slots.iter().enumerate()) {
-                    if let Some(array) = array {
-                        executor.write_slot(i, k, &array.bytes)?;
-                    }
-                }
-                self.entries[i].step = state.as_ref().map_or(0, |(step, _)| *step);
+            let declared = self.preset.declaration().slots.len();
+            let mut slots: Vec<Vec<Option<&[u8]>>> = vec![vec![None; declared]; loaded.len()];
+            for (slots, (_, arrays)) in slots.iter_mut().zip(loaded).filter_map(|(s, state)| Some((s, state.as_ref()?)))
+            {
+                *slots = arrays.iter().map(|array| Some(array.as_ref()?.bytes.as_slice())).collect();
+            }
+            let outcome = executor.replace_slots(&slots);
+            self.torn |= matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
+            outcome?;
+            for (entry, state) in self.entries.iter_mut().zip(loaded) {
+                entry.step = state.as_ref().map_or(0, |(step, _)| *step);
             }
             return Ok(());
         }
@@ -554,6 +611,17 @@ impl Optimizer {
         }
         Ok(())
     }
+}
+
+/// Whether an array is what was registered.
+fn fits(place: &str, label: impl Fn() -> String, info: &ParamInfo, raw: &RawTensor) -> Result<()> {
+    if raw.dtype != info.dtype {
+        return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype, raw.dtype));
+    }
+    if raw.len != info.len() {
+        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {} elements", info.len()), raw.len));
+    }
+    Ok(())
 }
 
 /// The coefficients of one group at one moment.

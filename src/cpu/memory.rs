@@ -94,3 +94,46 @@ pub(super) unsafe fn whole<'a, F: Real>(ptr: *mut u8, start: usize, n: usize) ->
     // SAFETY: the caller's duty.
     unsafe { std::slice::from_raw_parts_mut(ptr.cast::<F>().add(start), n) }
 }
+
+/// Hands the bytes of elements `start..start + n` in C order to `sink` with their offset from the first:
+/// at once where the array is in C order, else block by block.
+///
+/// # Safety
+/// The range lies within the tensor, which is allocated and initialized.
+#[cfg(feature = "gpu")]
+pub(crate) unsafe fn read_bytes(from: &RawTensor, start: usize, n: usize, mut sink: impl FnMut(usize, &[u8])) {
+    let size = from.dtype.size();
+    let Some(strides) = &from.strides else {
+        // SAFETY: start + n ≤ len.
+        return sink(0, unsafe { std::slice::from_raw_parts(from.ptr.add(start * size), n * size) });
+    };
+    let mut block = [0u8; BLOCK * 8];
+    for at in (0..n).step_by(BLOCK) {
+        let count = BLOCK.min(n - at);
+        walk(strides, start + at, count, |k, offset| {
+            // SAFETY: the offset belongs to an element of the tensor.
+            let element = unsafe { std::slice::from_raw_parts(from.ptr.offset(offset), size) };
+            block[k * size..][..size].copy_from_slice(element);
+        });
+        sink(at * size, &block[..count * size]);
+    }
+}
+
+/// Writes elements in C order, from element `start` on.
+///
+/// # Safety
+/// The range lies within the tensor, which is allocated, writable and touched by no other thread of the
+/// step.
+#[cfg(feature = "gpu")]
+pub(crate) unsafe fn write_bytes(to: &RawTensor, start: usize, bytes: &[u8]) {
+    let size = to.dtype.size();
+    match &to.strides {
+        // SAFETY: the caller keeps the range within the tensor; `bytes` is the engine's own memory.
+        None => unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.ptr.add(start * size), bytes.len()) },
+        Some(strides) => walk(strides, start, bytes.len() / size, |k, offset| {
+            let element = &bytes[k * size..][..size];
+            // SAFETY: the offset belongs to an element of the tensor.
+            unsafe { std::ptr::copy_nonoverlapping(element.as_ptr(), to.ptr.offset(offset), size) };
+        }),
+    }
+}

@@ -5,7 +5,7 @@
 //! threads, [`reduce`] the sums whose bits do not depend on threads or chunks.
 
 pub mod isa;
-mod memory;
+pub(crate) mod memory;
 pub mod plan;
 pub mod pool;
 pub mod reduce;
@@ -19,6 +19,8 @@ use crate::tensor::RawTensor;
 pub use isa::Isa;
 use plan::{Piece, Plan};
 pub use pool::Threads;
+#[cfg(feature = "gpu")]
+pub(crate) use run::Frame;
 pub use run::PassFn;
 
 /// Fewer elements than this run on the calling thread: waking the pool costs more than it saves.

@@ -35,15 +35,15 @@ pub struct PassFn {
 }
 
 /// The shared pre- and post-steps, cast to the compute type. Neutral values change no bit.
-struct Frame<F> {
-    gradient_factor: F,
-    l2: Option<F>,
-    shrink: F,
+pub(crate) struct Frame<F> {
+    pub(crate) gradient_factor: F,
+    pub(crate) l2: Option<F>,
+    pub(crate) shrink: F,
     smallest: F,
 }
 
 impl<F: Real> Frame<F> {
-    fn new(shared: &Shared) -> Self {
+    pub(crate) fn new(shared: &Shared) -> Self {
         let scale = F::from_f64(shared.gradient_scale);
         Self {
             gradient_factor: if shared.maximize { -scale } else { scale },

@@ -1,0 +1,62 @@
+// Twin of src/cpu/run.rs: the loop that every rule's kernel runs through.
+//
+//     for each element:
+//         g = ±scale·g                        maximize and gradient scale: one exact factor
+//         g = g + λ·θ    or    θ = θ·(1 − lr·λ)
+//         θ, slots = kernel(θ, g, slots)      the rule
+//         slots below the smallest normal number become 0
+//
+// One workgroup handles one chunk of one tensor; the chunk names the row of coefficients. The function
+// `update`, the bindings and the struct `Row` are generated for each kernel: see src/shader.rs.
+
+override WORKGROUP: u32 = 64u;
+
+// Part of one tensor inside the bound window.
+struct Chunk {
+    // First vec4 of the window.
+    start4: u32,
+    // Elements; the lanes past the last one stay zero.
+    len: u32,
+    // Which row of coefficients.
+    row: u32,
+}
+
+const L2: u32 = 1u;
+const FLUSH_SUBNORMALS: u32 = 2u;
+
+// The shared pre- and post-steps. Neutral values change no bit.
+struct Frame {
+    gradient_factor: f32,
+    l2: f32,
+    shrink: f32,
+    switches: u32,
+}
+
+fn prepared(frame: Frame, p: vec4<f32>, gradient: vec4<f32>) -> vec4<f32> {
+    let g = gradient * frame.gradient_factor;
+    return select(g, g + frame.l2 * p, (frame.switches & L2) != 0u);
+}
+
+fn stored(frame: Frame, value: vec4<f32>, inside: vec4<bool>) -> vec4<f32> {
+    let flushes = vec4<bool>((frame.switches & FLUSH_SUBNORMALS) != 0u);
+    return select(value, vec4<f32>(0.0), (flushes & is_below_normal(value)) | !inside);
+}
+
+// The grid has two axes where the chunks are more than one axis may hold.
+@compute @workgroup_size(WORKGROUP)
+fn step(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = workgroup.x + workgroup.y * grid.x;
+    if (index >= arrayLength(&chunks)) {
+        return;
+    }
+    let chunk = chunks[index];
+    let row = rows[chunk.row];
+    for (var i = lane; 4u * i < chunk.len; i += WORKGROUP) {
+        let inside = 4u * i + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(chunk.len);
+        update(row, chunk.start4 + i, inside);
+    }
+}

@@ -1,0 +1,23 @@
+//! The GPU executor: the rules as compute shaders, on any vendor's GPU through wgpu.
+//!
+//! `context` chooses an adapter and opens a device once per process, `pipeline` compiles a kernel's
+//! [`shader`](crate::shader) for it, `arena` lays tensors out in windows no longer than a binding may be,
+//! `staging` moves arrays between host and device, [`Executor`] runs a step: one dispatch per kernel and
+//! window updates every tensor of every group.
+//!
+//! It works within the limits that WebGPU guarantees and asks for larger buffers where they are offered.
+//! It computes in float32 only; float64 is refused by name. Where the device is lost, memory runs out, no
+//! adapter fits, or the process was forked, the error's kind says so; nothing panics.
+//!
+//! Where the truth lives: a plain parameter ([`ParamInfo::resident`](crate::ParamInfo::resident) false) is
+//! uploaded before and written back after every step. A resident one stays on the device: it is uploaded
+//! when the host's copy is newer (at first, and after `host_written`) and comes back by `sync`.
+
+mod arena;
+mod context;
+mod executor;
+mod pipeline;
+mod staging;
+
+pub use context::{DeviceInfo, DeviceRequest, devices};
+pub use executor::{CHUNK, Executor, Job};
