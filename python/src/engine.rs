@@ -313,7 +313,6 @@ impl Engine {
         let options = Options { threads, flush_subnormals: flush_denormals };
         let (optimizer, on_gpu) = match backend.split_once(':').unwrap_or((backend, "")) {
             ("cpu", "") => (Optimizer::cpu(name, &options), false),
-            #[cfg(feature = "gpu")]
             ("gpu", selector) => {
                 let request = crate::devices::request(selector, allow_software);
                 (py.detach(|| guarded(name, || Optimizer::gpu(name, &options, &request))), true)

@@ -56,10 +56,16 @@ fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> 
         Ok(Tree::Str(object.extract()?))
     } else if let Ok(list) = object.cast_exact::<PyList>() {
         let items = list.iter().enumerate();
-        items.map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1)).collect::<PyResult<_>>().map(Tree::List)
+        items
+            .map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1))
+            .collect::<PyResult<_>>()
+            .map(Tree::List)
     } else if let Ok(tuple) = object.cast_exact::<PyTuple>() {
         let items = tuple.iter().enumerate();
-        items.map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1)).collect::<PyResult<_>>().map(Tree::Tuple)
+        items
+            .map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1))
+            .collect::<PyResult<_>>()
+            .map(Tree::Tuple)
     } else if let Ok(dict) = object.cast_exact::<PyDict>() {
         let mut items = Vec::with_capacity(dict.len());
         for (key, value) in dict.iter() {
@@ -70,7 +76,15 @@ fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> 
                 Key::Int(x)
             } else {
                 let name = format!("the key of {inner}");
-                return Err(refuse(py, ErrorKind::Type, place, &name, "a str or an int of 64 bits", described(&key), None));
+                return Err(refuse(
+                    py,
+                    ErrorKind::Type,
+                    place,
+                    &name,
+                    "a str or an int of 64 bits",
+                    described(&key),
+                    None,
+                ));
             };
             items.push((key, to_tree(&value, place, &inner, depth + 1)?));
         }

@@ -3,7 +3,6 @@
 
 mod arrays;
 mod clip;
-#[cfg(feature = "gpu")]
 mod devices;
 mod engine;
 mod errors;
@@ -21,6 +20,8 @@ mod _roptim {
 
     #[pymodule_export]
     use crate::clip::norm;
+    #[pymodule_export]
+    use crate::devices::devices;
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
