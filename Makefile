@@ -53,7 +53,7 @@ lint: $(STAMP)-build $(STAMP)-lint  ## rustfmt, clippy, ruff, mypy, stubtest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest roptim --ignore-missing-stub
+	$(BIN)/python -m mypy.stubtest roptim._roptim
 
 format: $(STAMP)-lint  ## format everything
 	cargo fmt --all

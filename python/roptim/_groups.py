@@ -35,7 +35,12 @@ def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
     for name in sorted(names):
         if len(name) >= 4 and edit_distance(key, name) <= 2:
             raise refuse(
-                RoptimKeyError, place, "group key", "a hyperparameter or a name of your own", repr(key), f"did you mean {name!r}?"
+                RoptimKeyError,
+                place,
+                "group key",
+                "a hyperparameter or a name of your own",
+                repr(key),
+                f"did you mean {name!r}?",
             )
 
 
@@ -69,9 +74,7 @@ class ParamGroup(dict[str, Any]):
 
     def _change(self, changes: dict[str, Any]) -> None:
         if "params" in changes and changes["params"] is not self.get("params"):
-            raise refuse(
-                RoptimKeyError, self._place, "params", "left as it is", "an assignment", "use add_param_group"
-            )
+            raise refuse(RoptimKeyError, self._place, "params", "left as it is", "an assignment", "use add_param_group")
         changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
         for key in changes:
             refuse_misspelling(self._place, key, self._hypers)
@@ -129,11 +132,16 @@ class ParamGroups(list[ParamGroup]):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse(
-            RoptimTypeError, "param_groups", "the list", "left as it is", "a change", "use add_param_group, or change a group's items"
+            RoptimTypeError,
+            "param_groups",
+            "the list",
+            "left as it is",
+            "a change",
+            "use add_param_group, or change a group's items",
         )
 
-    append = extend = insert = remove = pop = clear = reverse = sort = _refuse  # type: ignore[assignment]
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
+    append = extend = insert = remove = pop = clear = reverse = sort = _refuse
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
     def _add(self, group: ParamGroup) -> None:
         super().append(group)

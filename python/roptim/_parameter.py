@@ -84,12 +84,14 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent of each axis."""
-        return self._array.shape
+        shape: tuple[int, ...] = self._array.shape
+        return shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """What the array stores."""
-        return self._array.dtype
+        dtype: np.dtype[Any] = self._array.dtype
+        return dtype
 
     @property
     def size(self) -> int:

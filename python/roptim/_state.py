@@ -45,7 +45,12 @@ class ParamState(MutableMapping[str, Any]):
             raise refuse(RoptimValueError, "state", key, f"of shape {slot.shape}", str(value.shape))
         if not slot.flags.writeable:
             raise refuse(
-                RoptimTypeError, "state", key, "read only on a GPU", "an assignment", "change it through load_state_dict"
+                RoptimTypeError,
+                "state",
+                key,
+                "read only on a GPU",
+                "an assignment",
+                "change it through load_state_dict",
             )
         slot[...] = value
 
@@ -93,9 +98,7 @@ class State(MutableMapping[Any, Any]):
         elif id(key) in self._index:
             return self._index[id(key)]
         shown = repr(key) if isinstance(key, (str, int, np.integer)) else f"an object of type {type(key).__name__}"
-        raise refuse(
-            RoptimKeyError, "state", "key", "a parameter of this optimizer, its name or its index", shown
-        )
+        raise refuse(RoptimKeyError, "state", "key", "a parameter of this optimizer, its name or its index", shown)
 
     def __getitem__(self, key: Any) -> Any:
         index = self._find(key)

@@ -6,10 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
-from roptim._parameter import Parameter
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,9 @@ def listed(params: object, place: str) -> object:
         raise refuse(RoptimTypeError, place, "params", "ordered", f"a {type(params).__name__}", "use a list")
     if isinstance(params, (str, bytes)) or params is None:
         raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", repr(params))
-    if is_leaf(params) and not isinstance(params, (np.ndarray, Parameter)):
-        if isinstance(params, Iterable) and not hasattr(params, "__array__"):
-            return list(params)
+    is_container = isinstance(params, Iterable) and not hasattr(params, "__array__")
+    if is_container and is_leaf(params):
+        return list(params)  # type: ignore[call-overload]  # a generator, say
     return params
 
 

@@ -63,7 +63,11 @@ class LRScheduler:
                 group.setdefault("initial_lr", group["lr"])
             elif "initial_lr" not in group:
                 raise refuse(
-                    RoptimKeyError, type(self).__name__, f"group {i}", "one with 'initial_lr' to resume", "none",
+                    RoptimKeyError,
+                    type(self).__name__,
+                    f"group {i}",
+                    "one with 'initial_lr' to resume",
+                    "none",
                     "use last_epoch=-1 to begin",
                 )
         self.base_lrs: list[float] = [float(group["initial_lr"]) for group in optimizer.param_groups]
@@ -208,8 +212,12 @@ class CosineAnnealingLR(LRScheduler):
         self._warn_outside_step()
         return [
             _roptim.cosine_next(
-                float(group["lr"]), float(group.get("initial_lr", group["lr"])), self.last_epoch, self._is_initial,
-                self.T_max, self.eta_min,
+                float(group["lr"]),
+                float(group.get("initial_lr", group["lr"])),
+                self.last_epoch,
+                self._is_initial,
+                self.T_max,
+                self.eta_min,
             )
             for group in self.optimizer.param_groups
         ]
@@ -268,7 +276,9 @@ class ReduceLROnPlateau(LRScheduler):
         self._attach(optimizer)
         if isinstance(min_lr, (list, tuple)):
             if len(min_lr) != len(optimizer.param_groups):
-                raise refuse(RoptimValueError, place, "min_lr", f"{len(optimizer.param_groups)} numbers", str(len(min_lr)))
+                raise refuse(
+                    RoptimValueError, place, "min_lr", f"{len(optimizer.param_groups)} numbers", str(len(min_lr))
+                )
             self.default_min_lr: float | None = None
             self.min_lrs = [_number(place, "min_lr", x) for x in min_lr]
         else:

@@ -150,7 +150,9 @@ class Optimizer:
         if not isinstance(param_group, Mapping):
             raise refuse(RoptimTypeError, place, "param_group", "a dict", f"a {type(param_group).__name__}")
         if "params" not in param_group:
-            raise refuse(RoptimKeyError, place, "param_group", "a dict with a 'params' entry", str(sorted(map(str, param_group))))
+            raise refuse(
+                RoptimKeyError, place, "param_group", "a dict with a 'params' entry", str(sorted(map(str, param_group)))
+            )
         spec, objects, names = _tree.flatten(_tree.listed(param_group["params"], place), place)
         given = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
         for key in given:
@@ -185,7 +187,9 @@ class Optimizer:
         known = [name for group in self.param_groups for name in group.get("param_names", ())]
         if self.param_groups and (names is None) != ("param_names" not in self.param_groups[0]):
             allowed, got = ("named", "without names") if names is None else ("without names", "named")
-            raise refuse(RoptimValueError, self._place, "parameters of all groups", f"{allowed} like the first group's", got)
+            raise refuse(
+                RoptimValueError, self._place, "parameters of all groups", f"{allowed} like the first group's", got
+            )
         for name in names or ():
             if name in known:
                 raise refuse(RoptimValueError, self._place, "names", "different", f"{name!r} twice")
@@ -272,9 +276,7 @@ class Optimizer:
         if not isinstance(gradients, (list, tuple)):
             got = f"a {type(gradients).__name__}"
             raise refuse(RoptimTypeError, place, "gradients", "a list over all parameters or groups", got)
-        if len(gradients) == len(self._specs) and not (
-            len(gradients) == total and all(map(_tree.is_leaf, gradients))
-        ):
+        if len(gradients) == len(self._specs) and not (len(gradients) == total and all(map(_tree.is_leaf, gradients))):
             read = zip(self._specs, gradients, strict=True)
             return [leaf for i, (spec, tree) in enumerate(read) for leaf in _tree.read(spec, tree, place, f"group {i}")]
         return _tree.read(_tree.Spec("sequence", tuple(range(total)), (_tree.LEAF,) * total), gradients, place)
@@ -292,7 +294,12 @@ class Optimizer:
             return
         if not isinstance(value, Mapping) or len(value):
             raise refuse(
-                RoptimValueError, self._place, "state", "{} when assigned", "a mapping with entries", "use load_state_dict"
+                RoptimValueError,
+                self._place,
+                "state",
+                "{} when assigned",
+                "a mapping with entries",
+                "use load_state_dict",
             )
         self._state.clear()
 
@@ -349,7 +356,9 @@ class Optimizer:
             raise refuse(RoptimTypeError, place, "state_dict", "a dict", f"a {type(state_dict).__name__}")
         for key in ("state", "param_groups"):
             if key not in state_dict:
-                raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict))))
+                raise refuse(
+                    RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict)))
+                )
         about = state_dict.get("roptim", {})
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:

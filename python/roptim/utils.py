@@ -81,10 +81,14 @@ def _gradients(parameters: Any) -> list[Any]:
         if isinstance(g, np.generic) and isinstance(p, Parameter):
             g = p.grad = np.array(g)
         if not isinstance(g, np.ndarray):
-            raise refuse(RoptimTypeError, _PLACE, f"gradient {i}", "a numpy.ndarray", f"an object of type {type(g).__name__}")
+            raise refuse(
+                RoptimTypeError, _PLACE, f"gradient {i}", "a numpy.ndarray", f"an object of type {type(g).__name__}"
+            )
         if g.dtype not in (np.float32, np.float64):
             raise refuse(RoptimTypeError, _PLACE, f"gradient {i}", "float32 or float64", str(g.dtype))
         if not g.flags.writeable:
-            raise refuse(RoptimValueError, _PLACE, f"gradient {i}", "writeable", "a read-only array", "copy it with .copy()")
+            raise refuse(
+                RoptimValueError, _PLACE, f"gradient {i}", "writeable", "a read-only array", "copy it with .copy()"
+            )
         gradients.append(g)
     return gradients

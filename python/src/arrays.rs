@@ -217,7 +217,7 @@ impl Seen {
         let head = header(gradient);
         let needed = NPY_ARRAY_ALIGNED | NPY_ARRAY_C_CONTIGUOUS;
         (head.descr == self.descr && head.flags & needed == needed && gradient.shape() == self.shape)
-            .then(|| RawTensor { ptr: head.data, len: self.raw.len, dtype: self.raw.dtype, strides: None })
+            .then_some(RawTensor { ptr: head.data, len: self.raw.len, dtype: self.raw.dtype, strides: None })
     }
 
     /// Extent of each axis.

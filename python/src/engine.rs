@@ -33,12 +33,13 @@ impl Shared {
             Ok(guard) => Ok(guard),
             // The torn flag inside, not the lock's poison, tells whether a panic left work half done.
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(Error::plain(
-                ErrorKind::Concurrent,
-                format!("{}: another thread is using this optimizer", self.name),
-            )
-            .with_remedy("call it from one thread at a time")),
+            Err(TryLockError::WouldBlock) => Err(self.busy()),
         }
+    }
+
+    fn busy(&self) -> Error {
+        Error::plain(ErrorKind::Concurrent, format!("{}: another thread is using this optimizer", self.name))
+            .with_remedy("call it from one thread at a time")
     }
 
     fn wait(&self) -> MutexGuard<'_, Optimizer> {
@@ -116,6 +117,9 @@ struct Table {
     slots_seen: u64,
 }
 
+/// A saved group: hyperparameters, indices, names.
+type SavedGroup<'py> = (Bound<'py, PyDict>, Vec<usize>, Option<Vec<String>>);
+
 /// An optimizer of the engine with its registered parameters.
 #[pyclass(frozen, module = "roptim._roptim")]
 pub(crate) struct Engine {
@@ -133,19 +137,12 @@ impl Engine {
         match self.table.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => self.shared.try_use().map(|_| ()).or_raise(py).and_then(|()| {
-                let sentence = format!("{}: another thread is using this optimizer", self.name());
-                Err(raise(
-                    py,
-                    &Error::plain(ErrorKind::Concurrent, sentence).with_remedy("call it from one thread at a time"),
-                ))
-            }),
+            Err(TryLockError::WouldBlock) => Err(raise(py, &self.shared.busy())),
         }
     }
 
-    fn label(&self, py: Python<'_>, index: usize, name: Option<&str>, object: &Bound<'_, PyAny>) -> String {
+    fn label(index: usize, name: Option<&str>, object: &Bound<'_, PyAny>) -> String {
         let own = object.cast::<ParameterBase>().ok().and_then(|p| p.get().label());
-        let _ = py;
         match name.map(str::to_owned).or(own) {
             Some(name) => format!("parameter {name:?}"),
             None => format!("parameter {index}"),
@@ -340,7 +337,7 @@ impl Engine {
         let mut added = Vec::with_capacity(params.len());
         for (i, object) in params.iter().enumerate() {
             let name = names.as_ref().map(|n| n[i].as_str());
-            let label = self.label(py, table.params.len() + i, name, &object);
+            let label = Self::label(table.params.len() + i, name, &object);
             let parameter = object.cast::<ParameterBase>().ok().map(|p| p.clone().unbind());
             let context = Context { place, label: &label };
             let array = match &parameter {
@@ -531,7 +528,7 @@ impl Engine {
         optimizer: Option<String>,
         format: u32,
         update_count: u64,
-        groups: Vec<(Bound<'_, PyDict>, Vec<usize>, Option<Vec<String>>)>,
+        groups: Vec<SavedGroup<'_>>,
         state: &Bound<'_, PyDict>,
     ) -> PyResult<()> {
         let place = format!("{}.load_state_dict", self.name());

@@ -27,8 +27,10 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
-        return list(a) == list(b) and all(type(k) is type(q) for k, q in zip(a, b, strict=True)) and all(
-            same(a[k], b[k]) for k in a
+        return (
+            list(a) == list(b)
+            and all(type(k) is type(q) for k, q in zip(a, b, strict=True))
+            and all(same(a[k], b[k]) for k in a)
         )
     if isinstance(a, float) and not isinstance(a, np.generic):
         return struct.pack("d", a) == struct.pack("d", b)
@@ -47,9 +49,9 @@ scalars = arrays.filter(lambda a: a.size).map(lambda a: a.reshape(-1)[0])
 keys = st.text(max_size=6) | st.integers(-(2**63), 2**63 - 1)
 trees = st.recursive(
     numbers | arrays | scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(keys, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -109,7 +111,10 @@ def test_a_run_goes_into_one_file(tmp_path: Path) -> None:
         ({1, 2}, "roptim.save: obj must be None, bool, int, float, str"),
         ({"a": [1, (2, object())]}, "roptim.save: obj['a'][1][1] must be None, bool"),
         ({"a": lambda: 0}, "roptim.save: obj['a'] must be None"),
-        ({(1, 2): 3}, "roptim.save: the key of obj[(1, 2)] must be a str or an int of 64 bits, got an object of type tuple"),
+        (
+            {(1, 2): 3},
+            "roptim.save: the key of obj[(1, 2)] must be a str or an int of 64 bits, got an object of type tuple",
+        ),
         ({True: 3}, "roptim.save: the key of obj[True] must be a str or an int of 64 bits, got an object of type bool"),
         (2**64, "roptim.save: obj must be an int of at most 64 bits, got 18446744073709551616"),
         (np.array(["x"]), "roptim.save: obj must be of a numeric dtype, got dtype str32"),

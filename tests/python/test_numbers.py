@@ -10,9 +10,9 @@ from helpers import Case, load_cases, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from reference import reference
 
 import roptim
+from reference import reference
 from roptim.optimizer import REGISTRY
 
 STEMS = [name.lower() for name in REGISTRY]
@@ -107,7 +107,9 @@ HYPERS["AdamW"] = HYPERS["Adam"]
 def test_random_trees_against_the_reference(name: str, data: st.DataObject) -> None:
     """Random shapes in a random container with random hyperparameters, float64."""
     kwargs = data.draw(HYPERS[name])
-    shapes = data.draw(st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), min_size=1, max_size=4))
+    shapes = data.draw(
+        st.lists(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), min_size=1, max_size=4)
+    )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     start = [np.asarray(rng.standard_normal(shape)) for shape in shapes]
     params = {f"p{i}": {"nested": p.copy()} for i, p in enumerate(start)}

@@ -76,9 +76,17 @@ def test_wrong_gradients_are_named_and_change_nothing() -> None:
     remedy = "; give None to skip a parameter"
     for gradients, kind, message in [
         ({"a": f32(2)}, KeyError, f"Adam.step: gradients must be given for a, b, got none for b{remedy}"),
-        ({"a": f32(2), "b": f32(3), "c": f32(1)}, KeyError, f"Adam.step: gradients must be given for a, b, got c{remedy}"),
+        (
+            {"a": f32(2), "b": f32(3), "c": f32(1)},
+            KeyError,
+            f"Adam.step: gradients must be given for a, b, got c{remedy}",
+        ),
         ([f32(2), f32(3)], TypeError, "Adam.step: gradients must be a dict like the parameters, got a list"),
-        ({"a": f32(3), "b": f32(3)}, ValueError, 'Adam.step: gradient of parameter "a" must be of shape (2,), got (3,)'),
+        (
+            {"a": f32(3), "b": f32(3)},
+            ValueError,
+            'Adam.step: gradient of parameter "a" must be of shape (2,), got (3,)',
+        ),
         (
             {"a": np.ones(2), "b": f32(3)},
             TypeError,
@@ -147,7 +155,11 @@ def read_only() -> Any:
     [
         (lambda: [[1.0, 2.0]], TypeError, "SGD: parameter 0 must be a numpy.ndarray, got an object of type float"),
         (lambda: ["abc"], TypeError, "SGD: parameter 0 must be a numpy.ndarray, got an object of type str"),
-        (lambda: [np.float32(1)], TypeError, "SGD: parameter 0 must be a numpy.ndarray, got an object of type numpy.float32"),
+        (
+            lambda: [np.float32(1)],
+            TypeError,
+            "SGD: parameter 0 must be a numpy.ndarray, got an object of type numpy.float32",
+        ),
         (lambda: [np.ones(2, np.int64)], TypeError, "SGD: parameter 0 must be float32 or float64, got int64"),
         (lambda: [np.array([object()])], TypeError, "SGD: parameter 0 must be float32 or float64, got object"),
         (lambda: [np.ones(2, np.float16)], TypeError, "SGD: parameter 0 must be float32 or float64, got float16"),

@@ -48,7 +48,9 @@ def test_docstring_names_every_argument_and_slot(optimizer_class: Any) -> None:
         assert name in doc, name
     for slot in entry["slots"]:
         assert slot in doc, slot
-    assert "{" not in doc.replace("_{", "").replace("^{", "").replace("frac{", "").replace("}{", "").replace("sqrt{", "")
+    assert "{" not in doc.replace("_{", "").replace("^{", "").replace("frac{", "").replace("}{", "").replace(
+        "sqrt{", ""
+    )
 
 
 def test_every_optimizer_is_exported() -> None:

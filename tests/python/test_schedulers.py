@@ -117,7 +117,10 @@ def test_warnings_and_errors() -> None:
         (lambda: StepLR(two_groups(), 3, last_epoch=4), "StepLR: group 0 must be one with 'initial_lr' to resume"),
         (lambda: CosineAnnealingLR(opt, 0), "CosineAnnealingLR: T_max must be a whole number >= 1, got 0"),
         (lambda: ReduceLROnPlateau(opt, "up"), "ReduceLROnPlateau: mode must be 'min' or 'max', got 'up'"),
-        (lambda: ReduceLROnPlateau(opt, factor=1.0), r"ReduceLROnPlateau: factor must be a number in \[0, 1\), got 1.0"),
+        (
+            lambda: ReduceLROnPlateau(opt, factor=1.0),
+            r"ReduceLROnPlateau: factor must be a number in \[0, 1\), got 1.0",
+        ),
         (lambda: ReduceLROnPlateau(opt, threshold_mode="x"), "ReduceLROnPlateau: threshold_mode must be"),
         (lambda: ReduceLROnPlateau(opt, min_lr=[0.1]), "ReduceLROnPlateau: min_lr must be 2 numbers, got 1"),
         (lambda: StepLR(opt, 2).load_state_dict({}), "StepLR.load_state_dict: state_dict must be"),
