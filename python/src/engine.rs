@@ -442,9 +442,7 @@ impl Engine {
             // `verify` refused overlap between them.
             .map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) })
             .collect();
-        if self.on_gpu {
-            self.settle_homes(py, table)?;
-        }
+        self.settle_homes(py, table)?;
         let mut run = || guarded(&place, || self.shared.try_use()?.step(&mut targets, &tensors));
         let outcome = if elements < HOLD_LOCK_BELOW && !self.on_gpu { run() } else { py.detach(run) };
         drop(keep);
@@ -602,12 +600,18 @@ impl Engine {
     fn settle_homes(&self, py: Python<'_>, table: &Table) -> PyResult<()> {
         for (index, registered) in table.params.iter().enumerate() {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
-            if parameter.home().is_some_and(|h| Arc::ptr_eq(&h.shared, &self.shared) && h.index == index) {
+            let home = parameter.home();
+            let settled = match &home {
+                Some(home) => self.on_gpu && home.index == index && Arc::ptr_eq(&home.shared, &self.shared),
+                None => !self.on_gpu,
+            };
+            if settled {
                 continue;
             }
             parameter.bring_home(py)?;
             self.shared.host_written(index);
-            parameter.set_home(Some(Home { shared: Arc::clone(&self.shared), index }));
+            let here = || Home { shared: Arc::clone(&self.shared), index };
+            parameter.set_home(self.on_gpu.then(here));
         }
         Ok(())
     }
