@@ -190,9 +190,7 @@ def test_add_param_group() -> None:
 def test_switches_of_torch() -> None:
     SGD([f32(1)], foreach=True, fused=False, differentiable=False)
     Adam([f32(1)], fused=True, capturable=False)
-    with pytest.raises(
-        ValueError, match=r"^Adam: capturable must be False or None, got True"
-    ):
+    with pytest.raises(ValueError, match=r"^Adam: capturable must be False or None, got True"):
         Adam([f32(1)], capturable=True)
     with pytest.raises(ValueError, match=r"^AdamW: differentiable must be"):
         AdamW([f32(1)], differentiable=True)

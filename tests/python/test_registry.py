@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,19 @@ def test_command_line_lists_every_optimizer() -> None:
     for name, entry in REGISTRY.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(name + " "))
         assert entry["paper"] in line
+
+
+def test_the_readmes_table_is_the_registry() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- registry", 1)[1].split("<!-- end of registry", 1)[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines() if line[:1] == "|"
+    ]
+    want = [
+        (name, ", ".join(["step"] * entry["shows_step"] + entry["slots"]), entry["paper"])
+        for name, entry in REGISTRY.items()
+    ]
+    assert rows[2:] == want
 
 
 def test_import_starts_no_thread_and_loads_no_graphics_driver() -> None:

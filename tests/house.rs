@@ -1,0 +1,114 @@
+//! Who may use whom, and where `unsafe` may stand.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each module of the engine and the modules it may use. ARCHITECTURE.md says the same.
+const USES: &[(&str, &[&str])] = &[
+    ("error", &[]),
+    ("hyper", &["error"]),
+    ("real", &[]),
+    ("rule", &["error", "hyper", "real"]),
+    ("rules", &["error", "hyper", "real", "rule"]),
+    ("tensor", &["error", "real"]),
+    ("store", &["error", "hyper", "real", "tensor"]),
+    ("cpu", &["real", "rule", "tensor"]),
+    ("shader", &["rule", "rules"]),
+    ("gpu", &["cpu", "error", "real", "rule", "rules", "shader", "store", "tensor"]),
+    ("schedule", &[]),
+    ("checkpoint", &["error", "hyper", "real", "store"]),
+    ("optimizer", &["cpu", "error", "gpu", "hyper", "rule", "rules", "store", "tensor"]),
+];
+
+/// Files that may hold `unsafe`, and why.
+const UNSAFE: &[(&str, &str)] = &[
+    ("src/tensor.rs", "addresses of arrays, slot buffers"),
+    ("src/optimizer.rs", "hands checked tensors to the executor"),
+    ("src/cpu/memory.rs", "the CPU's access to arrays"),
+    ("src/cpu/run.rs", "instruction-set dispatch"),
+    ("src/cpu/mod.rs", "jobs handed to the pool"),
+    ("src/cpu/reduce.rs", "sums over arrays"),
+    ("src/gpu/staging.rs", "arrays to and from staging memory"),
+    ("src/gpu/executor.rs", "jobs with checked tensors"),
+    ("python/src/arrays.rs", "headers and views of NumPy arrays"),
+    ("python/src/engine.rs", "checked arrays become tensors"),
+    ("python/src/clip.rs", "checked arrays become tensors"),
+];
+
+/// Lines with the word `unsafe` in all of them together.
+const MOST_UNSAFE_LINES: usize = 60;
+
+fn files(under: &str) -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    let mut open = vec![root.join(under)];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path.strip_prefix(root).unwrap().to_owned());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn code_lines(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();
+    let code = text.split("#[cfg(test)]").next().unwrap();
+    code.lines().filter(|l| !l.trim_start().starts_with("//")).map(str::to_owned).collect()
+}
+
+#[test]
+fn modules_use_only_what_they_may() {
+    for path in files("src") {
+        let parts: Vec<_> = path.iter().map(|p| p.to_str().unwrap().trim_end_matches(".rs")).collect();
+        let module = parts[1];
+        if module == "lib" {
+            continue;
+        }
+        let (_, allowed) = USES.iter().find(|(name, _)| *name == module).unwrap_or_else(|| {
+            panic!("{}: module {module} must have a line in USES", path.display());
+        });
+        for line in code_lines(&path) {
+            for used in line.split("crate::").skip(1) {
+                let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                let is_module = USES.iter().any(|(name, _)| *name == used);
+                let fine = used == module || !is_module || allowed.contains(&used.as_str());
+                assert!(fine, "{}: {module} must not use {used}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn unsafe_stands_only_in_the_named_files() {
+    let mut lines = 0;
+    for path in files("src").into_iter().chain(files("python/src")) {
+        let count = code_lines(&path)
+            .iter()
+            .filter(|l| l.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe"))
+            .count();
+        let named = UNSAFE.iter().any(|(file, _)| Path::new(file) == path);
+        assert!(count == 0 || named, "{} must not hold unsafe", path.display());
+        assert!(count > 0 || !named, "{} is named and holds no unsafe", path.display());
+        lines += count;
+    }
+    assert!(lines <= MOST_UNSAFE_LINES, "{lines} lines with unsafe, at most {MOST_UNSAFE_LINES} are allowed");
+}
+
+#[test]
+fn executors_know_no_rule() {
+    for path in files("src/cpu").into_iter().chain(files("src/gpu")) {
+        for line in code_lines(&path) {
+            assert!(
+                !line.contains("rules::sgd") && !line.contains("rules::adam") && !line.contains("RuleId::"),
+                "{}: {line}",
+                path.display()
+            );
+        }
+    }
+}
