@@ -460,16 +460,21 @@ def chart(record: dict[str, Any], path: Path) -> None:
     figure.suptitle(title, fontsize=13)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    panels[-1].set_xlabel(heading(record) + "; *: torch's fastest", fontsize=8, color="#555555", labelpad=10)
+    medians = [ratio["median"] for result in record["results"] for ratio in result["ratio"].values()]
+    panels[0].set_ylim(0.7 * min(1, *medians), 2.2 * max(1, *medians))
+    note = "*: the fastest of torch's modes; whiskers: extremes of the rounds; hatched: unsteady, not to be quoted"
+    panels[-1].set_xlabel(f"{note}\n{heading(record)}", fontsize=8, color="#555555", labelpad=10)
     figure.savefig(path, dpi=150)
 
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 COLORS = {"numpy": "#8c8c8c", "torch default": "#f2a65a", "torch foreach": "#d9703a", "torch fused": "#9c3d1f"}
+#: Keeps labels legible over whiskers.
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 def draw(panel: Any, results: list[dict[str, Any]]) -> None:
-    """One group of bars per case, on a log scale, growing from 1."""
+    """One group of bars per case, on a log scale, growing from 1. Whiskers may leave the panel."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     names = list(results[0]["ratio"])
@@ -479,17 +484,21 @@ def draw(panel: Any, results: list[dict[str, Any]]) -> None:
         heights = np.array([ratio["median"] for ratio in ratios])
         reach = [heights - [ratio["min"] for ratio in ratios], [ratio["max"] for ratio in ratios] - heights]
         places = np.arange(len(results)) + (i - (len(names) - 1) / 2) * width
-        panel.bar(places, heights - 1, width * 0.92, bottom=1, color=COLORS.get(name), label=name)
+        hatches = ["////" if {name, "roptim"} & set(result["unsteady"]) else "" for result in results]
+        color = COLORS.get(name)
+        panel.bar(
+            places, heights - 1, width * 0.92, bottom=1, color=color, hatch=hatches, edgecolor="white", linewidth=0
+        )
+        panel.bar(0, 0, bottom=1, color=color, label=name)
         panel.errorbar(places, heights, reach, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
         for x, result in zip(places, results, strict=True):
             ratio, best = result["ratio"][name], name == result["best_torch"]
             text = f"{figures(ratio['median'], 2)}{TIMES}" + "*" * best
             weight = "bold" if best else "normal"
-            place = (x, max(ratio["max"], 1))
-            panel.annotate(text, place, (0, 3), textcoords="offset points", ha="center", fontsize=9, fontweight=weight)
+            style = {"ha": "center", "fontsize": 9, "fontweight": weight, "bbox": LABEL_BOX}
+            panel.annotate(text, (x, max(ratio["median"], 1)), (0, 5), textcoords="offset points", **style)
     panel.axhline(1, color="black", linewidth=1)
     panel.set_yscale("log")
-    panel.margins(y=0.18)
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}" + TIMES)
     panel.yaxis.set_minor_locator(NullLocator())
