@@ -32,6 +32,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/gpu/executor.rs", "jobs with checked tensors"),
     ("python/src/arrays.rs", "headers and views of NumPy arrays"),
     ("python/src/engine.rs", "checked arrays become tensors"),
+    ("python/src/shared.rs", "a checked array becomes a tensor"),
     ("python/src/clip.rs", "checked arrays become tensors"),
 ];
 

@@ -17,11 +17,6 @@ class Spec:
     keys: tuple[Any, ...] = ()
     children: tuple[Spec, ...] = ()
 
-    @property
-    def leaves(self) -> int:
-        """Number of arrays in it."""
-        return 1 if self.kind == "leaf" else sum(child.leaves for child in self.children)
-
 
 LEAF = Spec("leaf")
 

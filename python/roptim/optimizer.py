@@ -109,6 +109,8 @@ class Optimizer:
         self.defaults = dict(defaults)
         self._options = options
         self._specs: list[_tree.Spec] = []
+        # Several groups taken as one list, or by name; made when first needed.
+        self._all: _tree.Spec | None = None
         self._engine: Engine | None = None
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
@@ -184,14 +186,13 @@ class Optimizer:
         self._state._register(objects, names)
 
     def _check_names(self, names: list[str] | None) -> None:
-        known = [name for group in self.param_groups for name in group.get("param_names", ())]
         if self.param_groups and (names is None) != ("param_names" not in self.param_groups[0]):
             allowed, got = ("named", "without names") if names is None else ("without names", "named")
             raise refuse(
                 RoptimValueError, self._place, "parameters of all groups", f"{allowed} like the first group's", got
             )
         for name in names or ():
-            if name in known:
+            if name in self._state._by_name:
                 raise refuse(RoptimValueError, self._place, "names", "different", f"{name!r} twice")
 
     def _check_objects(self, objects: list[Any]) -> None:
@@ -269,17 +270,20 @@ class Optimizer:
         place = f"{self._place}.step"
         if len(self._specs) == 1:
             return _tree.read(self._specs[0], gradients, place)
-        total = sum(spec.leaves for spec in self._specs)
+        total = len(self._state._objects)
+        if self._all is None or len(self._all.keys) != total:
+            names = tuple(self._state._by_name)
+            kind = "pairs" if names else "sequence"
+            self._all = _tree.Spec(kind, names or tuple(range(total)), (_tree.LEAF,) * total)
         if isinstance(gradients, Mapping):
-            names = [name for group in self.param_groups for name in group.get("param_names", ())]
-            return _tree.read(_tree.Spec("mapping", tuple(names), (_tree.LEAF,) * len(names)), gradients, place)
+            return _tree.read(self._all, gradients, place)
         if not isinstance(gradients, (list, tuple)):
             got = f"a {type(gradients).__name__}"
             raise refuse(RoptimTypeError, place, "gradients", "a list over all parameters or groups", got)
         if len(gradients) == len(self._specs) and not (len(gradients) == total and all(map(_tree.is_leaf, gradients))):
             read = zip(self._specs, gradients, strict=True)
             return [leaf for i, (spec, tree) in enumerate(read) for leaf in _tree.read(spec, tree, place, f"group {i}")]
-        return _tree.read(_tree.Spec("sequence", tuple(range(total)), (_tree.LEAF,) * total), gradients, place)
+        return _tree.read(self._all, gradients, place)
 
     # ---- state ------------------------------------------------------------------------------------------
 
@@ -334,11 +338,11 @@ class Optimizer:
             groups.append({**options, "params": list(range(start, start + count))})
             start += count
         if self._engine is not None:
-            state = self._engine.state()
-        else:
-            state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
-        about = {"optimizer": type(self).__name__ if self._engine is None else self._engine_name, "format": _FORMAT}
-        return {"state": state, "param_groups": groups, "roptim": {**about, "update_count": self.update_count}}
+            saved = self._engine.state_dict()
+            return {"state": saved["state"], "param_groups": groups, "roptim": saved["roptim"]}
+        state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
+        about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0}
+        return {"state": state, "param_groups": groups, "roptim": about}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Replaces options and state by those of ``state_dict``, which is not kept.
@@ -359,51 +363,45 @@ class Optimizer:
                 raise refuse(
                     RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict)))
                 )
-        about = state_dict.get("roptim", {})
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        for group in groups:
-            ids = group.get("params")
-            if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, np.integer)) and i >= 0 for i in ids):
-                raise refuse(RoptimTypeError, place, "params of a group", "a list of indices", repr(ids))
+        groups = state_dict["param_groups"]
+        if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+            raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))
+        if not isinstance(state_dict["state"], Mapping):
+            raise refuse(RoptimTypeError, place, "state", "a dict", f"a {type(state_dict['state']).__name__}")
         if self._engine is None:
-            self._load_own(place, groups, state_dict["state"], about)
+            self._load_own(place, state_dict)
         else:
-            self._load_engine(place, groups, state_dict["state"], about)
-        for own, group in zip(self.param_groups, groups, strict=True):
+            self._load_engine(place, state_dict)
+        for index, (own, group) in enumerate(zip(self.param_groups, groups, strict=True)):
             kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            dict.update(own, {key: copy.deepcopy(value) for key, value in kept.items()})
+            dict.update(own, {key: copy.deepcopy(value) for key, value in kept.items() if key not in self._hypers})
             if self._engine is not None:
-                hypers = self._engine.hypers(self.param_groups.index(own))
+                hypers = self._engine.hypers(index)
                 dict.update(own, {key: value for key, value in hypers.items() if own.get(key) != value})
 
-    def _load_engine(self, place: str, groups: list[dict[str, Any]], state: Any, about: Mapping[str, Any]) -> None:
+    def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
         assert self._engine is not None
-        engine_groups = []
-        for group in groups:
-            for key in [key for key in group if key in SWITCHES and key not in self._hypers]:
-                check_switches(place, **{key: group.pop(key)})
-            hypers = {key: settled(value) for key, value in group.items() if key in self._hypers}
+        known = self._hypers | {"params", "param_names"}
+        groups = []
+        for group in state_dict["param_groups"]:
+            check_switches(place, **{key: group[key] for key in group if key in SWITCHES - known})
             for key in group:
                 refuse_misspelling(place, key, self._hypers)
-                if not about and key not in self._hypers and key not in SCHEDULER_KEYS:
+                if "roptim" not in state_dict and key not in known and key not in SCHEDULER_KEYS:
                     others = [name for name, keys in _OTHERS_HYPERS.items() if key in keys]
                     if others:
                         got = f"a state with {key!r}, of {' or '.join(others)}"
                         raise refuse(RoptimValueError, place, "state_dict", f"of {self._engine_name}", got)
-            group.update(hypers)
-            names = group.get("param_names")
-            engine_groups.append((hypers, [int(i) for i in group["params"]], None if names is None else list(names)))
-        entries: dict[int, tuple[int, dict[str, Any]]] = {}
-        for index, entry in dict(state).items():
-            slots = {key: np.asarray(value) for key, value in entry.items() if key != "step" and value is not None}
-            if slots or "step" in entry:
-                entries[int(index)] = (_whole(place, entry.get("step", 1)), slots)
-        count = about.get("update_count", max((step for step, _ in entries.values()), default=0))
-        name, form = about.get("optimizer"), about.get("format", _FORMAT)
-        self._engine.load(name, _whole(place, form), _whole(place, count), engine_groups, entries)
+            groups.append({key: _plain(settled(value)) for key, value in group.items() if key in known})
+        state = {
+            index: {key: _plain(value) for key, value in entry.items()} if isinstance(entry, Mapping) else entry
+            for index, entry in state_dict["state"].items()
+        }
+        self._engine.load_state_dict({**state_dict, "state": state, "param_groups": groups})
 
-    def _load_own(self, place: str, groups: list[dict[str, Any]], state: Any, about: Mapping[str, Any]) -> None:
+    def _load_own(self, place: str, state_dict: Mapping[str, Any]) -> None:
         own = type(self).__name__
+        groups, state, about = state_dict["param_groups"], state_dict["state"], state_dict.get("roptim")
         if about and about.get("optimizer") != own:
             raise refuse(RoptimValueError, place, "state", f"of {own}", f"of {about.get('optimizer')}")
         if len(groups) != len(self.param_groups):
@@ -430,14 +428,13 @@ class Optimizer:
     # ---- copies and text --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        internal = {"_engine", "_state", "param_groups", "_specs", "_options", "defaults", "_place", "_hypers"}
+        internal = {"_engine", "_state", "param_groups", "_specs", "_all", "_options", "defaults", "_place", "_hypers"}
         return {
             "defaults": self.defaults,
             "options": self._options,
             "specs": self._specs,
             "groups": [dict(group) for group in self.param_groups],
-            "state": _roptim.dumps(self.state_dict()["state"]),
-            "update_count": self.update_count,
+            "state": self._state._own if self._engine is None else _roptim.dumps(self._engine.state_dict()),
             "attributes": {key: value for key, value in vars(self).items() if key not in internal},
         }
 
@@ -447,10 +444,10 @@ class Optimizer:
             self.add_param_group(group)
         self._specs = saved["specs"]
         self.__dict__.update(saved["attributes"])
-        mine = self.state_dict()
-        mine["state"] = _roptim.loads(saved["state"])
-        mine["roptim"]["update_count"] = saved["update_count"]
-        self.load_state_dict(mine)
+        if self._engine is None:
+            self._state._own = saved["state"]
+        else:
+            self._engine.load_state_dict(_roptim.loads(saved["state"]))
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -468,12 +465,7 @@ def _is_empty(params: object) -> bool:
     return isinstance(params, (list, tuple, Mapping)) and len(params) == 0
 
 
-def _whole(place: str, value: Any) -> int:
-    """A count that torch may hold as a float or a 0-d tensor."""
-    try:
-        number = value.item() if hasattr(value, "item") else value
-        if not isinstance(number, bool) and int(number) == number and number >= 0:
-            return int(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise refuse(RoptimValueError, place, "step", "a whole number >= 0", repr(value))
+def _plain(value: Any) -> Any:
+    """An array of another library as NumPy's; anything else as it is."""
+    foreign = hasattr(value, "__array__") and not isinstance(value, (np.ndarray, np.generic))
+    return np.asarray(value) if foreign else value

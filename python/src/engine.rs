@@ -6,61 +6,19 @@ use numpy::{PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyo3::{PyTraverseError, PyVisit};
-use roptim::store::{Array, GroupState, ParamState};
 use roptim::tensor::RawTensor;
-use roptim::{Dtype, Error, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
+use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
 
 use crate::arrays::{self, Access, Context, Seen, as_array, extent, look, shape_text, share_memory};
 use crate::errors::{OrRaise, guarded, raise, refuse};
-use crate::parameter::{Home, ParameterBase};
+use crate::files;
+use crate::parameter::ParameterBase;
+use crate::shared::{Home, Shared};
 use crate::values;
 
 /// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
 /// other threads would gain.
 const HOLD_LOCK_BELOW: usize = 32 * 1024;
-
-/// The engine's optimizer, shared with the parameters whose truth lies on its device. Holds no Python
-/// object, so that no reference cycle goes through it.
-pub(crate) struct Shared {
-    name: &'static str,
-    optimizer: Mutex<Optimizer>,
-}
-
-impl Shared {
-    /// The optimizer, unless another thread is in it.
-    fn try_use(&self) -> roptim::Result<MutexGuard<'_, Optimizer>> {
-        match self.optimizer.try_lock() {
-            Ok(guard) => Ok(guard),
-            // The torn flag inside, not the lock's poison, tells whether a panic left work half done.
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(self.busy()),
-        }
-    }
-
-    fn busy(&self) -> Error {
-        Error::plain(ErrorKind::Concurrent, format!("{}: another thread is using this optimizer", self.name))
-            .with_remedy("call it from one thread at a time")
-    }
-
-    fn wait(&self) -> MutexGuard<'_, Optimizer> {
-        self.optimizer.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    pub(crate) fn host_is_stale(&self, index: usize) -> bool {
-        self.wait().host_is_stale(index)
-    }
-
-    pub(crate) fn host_written(&self, index: usize) {
-        self.wait().host_written(index);
-    }
-
-    /// Brings a parameter's values from the device to the array behind `raw`.
-    pub(crate) fn sync(&self, index: usize, raw: &RawTensor) -> roptim::Result<()> {
-        // SAFETY: the caller looked at the array just now and holds a reference to it.
-        let mut target = unsafe { TensorMut::from_raw(raw.clone()) };
-        self.wait().sync(index, &mut target)
-    }
-}
 
 /// A registered parameter.
 struct Registered {
@@ -80,7 +38,7 @@ struct Interval {
 }
 
 /// Sorted by `low`; `reach[i]` is the largest `high` up to i.
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Writable {
     intervals: Vec<Interval>,
     reach: Vec<usize>,
@@ -99,6 +57,20 @@ impl Writable {
         Self { intervals, reach }
     }
 
+    fn insert(&mut self, interval: Interval) {
+        if interval.low == interval.high {
+            return;
+        }
+        let at = self.intervals.partition_point(|i| i.low <= interval.low);
+        self.intervals.insert(at, interval);
+        self.reach.insert(at, 0);
+        let mut highest = if at > 0 { self.reach[at - 1] } else { 0 };
+        for (reach, interval) in self.reach[at..].iter_mut().zip(&self.intervals[at..]) {
+            highest = highest.max(interval.high);
+            *reach = highest;
+        }
+    }
+
     /// Every interval that meets `low..high`.
     fn meeting(&self, (low, high): (usize, usize)) -> impl Iterator<Item = &Interval> {
         let end = if low < high { self.intervals.partition_point(|i| i.low < high) } else { 0 };
@@ -114,11 +86,11 @@ impl Writable {
 struct Table {
     params: Vec<Registered>,
     writable: Writable,
+    /// The engine's count of allocations that `writable` knows.
     slots_seen: u64,
+    /// An array moved since `writable` was made: it stays so until overlap was checked again.
+    moved: bool,
 }
-
-/// A saved group: hyperparameters, indices, names.
-type SavedGroup<'py> = (Bound<'py, PyDict>, Vec<usize>, Option<Vec<String>>);
 
 /// An optimizer of the engine with its registered parameters.
 #[pyclass(frozen, module = "roptim._roptim")]
@@ -149,42 +121,39 @@ impl Engine {
         }
     }
 
-    /// Refuses parameters that share memory with each other.
-    fn refuse_overlap(&self, py: Python<'_>, table: &Table, added: &[Registered]) -> PyResult<()> {
-        let all = || table.params.iter().chain(added);
-        let intervals = all().enumerate().map(|(index, r)| {
-            let (low, high) = extent(&r.seen.raw);
-            Interval { low, high, index, is_slot: false }
-        });
-        let writable = Writable::new(intervals.collect());
-        for (index, new) in all().enumerate().skip(table.params.len()) {
-            for other in writable.meeting(extent(&new.seen.raw)).filter(|other| other.index < index) {
-                let old = all().nth(other.index).expect("the index came from this iterator");
-                if share_memory(new.array.bind(py), old.array.bind(py)) {
-                    let same = new.array.is(&old.array);
-                    let got = if same {
-                        format!("the array of {} again", old.label)
-                    } else {
-                        format!("memory of {}", old.label)
-                    };
-                    return Err(refuse(
-                        py,
-                        ErrorKind::Value,
-                        self.name(),
-                        &new.label,
-                        "memory of its own",
-                        got,
-                        Some("give each array once; copy what overlaps"),
-                    ));
+    /// The map with the ranges of `added` in it; refuses parameters that share memory with each other or
+    /// with state.
+    fn refuse_overlap(
+        &self,
+        py: Python<'_>,
+        known: &[Registered],
+        map: &Writable,
+        added: &[Registered],
+    ) -> PyResult<Writable> {
+        let mut map = map.clone();
+        for (i, new) in added.iter().enumerate() {
+            let index = known.len() + i;
+            let (low, high) = extent(&new.seen.raw);
+            for other in map.meeting((low, high)) {
+                let old = known.get(other.index).unwrap_or_else(|| &added[other.index - known.len()]);
+                if !other.is_slot && !share_memory(new.array.bind(py), old.array.bind(py)) {
+                    continue;
                 }
+                let got = match () {
+                    () if other.is_slot => format!("memory of state of {}", old.label),
+                    () if new.array.is(&old.array) => format!("the array of {} again", old.label),
+                    () => format!("memory of {}", old.label),
+                };
+                let remedy = Some("give each array once; copy what overlaps");
+                return Err(refuse(py, ErrorKind::Value, self.name(), &new.label, "memory of its own", got, remedy));
             }
+            map.insert(Interval { low, high, index, is_slot: false });
         }
-        Ok(())
+        Ok(map)
     }
 
     /// Reads every parameter's header again and looks in full at what changed.
     fn verify(&self, py: Python<'_>, table: &mut Table, place: &str) -> PyResult<()> {
-        let mut moved = false;
         for registered in &mut table.params {
             let array = match &registered.parameter {
                 Some(parameter) => parameter.get().host(py),
@@ -206,18 +175,16 @@ impl Engine {
             }
             registered.array = array.unbind();
             registered.seen = seen;
-            moved = true;
+            table.moved = true;
         }
         let allocations = self.shared.try_use().or_raise(py)?.allocations();
-        if moved {
-            let params = std::mem::take(&mut table.params);
-            let outcome = self.refuse_overlap(py, &Table::default(), &params);
-            table.params = params;
-            outcome?;
+        if table.moved {
+            self.refuse_overlap(py, &[], &Writable::default(), &table.params)?;
         }
-        if moved || allocations != table.slots_seen || table.writable.intervals.is_empty() {
+        if table.moved || allocations != table.slots_seen {
             self.map_writable(py, table)?;
             table.slots_seen = allocations;
+            table.moved = false;
         }
         Ok(())
     }
@@ -350,7 +317,7 @@ impl Engine {
             let seen = look(&array, Access::Write, context)?;
             added.push(Registered { parameter, array: array.unbind(), seen, label });
         }
-        self.refuse_overlap(py, &table, &added)?;
+        let writable = self.refuse_overlap(py, &table.params, &table.writable, &added)?;
         let infos = added.iter().enumerate().map(|(i, r)| ParamInfo {
             name: names.as_ref().map(|n| n[i].clone()),
             shape: r.seen.shape().to_vec(),
@@ -367,7 +334,7 @@ impl Engine {
             }
         }
         table.params.extend(added);
-        table.writable = Writable::default();
+        table.writable = writable;
         Ok(group)
     }
 
@@ -500,59 +467,29 @@ impl Engine {
         values::to_dict(py, optimizer.groups()[group].iter())
     }
 
-    /// Copies of all state: `{index: {key: int or array}}`.
-    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let saved = py.detach(|| guarded(self.name(), || self.shared.try_use()?.state_dict())).or_raise(py)?;
-        let shows_step = self.shared.try_use().or_raise(py)?.preset().declaration().shows_step;
-        let state = PyDict::new(py);
-        for (index, param) in saved.state {
-            let entry = PyDict::new(py);
-            if shows_step {
-                entry.set_item("step", param.step)?;
-            }
-            for (key, array) in param.slots {
-                entry.set_item(key, arrays::from_bytes(py, array.dtype.name(), &array.shape, &array.bytes)?)?;
-            }
-            state.set_item(index, entry)?;
-        }
-        Ok(state)
+    /// A copy of everything but the parameters' values, in torch's layout.
+    fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let tree = py.detach(|| {
+            guarded(self.name(), || {
+                let optimizer = self.shared.try_use()?;
+                let shows_step = optimizer.preset().declaration().shows_step;
+                Ok(optimizer.state_dict()?.into_tree(shows_step))
+            })
+        });
+        files::from_tree(py, &tree.or_raise(py)?)
     }
 
-    /// Replaces all state, checked as a whole before anything is written. `groups` holds
-    /// `(hyperparameters, indices, names or None)`, `state` `{index: (step, {key: array})}`.
-    fn load(
-        &self,
-        py: Python<'_>,
-        optimizer: Option<String>,
-        format: u32,
-        update_count: u64,
-        groups: Vec<SavedGroup<'_>>,
-        state: &Bound<'_, PyDict>,
-    ) -> PyResult<()> {
+    /// Replaces hyperparameters and state by those of a dict in torch's layout, checked as a whole before
+    /// anything is written.
+    fn load_state_dict(&self, py: Python<'_>, saved: &Bound<'_, PyDict>) -> PyResult<()> {
         let place = format!("{}.load_state_dict", self.name());
-        let own = self.shared.try_use().or_raise(py)?.preset().hypers();
-        let mut saved =
-            StateDict { optimizer, format, update_count, groups: Vec::new(), state: std::collections::BTreeMap::new() };
-        for (hypers, params, param_names) in groups {
-            let hypers = values::hypers(&hypers, &own, &place)?.into_iter().collect();
-            saved.groups.push(GroupState { hypers, params, param_names });
-        }
-        for (index, entry) in state.iter() {
-            let index: usize = index.extract()?;
-            let (step, slots): (u64, Bound<'_, PyDict>) = entry.extract()?;
-            let mut param = ParamState { step, slots: std::collections::BTreeMap::new() };
-            for (key, array) in slots.iter() {
-                let key: String = key.extract()?;
-                let label = format!("{key} of parameter {index}");
-                let context = Context { place: &place, label: &label };
-                let untyped = as_array(&array, Access::Read, context)?;
-                let seen = look(&untyped, Access::Read, context)?;
-                let bytes = arrays::to_bytes(&array)?;
-                param.slots.insert(key, Array { dtype: seen.raw.dtype, shape: seen.shape().to_vec(), bytes });
-            }
-            saved.state.insert(index, param);
-        }
-        py.detach(|| guarded(&place, || self.shared.try_use()?.load_state_dict(&saved))).or_raise(py)
+        let tree = files::to_tree(saved, &place, "state_dict", 0)?;
+        let load = || {
+            let mut optimizer = self.shared.try_use()?;
+            let declared = optimizer.preset().declaration().hypers;
+            optimizer.load_state_dict(&StateDict::from_tree(tree, Some(declared))?)
+        };
+        py.detach(|| guarded(&place, load)).or_raise(py)
     }
 
     /// Applied updates.

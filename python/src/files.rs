@@ -33,8 +33,8 @@ fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<Tensor
     TensorData::new(data_type, shape, arrays::to_bytes(&native)?).or_raise(py)
 }
 
-/// `name` is the object's place in the tree, for messages.
-fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> PyResult<Tree> {
+/// A Python value as a tree. `name` is its place in the whole, for messages.
+pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> PyResult<Tree> {
     let py = object.py();
     if depth > MAX_DEPTH {
         let allowed = format!("within {MAX_DEPTH} containers");
@@ -116,7 +116,8 @@ fn array<'py>(py: Python<'py>, tensor: &TensorData) -> PyResult<Bound<'py, PyAny
     arrays::from_bytes(py, tensor.dtype.name(), &tensor.shape, &tensor.bytes)
 }
 
-fn from_tree<'py>(py: Python<'py>, tree: &Tree) -> PyResult<Bound<'py, PyAny>> {
+/// A tree as Python values; arrays are copies.
+pub(crate) fn from_tree<'py>(py: Python<'py>, tree: &Tree) -> PyResult<Bound<'py, PyAny>> {
     let all = |items: &[Tree]| items.iter().map(|x| from_tree(py, x)).collect::<PyResult<Vec<_>>>();
     Ok(match tree {
         Tree::None => py.None().into_bound(py),

@@ -10,6 +10,7 @@ mod files;
 mod parameter;
 mod registry;
 mod schedules;
+mod shared;
 mod values;
 
 use pyo3::prelude::*;

@@ -1,21 +1,14 @@
 //! The part of `Parameter` that the step reads without Python attribute look-ups.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use numpy::PyUntypedArray;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::arrays::{Access, Context, as_array, look};
-use crate::engine::Shared;
 use crate::errors::{OrRaise, guarded};
-
-/// The optimizer on whose device a parameter's truth lies, and the parameter's index there.
-#[derive(Clone)]
-pub(crate) struct Home {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) index: usize,
-}
+use crate::shared::Home;
 
 struct Fields {
     data: Py<PyUntypedArray>,

@@ -401,8 +401,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         counts: "number of parameters in group 0 must be 2, got 1",
         groups: "number of parameter groups must be 2, got 1",
         cls: "state must be of Adam, got of SGD",
-        form: "format version must be 1, got 2",
-        step: "step must be a whole number >= 0, got 1.5",
+        form: "state_dict: roptim.format must be 1, got 2; use the roptim version that wrote it",
+        step: "state_dict: state[0].step must be an integer from 0 to 2^64 - 1, got the float 1.5",
         ids: "state must be of parameters in the groups, got one for 1",
         spelled: "did you mean 'betas'?",
     }
@@ -412,8 +412,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
             opt.load_state_dict(changed(change))
         after = everything(opt, params), [dict(group) for group in opt.param_groups]
         assert str(after) == str(before), change
-    for nonsense in (None, [], {}, {"state": {}}, {"state": {}, "param_groups": [{"params": 3}]}):
-        with pytest.raises(roptim.RoptimError, match=r"Adam.load_state_dict: "):
+    for nonsense in (
+        None,
+        [],
+        {},
+        {"state": {}},
+        {"state": [], "param_groups": []},
+        {"state": {}, "param_groups": 3},
+        {"state": {}, "param_groups": [3]},
+        {"state": {}, "param_groups": [{}, {}]},
+        {"state": {}, "param_groups": [{"params": 3}, {"params": [2]}]},
+        {"state": {}, "param_groups": [{"params": ["a", 1]}, {"params": [2]}]},
+        {**good, "state": {"a": {}}},
+        {**good, "state": {0: 3}},
+        {**good, "state": {0: {"step": None}}},
+        {**good, "state": {0: {"step": 1, "exp_avg": "x"}}},
+        {**good, "roptim": 3},
+        {**good, "roptim": {}},
+        {**good, "more": 1},
+        {**good, "param_groups": [{"params": [0, 1], "lr": object()}, {"params": [2]}]},
+    ):
+        with pytest.raises(roptim.RoptimError, match=r"^(Adam.load_state_dict|state_dict): "):
             opt.load_state_dict(nonsense)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,56 @@
+//! The engine's optimizer behind its lock, shared between `Engine` and the parameters on its device.
+
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+use roptim::tensor::RawTensor;
+use roptim::{Error, ErrorKind, Optimizer, TensorMut};
+
+/// The engine's optimizer, shared with the parameters whose truth lies on its device. Holds no Python
+/// object, so that no reference cycle goes through it.
+pub(crate) struct Shared {
+    pub(crate) name: &'static str,
+    pub(crate) optimizer: Mutex<Optimizer>,
+}
+
+impl Shared {
+    /// The optimizer, unless another thread is in it.
+    pub(crate) fn try_use(&self) -> roptim::Result<MutexGuard<'_, Optimizer>> {
+        match self.optimizer.try_lock() {
+            Ok(guard) => Ok(guard),
+            // The torn flag inside, not the lock's poison, tells whether a panic left work half done.
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(self.busy()),
+        }
+    }
+
+    pub(crate) fn busy(&self) -> Error {
+        Error::plain(ErrorKind::Concurrent, format!("{}: another thread is using this optimizer", self.name))
+            .with_remedy("call it from one thread at a time")
+    }
+
+    fn wait(&self) -> MutexGuard<'_, Optimizer> {
+        self.optimizer.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn host_is_stale(&self, index: usize) -> bool {
+        self.wait().host_is_stale(index)
+    }
+
+    pub(crate) fn host_written(&self, index: usize) {
+        self.wait().host_written(index);
+    }
+
+    /// Brings a parameter's values from the device to the array behind `raw`.
+    pub(crate) fn sync(&self, index: usize, raw: &RawTensor) -> roptim::Result<()> {
+        // SAFETY: the caller looked at the array just now and holds a reference to it.
+        let mut target = unsafe { TensorMut::from_raw(raw.clone()) };
+        self.wait().sync(index, &mut target)
+    }
+}
+
+/// The optimizer on whose device a parameter's truth lies, and the parameter's index there.
+#[derive(Clone)]
+pub(crate) struct Home {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) index: usize,
+}
