@@ -115,7 +115,9 @@ class Optimizer:
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
             threads = options["threads"]
-            if threads is not None and (isinstance(threads, bool) or int(threads) != threads or threads < 1):
+            if threads is not None and (
+                isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1
+            ):
                 raise refuse(RoptimValueError, self._place, "threads", "None or a whole number >= 1", repr(threads))
             if not isinstance(options["backend"], str):
                 raise refuse(RoptimTypeError, self._place, "backend", '"cpu" or "gpu"', repr(options["backend"]))

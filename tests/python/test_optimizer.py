@@ -198,7 +198,16 @@ def test_switches_of_torch() -> None:
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"backend": "tpu"}, {"backend": 3}, {"backend": "cpu:1"}, {"threads": 0}, {"threads": 1.5}, {"threads": True}],
+    [
+        {"backend": "tpu"},
+        {"backend": 3},
+        {"backend": "cpu:1"},
+        {"threads": 0},
+        {"threads": 1.5},
+        {"threads": "2"},
+        {"threads": "many"},
+        {"threads": True},
+    ],
 )
 def test_refused_options(kwargs: dict[str, Any]) -> None:
     with pytest.raises(roptim.RoptimError, match=f"^SGD: {next(iter(kwargs))} must be "):
