@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
@@ -16,6 +17,11 @@ class Spec:
     kind: str
     keys: tuple[Any, ...] = ()
     children: tuple[Spec, ...] = ()
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether every child is a leaf."""
+        return all(child.kind == "leaf" for child in self.children)
 
 
 LEAF = Spec("leaf")
@@ -108,9 +114,8 @@ def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
     else:
         kind = "a dict" if spec.kind == "mapping" else "a list"
         raise refuse(RoptimTypeError, place, where, f"{kind} like the parameters", f"a {type(tree).__name__}")
-    if all(child is LEAF for child in spec.children) and not any(
-        isinstance(child, (Mapping, list, tuple)) for child in children
-    ):
+    if spec.is_flat:
+        # What is no array among them is refused where arrays are looked at.
         return children
     out: list[Any] = []
     for key, child_spec, child in zip(spec.keys, spec.children, children, strict=True):

@@ -95,7 +95,8 @@ def test_wrong_gradients_are_named_and_change_nothing() -> None:
         (
             {"a": [1.0, 2.0], "b": f32(3)},
             TypeError,
-            "Adam.step: gradient a must be an array, got a list",
+            'Adam.step: gradient of parameter "a" must be a numpy.ndarray, got an object of type list; '
+            "convert it with numpy.asarray",
         ),
         (
             {"a": a, "b": f32(3)},
