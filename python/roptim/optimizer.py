@@ -124,7 +124,7 @@ class Optimizer:
             self._engine = Engine(
                 self._engine_name,
                 options["backend"],
-                threads,
+                None if threads is None else int(threads),
                 bool(options["flush_denormals"]),
                 bool(options["allow_software"]),
             )
@@ -282,7 +282,8 @@ class Optimizer:
         if not isinstance(gradients, (list, tuple)):
             got = f"a {type(gradients).__name__}"
             raise refuse(RoptimTypeError, place, "gradients", "a list over all parameters or groups", got)
-        if len(gradients) == len(self._specs) and not (len(gradients) == total and all(map(_tree.is_leaf, gradients))):
+        by_group = len(gradients) == len(self._specs) and not (total == len(gradients) and _tree.is_leaf(gradients[0]))
+        if by_group:
             read = zip(self._specs, gradients, strict=True)
             return [leaf for i, (spec, tree) in enumerate(read) for leaf in _tree.read(spec, tree, place, f"group {i}")]
         return _tree.read(self._all, gradients, place)
