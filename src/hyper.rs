@@ -4,11 +4,14 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use crate::error::{Error, ErrorKind, Result};
 
 /// A hyperparameter's value as a user may set it.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(untagged)]
+///
+/// Serialized as the plain value in human-readable formats, with its kind in binary ones.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Value {
     /// A switch.
     Bool(bool),
@@ -16,6 +19,34 @@ pub enum Value {
     Float(f64),
     /// Two numbers, such as Adam's betas.
     Pair([f64; 2]),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, remote = "Value")]
+enum Plain {
+    Bool(bool),
+    Float(f64),
+    Pair([f64; 2]),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Value")]
+enum Tagged {
+    Bool(bool),
+    Float(f64),
+    Pair([f64; 2]),
+}
+
+impl Serialize for Value {
+    fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+        if s.is_human_readable() { Plain::serialize(self, s) } else { Tagged::serialize(self, s) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        if d.is_human_readable() { Plain::deserialize(d) } else { Tagged::deserialize(d) }
+    }
 }
 
 impl fmt::Display for Value {

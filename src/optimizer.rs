@@ -159,6 +159,7 @@ impl Optimizer {
     }
 
     /// For tests: a weaker instruction set and another chunk on the CPU.
+    #[doc(hidden)]
     pub fn force_cpu(&mut self, isa: cpu::Isa, chunk: usize) {
         match &mut self.backend {
             Backend::Cpu(executor) => executor.force(isa, chunk),
@@ -170,6 +171,7 @@ impl Optimizer {
     /// For tests: windows and staging blocks of so many elements, and another chunk, on a GPU. Works until
     /// the first step or load.
     #[cfg(feature = "gpu")]
+    #[doc(hidden)]
     pub fn force_gpu(&mut self, window: usize, chunk: usize) {
         if let Backend::Gpu(executor) = &mut self.backend {
             executor.force(window, chunk);
@@ -243,6 +245,14 @@ impl Optimizer {
         }
         let place = format!("{}.step", self.preset.name);
         for (i, ((entry, p), g)) in self.entries.iter().zip(params).zip(gradients).enumerate() {
+            if g.is_some() && entry.step == u64::MAX {
+                return refuse(
+                    ErrorKind::Value,
+                    format!("step of {}", entry.info.label(i)),
+                    "below 2^64 - 1".into(),
+                    entry.step.to_string(),
+                );
+            }
             let arrays = [("", Some(&p.raw)), ("gradient of ", g.as_ref().map(|g| &g.raw))];
             for (what, raw) in arrays.into_iter().filter_map(|(what, raw)| Some((what, raw?))) {
                 let label = || format!("{what}{}", entry.info.label(i));
@@ -489,12 +499,16 @@ impl Optimizer {
             self.preset.set(&format!("{place}: group {g}"), &mut groups[g], &changes)?;
             for (i, source) in self.sources(g, from, &place)? {
                 if let Some(state) = saved.state.get(&source) {
-                    loaded[i] = Some((state.step, self.check_state(i, state, &place)?));
+                    // Where the step means nothing it may be unknown, 0: what has state was updated.
+                    loaded[i] = Some((state.step.max(1), self.check_state(i, state, &place)?));
                 }
             }
         }
-        let known = |source: &usize| saved.groups.iter().any(|g| g.params.contains(source));
-        if let Some(stray) = saved.state.keys().find(|source| !known(source)) {
+        let mut known = std::collections::BTreeSet::new();
+        if let Some(twice) = saved.groups.iter().flat_map(|g| &g.params).find(|source| !known.insert(**source)) {
+            return refuse(ErrorKind::Value, "indices of parameters", "different".into(), format!("{twice} twice"));
+        }
+        if let Some(stray) = saved.state.keys().find(|source| !known.contains(source)) {
             return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
         }
         self.write_state(&loaded)?;
@@ -566,9 +580,13 @@ impl Optimizer {
         }
         // What every variant of the rule uses must be there; the rest starts at zero when it is needed.
         let needed = self.preset.rule.kernels().iter().map(|k| k.slots).min().unwrap_or(0);
-        if let Some(slot) = declared[..needed].iter().find(|s| state.step > 0 && !state.slots.contains_key(s.name)) {
+        if let Some(slot) = declared[..needed].iter().find(|s| !state.slots.contains_key(s.name)) {
             let label = format!("{} of {}", slot.name, info.label(i));
             return Err(Error::refuse(ErrorKind::Value, place, label, "present", "none"));
+        }
+        if self.preset.declaration().shows_step && state.step == 0 {
+            let label = format!("step of {}", info.label(i));
+            return Err(Error::refuse(ErrorKind::Value, place, label, "present and >= 1", "none or 0"));
         }
         Ok(declared.iter().map(|s| state.slots.get(s.name)).collect())
     }

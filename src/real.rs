@@ -40,9 +40,17 @@ impl fmt::Display for Dtype {
     }
 }
 
+mod sealed {
+    /// Keeps other crates from implementing the traits: memory is read by what they say of themselves.
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+}
+
 /// A compute type. Each operation rounds once; nothing is fused and nothing is reassociated.
 pub trait Real:
-    Copy
+    sealed::Sealed
+    + Copy
     + Debug
     + PartialEq
     + PartialOrd
@@ -96,7 +104,7 @@ pub trait Real:
 }
 
 /// A storage type of the compute type `F`.
-pub trait Element<F>: Copy + Send + Sync + 'static {
+pub trait Element<F>: sealed::Sealed + Copy + Send + Sync + 'static {
     /// Whether it is the compute type itself, so that arrays need no conversion.
     const IS_COMPUTE_TYPE: bool;
     /// Exact.

@@ -123,14 +123,16 @@ impl Buffer {
     }
 
     /// A copy of the bytes in the machine's order, little-endian on every supported one.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        // SAFETY: the memory is allocated, initialized and owned; a concurrent writer (an array view in
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len * self.dtype.size()];
+        // SAFETY: both regions have this length and different owners. A concurrent writer (an array view in
         // another thread) may tear values, as it may for any NumPy array.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len * self.dtype.size()) }.to_vec()
+        unsafe { std::ptr::copy_nonoverlapping(self.ptr.as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
+        bytes
     }
 
     /// Overwrites the whole buffer. The length must fit.
-    pub fn copy_from(&self, bytes: &[u8]) {
+    pub(crate) fn copy_from(&self, bytes: &[u8]) {
         assert_eq!(bytes.len(), self.len * self.dtype.size());
         // SAFETY: lengths agree (asserted), the regions belong to different owners.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.ptr.as_ptr(), bytes.len()) };

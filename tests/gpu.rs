@@ -5,6 +5,8 @@
 //! measure is `|Δ| / max(|want|, mean |want|)`, at most [`HARDWARE_TOLERANCE`] after ten steps.
 //!
 //! Without an adapter the tests print a line and pass; `ROPTIM_REQUIRE_GPU=1` makes them fail.
+
+#![cfg(feature = "gpu")]
 #![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
 use std::sync::Arc;

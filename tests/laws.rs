@@ -174,6 +174,9 @@ fn save_load_step_equals_step() {
         let text = serde_json::to_string(&saved).unwrap();
         let read: roptim::StateDict = serde_json::from_str(&text).unwrap();
         assert_eq!(read, saved, "{} {settings:?}: JSON round trip", preset.name);
+        let bytes = postcard::to_stdvec(&saved).unwrap();
+        let again: roptim::StateDict = postcard::from_bytes(&bytes).unwrap();
+        assert_eq!(again, saved, "{} {settings:?}: binary round trip", preset.name);
         let mut second = run.optimizer(Dtype::F32);
         second.load_state_dict(&read).unwrap();
         let mut q = p.clone();
@@ -220,34 +223,66 @@ fn a_missing_gradient_leaves_parameter_and_state_untouched() {
 
 #[test]
 fn strided_tensors_give_the_bits_of_contiguous_ones() {
+    strided_law::<f32>();
+    strided_law::<f64>();
+}
+
+fn strided_law<F: roptim::real::Real>() {
     every(|preset, settings| {
         let (rows, columns) = (37, 13);
-        let n = rows * columns;
-        let info = || vec![ParamInfo { name: None, shape: vec![rows, columns], dtype: Dtype::F32, resident: false }];
+        let (n, size) = (rows * columns, F::DTYPE.size() as isize);
+        let info = || vec![ParamInfo { name: None, shape: vec![rows, columns], dtype: F::DTYPE, resident: false }];
         let build = || {
             let mut optimizer = Optimizer::cpu(preset.name, &Options::default()).unwrap();
             optimizer.add_group(settings, info()).unwrap();
             optimizer
         };
-        let (mut plain, mut strided) = (build(), build());
-        let mut p: Vec<f32> = numbers(3, n).iter().map(|&x| x as f32).collect();
+        let values = |seed| numbers(seed, n).iter().map(|&x| F::from_f64(x)).collect::<Vec<F>>();
         // Column after column, every second element, rows backwards.
         let place = |i: usize| 2 * ((i % columns) * rows + (rows - 1 - i / columns));
-        let mut scattered = vec![f32::NAN; 2 * n];
-        (0..n).for_each(|i| scattered[place(i)] = p[i]);
-        let layout = Arc::new(Strides { shape: vec![rows, columns], bytes: vec![-8, 8 * rows as isize] });
-        for step in 0..3 {
-            let g: Vec<f32> = numbers(step + 9, n).iter().map(|&x| x as f32).collect();
+        let scatter = |from: &[F]| {
+            let mut out = vec![F::from_f64(f64::NAN); 2 * n];
+            (0..n).for_each(|i| out[place(i)] = from[i]);
+            out
+        };
+        let bytes = vec![-2 * size, 2 * size * rows as isize];
+        let layout = Arc::new(Strides { shape: vec![rows, columns], bytes });
+        let raw = |array: &mut [F]| RawTensor {
+            ptr: array.as_mut_ptr().wrapping_add(2 * (rows - 1)).cast(),
+            len: n,
+            dtype: F::DTYPE,
+            strides: Some(Arc::clone(&layout)),
+        };
+        let (mut plain, mut strided) = (build(), build());
+        let mut p = values(3);
+        let mut q = scatter(&p);
+        for step in 0..4 {
+            let g = values(step + 9);
+            let mut h = scatter(&g);
             plain.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
-            let first = scattered.as_mut_ptr().wrapping_add(2 * (rows - 1)).cast();
-            let raw = RawTensor { ptr: first, len: n, dtype: Dtype::F32, strides: Some(Arc::clone(&layout)) };
-            // SAFETY: every offset of the layout lies in `scattered`, which nothing else touches meanwhile.
-            let tensor = unsafe { TensorMut::from_raw(raw) };
-            strided.step(&mut [tensor], &[Some(g.as_slice().into())]).unwrap();
+            // SAFETY: every offset of the layout lies in `q` and `h`, which nothing else touches meanwhile.
+            let (tensor, scattered) = unsafe { (TensorMut::from_raw(raw(&mut q)), TensorRef::from_raw(raw(&mut h))) };
+            let gradient = if step % 2 == 0 { scattered } else { g.as_slice().into() };
+            strided.step(&mut [tensor], &[Some(gradient)]).unwrap();
         }
-        assert!((0..n).all(|i| scattered[place(i)].to_bits() == p[i].to_bits()), "{} {settings:?}", preset.name);
-        assert!((0..n).all(|i| scattered[place(i) + 1].is_nan()), "{}: a gap was written to", preset.name);
+        let same = |a: F, b: F| a.to_f64().to_bits() == b.to_f64().to_bits();
+        assert!((0..n).all(|i| same(q[place(i)], p[i])), "{} {settings:?}", preset.name);
+        assert!((0..n).all(|i| q[place(i) + 1].is_nan()), "{}: a gap was written to", preset.name);
     });
+}
+
+#[test]
+fn the_last_step_a_count_can_hold_is_refused() {
+    let mut adam = Optimizer::cpu("Adam", &Options::default()).unwrap();
+    adam.add_group(&[], vec![ParamInfo::vector("w", 1, Dtype::F32)]).unwrap();
+    adam.set_step(0, u64::MAX);
+    let (mut p, g) = ([1.0f32], [1.0f32]);
+    let error = adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Adam.step: step of parameter \"w\" must be below 2^64 - 1, got 18446744073709551615"
+    );
+    assert_eq!(p, [1.0]);
 }
 
 #[test]
@@ -282,9 +317,20 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
                 assert_eq!(error.kind(), ErrorKind::Value);
                 assert_eq!(hypers, preset.hypers(), "a refused value changes nothing");
             }
-            if let Range::AtLeast(low) | Range::From(low, _) = hyper.range {
-                assert!(preset.set(preset.name, &mut hypers, &[(hyper.name, Value::Float(low))]).is_ok());
-            }
+            let lowest = match hyper.range {
+                Range::AtLeast(low) | Range::From(low, _) => Value::Float(low),
+                Range::PairFrom(low, _) => Value::Pair([low, low]),
+                Range::Finite => Value::Float(f64::MIN),
+                Range::Flag => Value::Bool(false),
+            };
+            assert!(preset.set(preset.name, &mut preset.hypers(), &[(hyper.name, lowest)]).is_ok(), "{}", hyper.name);
+            let other = if matches!(hyper.range, Range::Flag) { Value::Float(1.0) } else { Value::Bool(true) };
+            let error = preset.set(preset.name, &mut hypers, &[(hyper.name, other)]).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("{}: {} must be {}, got {other}", preset.name, hyper.name, hyper.range)
+            );
+            assert_eq!(error.kind(), ErrorKind::Type);
         }
     }
 }

@@ -6,6 +6,17 @@ import os
 from typing import Any
 
 from roptim import _roptim
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+
+
+def _text(path: object, place: str) -> str:
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # what it is not made for, it refuses
+    except TypeError:
+        raise refuse(RoptimTypeError, place, "path", "a path", f"an object of type {type(path).__name__}") from None
+    if not text or "\0" in text:
+        raise refuse(RoptimValueError, place, "path", "the name of a file", repr(text))
+    return text
 
 
 def save(obj: Any, path: str | os.PathLike[str]) -> None:
@@ -19,7 +30,7 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
     ----------
     obj
         None, bool, int (64 bit), float (nan and inf included), str, NumPy scalars, arrays of any numeric
-        dtype and layout, and lists, tuples and dicts (keys str or int) of these: for instance
+        dtype (but long double) and layout, and lists, tuples and dicts (keys str or int) of these: for instance
         ``{"model": params, "optimizer": opt.state_dict(), "epoch": 3}``. A Parameter is saved as its array.
     path
         The file.
@@ -31,7 +42,7 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
     CheckpointIOError
         If the system refuses the write; the old file is untouched then.
     """
-    _roptim.save(obj, os.fspath(path))
+    _roptim.save(obj, _text(path, "roptim.save"))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -46,4 +57,4 @@ def load(path: str | os.PathLike[str]) -> Any:
     CheckpointIOError
         If the system refuses the read.
     """
-    return _roptim.load(os.fspath(path))
+    return _roptim.load(_text(path, "roptim.load"))

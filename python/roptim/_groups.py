@@ -51,6 +51,16 @@ def settled(value: Any) -> Any:
     return value
 
 
+def shown(given: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group shows of hyperparameters: a number as it was given (an int stays an int), anything that
+    could change later or mean something else elsewhere as the engine has it."""
+
+    def lasts(value: Any) -> bool:
+        return type(value) in (bool, int, float) or (type(value) is tuple and all(map(lasts, value)))
+
+    return {key: value if lasts(value) else engine[key] for key, value in given.items()}
+
+
 class ParamGroup(dict[str, Any]):
     """One parameter group: a dict whose hyperparameters are checked when they are assigned.
 
@@ -65,7 +75,7 @@ class ParamGroup(dict[str, Any]):
         *,
         place: str,
         hypers: frozenset[str] = frozenset(),
-        apply: Callable[[dict[str, Any]], None] | None = None,
+        apply: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(options)
         self._place = place
@@ -73,14 +83,15 @@ class ParamGroup(dict[str, Any]):
         self._apply = apply
 
     def _change(self, changes: dict[str, Any]) -> None:
-        if "params" in changes and changes["params"] is not self.get("params"):
-            raise refuse(RoptimKeyError, self._place, "params", "left as it is", "an assignment", "use add_param_group")
-        changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
+        for key in ("params", "param_names"):
+            if key in changes and changes[key] is not self.get(key):
+                raise refuse(RoptimKeyError, self._place, key, "left as it is", "an assignment", "use add_param_group")
         for key in changes:
             refuse_misspelling(self._place, key, self._hypers)
+        changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
         checked = {key: value for key, value in changes.items() if key in self._hypers}
         if checked and self._apply is not None:
-            self._apply(checked)
+            changes = {**changes, **shown(checked, self._apply(checked))}
         super().update(changes)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -99,7 +110,7 @@ class ParamGroup(dict[str, Any]):
         return self[key]
 
     def _refuse_removal(self, key: object) -> None:
-        if key == "params" or key in self._hypers:
+        if key in ("params", "param_names") or key in self._hypers:
             raise refuse(RoptimKeyError, self._place, str(key), "kept", "a removal")
 
     def __delitem__(self, key: str) -> None:
@@ -127,24 +138,22 @@ class ParamGroup(dict[str, Any]):
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
 
-class ParamGroups(list[ParamGroup]):
-    """The list of groups. Groups are added with ``add_param_group`` and never replaced or removed."""
+class FixedList(list[Any]):
+    """A list that refuses to be changed: the groups of an optimizer, the parameters of a group."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise refuse(
-            RoptimTypeError,
-            "param_groups",
-            "the list",
-            "left as it is",
-            "a change",
-            "use add_param_group, or change a group's items",
-        )
+        raise refuse(RoptimTypeError, "param_groups", "the list", "left as it is", "a change", "use add_param_group")
 
     append = extend = insert = remove = pop = clear = reverse = sort = _refuse
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+    __delitem__ = __iadd__ = __imul__ = _refuse
 
-    def _add(self, group: ParamGroup) -> None:
-        super().append(group)
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # ``groups[0] |= {...}`` assigns the same object again.
+        if isinstance(index, slice) or value is not self[index]:
+            self._refuse()
+
+    def _add(self, item: Any) -> None:
+        super().append(item)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return list, (list(self),)
@@ -152,4 +161,4 @@ class ParamGroups(list[ParamGroup]):
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
         from copy import deepcopy
 
-        return [deepcopy(group, memo) for group in self]
+        return [deepcopy(item, memo) for item in self]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from roptim._errors import RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse
 from roptim._roptim import ParameterBase
 
 
@@ -23,8 +23,8 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     Parameters
     ----------
     data : numpy.ndarray
-        float32 or float64, any shape and layout; wrapped, not copied, so that whoever holds the array
-        sees each update. It must be writeable, aligned and in native byte order.
+        float32 or float64, any shape and layout; wrapped, not copied, so that on the CPU whoever holds
+        the array sees each update. It must be writeable, aligned and in native byte order.
     requires_grad : bool
         Optimizers leave the parameter untouched where this is False.
     name : str, optional
@@ -66,12 +66,18 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     def _write(self, index: Any, value: Any) -> None:
         array = self._host()
         value = np.asarray(_plain(value))
+        if not np.can_cast(value.dtype, array.dtype, "same_kind"):
+            raise refuse(
+                RoptimTypeError, "Parameter.data", "value", f"numbers that {array.dtype} can hold", str(value.dtype)
+            )
         if index is Ellipsis and value.shape not in ((), array.shape):
             raise refuse(
                 RoptimValueError, "Parameter.data", "value", f"of shape {array.shape} or a number", str(value.shape)
             )
-        array[index] = value
-        self._host_written()
+        try:
+            array[index] = value
+        finally:
+            self._host_written()
 
     @contextmanager
     def host(self) -> Iterator[np.ndarray[Any, Any]]:
@@ -123,9 +129,12 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         with_written = [x for x in outputs if isinstance(x, Parameter)]
         if with_written:
             kwargs["out"] = tuple(x._host() if isinstance(x, Parameter) else x for x in outputs)
-        result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
-        for parameter in with_written:
-            parameter._host_written()
+        try:
+            result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+        finally:
+            # Also after an error: NumPy may have written a part.
+            for parameter in with_written:
+                parameter._host_written()
         return with_written[0] if len(outputs) == 1 and with_written else result
 
     def __getitem__(self, index: Any) -> Any:
@@ -139,6 +148,9 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
 
     def __float__(self) -> float:
         return float(self.data)
@@ -155,8 +167,14 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         return f"Parameter({self.data!r}{frozen}{name})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {"grad": self.grad}
-        return type(self), (np.array(self.data), self.requires_grad, self.name), state
+        state = {"grad": self.grad, "attributes": dict(vars(self))}
+        return _rebuild, (type(self), np.array(self.data), self.requires_grad, self.name), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.grad = state["grad"]
+        vars(self).update(state["attributes"])
+
+
+def _rebuild(cls: type[Parameter], data: Any, requires_grad: bool, name: str | None) -> Parameter:
+    """A Parameter of a subclass whose constructor may take other arguments."""
+    return cls.__new__(cls, data, requires_grad, name)

@@ -1,6 +1,6 @@
 """The compiled half of the package."""
 
-from typing import Any, final
+from typing import Any, Self, final
 
 import numpy as np
 from typing_extensions import disjoint_base
@@ -32,8 +32,8 @@ def registry() -> list[dict[str, Any]]:
 def devices() -> list[tuple[str, str, str, str, bool]]:
     """Every device: what chooses it, name, kind, driver, and whether it is a software adapter."""
 
-def norm(arrays: list[np.ndarray[Any, Any]]) -> float:
-    """The 2-norm of all arrays together, in float64, the same for any number of threads."""
+def norm(arrays: list[Any], largest: bool) -> float:
+    """The 2-norm of all arrays together in float64, or their largest magnitude."""
 
 def save(object: Any, path: str) -> None:
     """Writes a tree of values to a file, completely or not at all."""
@@ -47,7 +47,7 @@ def dumps(object: Any) -> bytes:
 def loads(bytes: bytes) -> Any:
     """The tree in such bytes."""
 
-def step_next(current: float, base: float, epoch: int, initial: bool, size: int, gamma: float) -> float:
+def step_next(current: float, epoch: int, size: int, gamma: float) -> float:
     """The next value of a decay every ``size`` epochs."""
 
 def step_closed(base: float, epoch: int, size: int, gamma: float) -> float:
@@ -71,9 +71,7 @@ def plateau_reduced(current: float, factor: float, floor: float, eps: float) -> 
 class ParameterBase:
     """Array, gradient and flags of a parameter."""
 
-    def __new__(
-        cls, data: np.ndarray[Any, Any], requires_grad: bool = True, name: str | None = None
-    ) -> ParameterBase: ...
+    def __new__(cls, data: np.ndarray[Any, Any], requires_grad: bool = True, name: str | None = None) -> Self: ...
     grad: Any
     requires_grad: bool
     name: str | None
@@ -91,9 +89,9 @@ class Engine:
     def __new__(
         cls, name: str, backend: str, threads: int | None, flush_denormals: bool, allow_software: bool
     ) -> Engine: ...
-    def add_group(self, hypers: dict[str, Any], params: list[Any], names: list[str] | None) -> int: ...
+    def add_group(self, hypers: dict[str, Any], params: list[Any], names: list[str] | None) -> dict[str, Any]: ...
     def check_hypers(self, given: dict[str, Any]) -> None: ...
-    def set_hypers(self, group: int, changes: dict[str, Any]) -> None: ...
+    def set_hypers(self, group: int, changes: dict[str, Any]) -> dict[str, Any]: ...
     def hypers(self, group: int) -> dict[str, Any]: ...
     def step(self, gradients: list[Any] | None = None) -> None: ...
     def state_keys(self, index: int) -> list[str]: ...

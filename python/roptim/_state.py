@@ -30,29 +30,40 @@ class ParamState(MutableMapping[str, Any]):
         raise KeyError(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key not in self._engine.state_keys(self._index):
-            allowed = f"one of {', '.join(self)}" if len(self) else "absent before the first update"
-            raise refuse(RoptimKeyError, "state", "key", allowed, repr(key))
-        if key == "step":
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise refuse(RoptimValueError, "state", "step", "a whole number >= 1", repr(value))
-            self._engine.set_step_of(self._index, int(value))
-            return
-        slot = self._engine.slot(self._index, key)
-        assert slot is not None  # state_keys named it
-        value = np.asarray(value)
-        if value.shape != slot.shape:
-            raise refuse(RoptimValueError, "state", key, f"of shape {slot.shape}", str(value.shape))
-        if not slot.flags.writeable:
-            raise refuse(
-                RoptimTypeError,
-                "state",
-                key,
-                "read only on a GPU",
-                "an assignment",
-                "change it through load_state_dict",
-            )
-        slot[...] = value
+        self._write({key: value})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Sets several entries, all or none."""
+        self._write(dict(*args, **kwargs))
+
+    def _write(self, changes: dict[str, Any]) -> None:
+        checked = []
+        keys = self._engine.state_keys(self._index)
+        for key, value in changes.items():
+            if key not in keys:
+                allowed = f"one of {', '.join(keys)}" if keys else "absent before the first update"
+                raise refuse(RoptimKeyError, "state", "key", allowed, repr(key))
+            if key == "step":
+                whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+                if not whole or not 1 <= value < 2**64 - 1:
+                    raise refuse(RoptimValueError, "state", "step", "a whole number from 1 to 2^64 - 2", repr(value))
+                continue
+            slot = self._engine.slot(self._index, key)
+            assert slot is not None  # state_keys named it
+            if not slot.flags.writeable:
+                remedy = "change it through load_state_dict"
+                raise refuse(RoptimTypeError, "state", key, "read only on a GPU", "an assignment", remedy)
+            try:
+                new = np.asarray(value, slot.dtype)
+            except (TypeError, ValueError):
+                raise refuse(RoptimTypeError, "state", key, f"an array of {slot.dtype}", repr(value)) from None
+            if new.shape != slot.shape:
+                raise refuse(RoptimValueError, "state", key, f"of shape {slot.shape}", str(new.shape))
+            checked.append((slot, new))
+        for slot, new in checked:
+            slot[...] = new
+        if "step" in changes:
+            self._engine.set_step_of(self._index, int(changes["step"]))
 
     def __delitem__(self, key: str) -> None:
         raise refuse(RoptimKeyError, "state", "key", "kept", f"a removal of {key!r}", "use reset")
@@ -108,10 +119,13 @@ class State(MutableMapping[Any, Any]):
         index = self._find(key)
         if self._engine is None:
             self._own[index] = value
-        elif isinstance(value, Mapping) and not value:
-            self._engine.reset(index)
+        elif not isinstance(value, Mapping):
+            got = f"an object of type {type(value).__name__}"
+            raise refuse(RoptimTypeError, "state", "the state of a parameter", "a dict", got)
+        elif value:
+            self[index].update(value)
         else:
-            self[key].update(value)
+            self._engine.reset(index)
 
     def __delitem__(self, key: Any) -> None:
         index = self._find(key)

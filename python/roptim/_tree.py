@@ -25,6 +25,7 @@ class Spec:
 
 
 LEAF = Spec("leaf")
+_DEEPEST = 100
 
 
 def is_leaf(x: object) -> bool:
@@ -55,8 +56,10 @@ def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None
     names: list[str] = []
     named = False
 
-    def walk(node: object, path: str) -> Spec:
+    def walk(node: object, path: str, depth: int = 0) -> Spec:
         nonlocal named
+        if depth > _DEEPEST:
+            raise refuse(RoptimValueError, place, "params", f"within {_DEEPEST} containers", "one more")
         if isinstance(node, Mapping):
             named = True
             items = list(node.items())
@@ -72,25 +75,42 @@ def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None
             names.append(path.removesuffix("."))
             return LEAF
         kind = "mapping" if isinstance(node, Mapping) else "sequence"
-        children = tuple(walk(child, f"{path}{key}.") for key, child in items)
+        children = tuple(walk(child, f"{path}{key}.", depth + 1) for key, child in items)
         return Spec(kind, tuple(key for key, _ in items), children)
 
     spec = walk(tree, "")
     if not named:
         return spec, leaves, None
+    check_names(names, place)
+    return spec, leaves, names
+
+
+def check_names(names: list[str], place: str) -> None:
+    """Refuses names that repeat, or that no file could hold."""
     seen: set[str] = set()
     for name in names:
+        if not isinstance(name, str):
+            raise refuse(RoptimTypeError, place, "names", "strings", repr(name))
         if name in seen:
             raise refuse(RoptimValueError, place, "names", "different", f"{name!r} twice")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise refuse(RoptimValueError, place, "names", "text that UTF-8 can hold", ascii(name)) from None
         seen.add(name)
-    return spec, leaves, names
 
 
 def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
     """The leaves of ``tree`` in the order of ``spec``; a missing or surplus name is an error."""
     if spec.kind == "leaf":
         if isinstance(tree, (Mapping, list, tuple)):
-            raise refuse(RoptimTypeError, place, f"gradient {path or 'given'}", "an array", f"a {type(tree).__name__}")
+            raise refuse(
+                RoptimTypeError,
+                place,
+                f"gradient {path or 'given'}",
+                "an array",
+                f"an object of type {type(tree).__name__}",
+            )
         return [tree]
     where = f"gradients of {path}" if path else "gradients"
     if isinstance(tree, Mapping) and spec.kind in ("mapping", "pairs"):
@@ -113,7 +133,9 @@ def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
         children = list(tree)
     else:
         kind = "a dict" if spec.kind == "mapping" else "a list"
-        raise refuse(RoptimTypeError, place, where, f"{kind} like the parameters", f"a {type(tree).__name__}")
+        raise refuse(
+            RoptimTypeError, place, where, f"{kind} like the parameters", f"an object of type {type(tree).__name__}"
+        )
     if spec.is_flat:
         # What is no array among them is refused where arrays are looked at.
         return children

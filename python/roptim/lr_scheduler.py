@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from roptim import _roptim
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim.optimizer import Optimizer
@@ -116,6 +118,7 @@ class LRScheduler:
                 UserWarning,
                 stacklevel=2,
             )
+        before = (self._step_count, self.last_epoch)
         self._step_count += 1
         self._get_lr_called_within_step = True
         try:
@@ -127,14 +130,28 @@ class LRScheduler:
                 self.last_epoch = epoch
                 closed = getattr(self, "_get_closed_form_lr", None)
                 values = closed() if closed is not None else self.get_lr()
+            self._write(values)
+        except BaseException:
+            self._step_count, self.last_epoch = before
+            raise
         finally:
             self._get_lr_called_within_step = False
-        self._write(values)
 
     def _write(self, values: Sequence[float]) -> None:
-        for group, value in zip(self.optimizer.param_groups, values, strict=True):
-            group["lr"] = value
-        self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        """All groups or, where a value is refused, none."""
+        groups = self.optimizer.param_groups
+        if len(values) != len(groups):
+            got = f"{len(values)} for {len(groups)} groups"
+            raise refuse(RoptimValueError, f"{type(self).__name__}.step", "values", "one per group", got)
+        before = [group["lr"] for group in groups]
+        try:
+            for group, value in zip(groups, values, strict=True):
+                group["lr"] = value
+        except BaseException:
+            for group, value in zip(groups, before, strict=True):
+                group["lr"] = value
+            raise
+        self._last_lr = [float(group["lr"]) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer."""
@@ -146,9 +163,24 @@ class LRScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a saved state. The optimizer's own state holds the current ``"lr"``: load it, too."""
+        place = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, dict):
+            got = f"an object of type {type(state_dict).__name__}"
+            raise refuse(RoptimTypeError, place, "state_dict", "a dict", got)
         if "last_epoch" not in state_dict:
-            place = f"{type(self).__name__}.load_state_dict"
-            raise refuse(RoptimKeyError, place, "state_dict", "a dict with 'last_epoch'", str(sorted(state_dict)))
+            raise refuse(
+                RoptimKeyError, place, "state_dict", "a dict with 'last_epoch'", str(sorted(map(str, state_dict)))
+            )
+        known = self.state_dict()
+        for key, value in state_dict.items():
+            if not isinstance(key, str) or hasattr(type(self), key):
+                raise refuse(RoptimKeyError, place, "key", "of the scheduler's state", repr(key))
+            numbers = (int, float, np.number)
+            mine = known.get(key)
+            alike = type(value) is type(mine) or (isinstance(value, numbers) and isinstance(mine, numbers))
+            if not alike and mine is not None and value is not None:
+                want, got = type(mine).__name__, f"an object of type {type(value).__name__}"
+                raise refuse(RoptimTypeError, place, key, f"of type {want}", got)
         vars(self).update({key: value for key, value in state_dict.items() if key != "optimizer"})
 
 
@@ -176,7 +208,7 @@ class StepLR(LRScheduler):
     def get_lr(self) -> list[float]:
         self._warn_outside_step()
         return [
-            _roptim.step_next(float(group["lr"]), 0.0, self.last_epoch, self._is_initial, self.step_size, self.gamma)
+            _roptim.step_next(float(group["lr"]), self.last_epoch, self.step_size, self.gamma)
             for group in self.optimizer.param_groups
         ]
 
@@ -303,7 +335,10 @@ class ReduceLROnPlateau(LRScheduler):
 
     def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # torch's signature
         """Counts one epoch with its metric and reduces where it is due."""
-        metric = float(metrics)
+        try:
+            metric = float(metrics)
+        except (TypeError, ValueError):
+            raise refuse(RoptimTypeError, "ReduceLROnPlateau.step", "metrics", "a number", repr(metrics)) from None
         if epoch is not None:
             warnings.warn("the epoch argument of step is deprecated", UserWarning, stacklevel=2)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch

@@ -11,7 +11,7 @@ import numpy as np
 
 from roptim import _roptim, _tree
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
-from roptim._groups import SCHEDULER_KEYS, SWITCHES, ParamGroup, ParamGroups, refuse_misspelling, settled
+from roptim._groups import SCHEDULER_KEYS, SWITCHES, FixedList, ParamGroup, refuse_misspelling, settled, shown
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
 from roptim._state import State
@@ -62,7 +62,7 @@ class Optimizer:
     #: Whether step was ever called: schedulers warn if they are stepped first.
     _step_called = False
 
-    param_groups: ParamGroups
+    param_groups: FixedList
     defaults: dict[str, Any]
 
     def __init__(
@@ -87,10 +87,10 @@ class Optimizer:
             groups: list[Any] = list(params)
         else:
             groups = [{"params": params}]
-        if not groups or (len(groups) == 1 and _is_empty(groups[0].get("params"))):
-            raise refuse(RoptimValueError, self._place, "params", "at least one array", "an empty container")
         for group in groups:
             self.add_param_group(group)
+        if not self._state._objects:
+            raise refuse(RoptimValueError, self._place, "params", "at least one array", "an empty container")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,9 +116,11 @@ class Optimizer:
         if self._engine_name is not None:
             threads = options["threads"]
             if threads is not None and (
-                isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1
+                isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads < 65536
             ):
-                raise refuse(RoptimValueError, self._place, "threads", "None or a whole number >= 1", repr(threads))
+                raise refuse(
+                    RoptimValueError, self._place, "threads", "None or a whole number from 1 to 65535", repr(threads)
+                )
             if not isinstance(options["backend"], str):
                 raise refuse(RoptimTypeError, self._place, "backend", '"cpu" or "gpu"', repr(options["backend"]))
             self._engine = Engine(
@@ -130,8 +132,11 @@ class Optimizer:
             )
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value for key, value in defaults.items() if key in hypers})
+        elif options["backend"] != "cpu":
+            got = repr(options["backend"])
+            raise refuse(RoptimValueError, self._place, "backend", '"cpu" for an optimizer written in Python', got)
         self._hypers = hypers
-        self.param_groups = ParamGroups()
+        self.param_groups = FixedList()
         self._state = State(self._engine)
 
     # ---- parameters -------------------------------------------------------------------------------------
@@ -152,7 +157,8 @@ class Optimizer:
         """
         place = self._place
         if not isinstance(param_group, Mapping):
-            raise refuse(RoptimTypeError, place, "param_group", "a dict", f"a {type(param_group).__name__}")
+            got = f"an object of type {type(param_group).__name__}"
+            raise refuse(RoptimTypeError, place, "param_group", "a dict", got)
         if "params" not in param_group:
             raise refuse(
                 RoptimKeyError, place, "param_group", "a dict with a 'params' entry", str(sorted(map(str, param_group)))
@@ -161,24 +167,25 @@ class Optimizer:
         given = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
         for key in given:
             refuse_misspelling(place, key, self._hypers or self.defaults)
-        if names is None and "param_names" in param_group:
-            names = [str(name) for name in param_group["param_names"]]
+        if names is None and param_group.get("param_names") is not None:
+            given_names = param_group["param_names"]
+            if not isinstance(given_names, (list, tuple)):
+                raise refuse(RoptimTypeError, place, "param_names", "a list of strings", repr(given_names))
+            names = list(given_names)
             if len(names) != len(objects):
                 raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
+            _tree.check_names(names, place)
         self._check_names(names)
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
         index = len(self.param_groups)
         if self._engine is not None:
             hypers = {key: options[key] for key in self._hypers if key in options}
-            self._engine.add_group(hypers, objects, names)
-            for key, value in self._engine.hypers(index).items():
-                options.setdefault(key, value)
-                if isinstance(value, tuple):
-                    options[key] = tuple(options[key])
+            engine_values = self._engine.add_group(hypers, objects, names)
+            options = {**options, **engine_values, **shown(hypers, engine_values)}
         else:
             self._check_objects(objects)
-        group: dict[str, Any] = {"params": objects}
+        group: dict[str, Any] = {"params": FixedList(objects)}
         if names is not None:
             group["param_names"] = names
         self._specs.append(spec)
@@ -199,7 +206,7 @@ class Optimizer:
 
     def _check_objects(self, objects: list[Any]) -> None:
         """The gate for optimizers written in Python, which own no engine."""
-        seen = {id(obj) for group in self.param_groups for obj in group["params"]}
+        seen = set(self._state._index)
         for i, obj in enumerate(objects):
             if not isinstance(obj, (np.ndarray, Parameter)):
                 got = f"an object of type {type(obj).__name__}"
@@ -262,6 +269,9 @@ class Optimizer:
         if callable(gradients) and closure is None and not hasattr(gradients, "__array__"):
             gradients, closure = None, gradients
         if closure is not None:
+            if not callable(closure):
+                got = f"an object of type {type(closure).__name__}"
+                raise refuse(RoptimTypeError, f"{self._place}.step", "closure", "callable", got)
             loss = closure()
             if isinstance(loss, tuple) and len(loss) == 2:
                 loss, gradients = loss
@@ -280,7 +290,7 @@ class Optimizer:
         if isinstance(gradients, Mapping):
             return _tree.read(self._all, gradients, place)
         if not isinstance(gradients, (list, tuple)):
-            got = f"a {type(gradients).__name__}"
+            got = f"an object of type {type(gradients).__name__}"
             raise refuse(RoptimTypeError, place, "gradients", "a list over all parameters or groups", got)
         by_group = len(gradients) == len(self._specs) and not (total == len(gradients) and _tree.is_leaf(gradients[0]))
         if by_group:
@@ -360,7 +370,9 @@ class Optimizer:
         """
         place = f"{self._place}.load_state_dict"
         if not isinstance(state_dict, Mapping):
-            raise refuse(RoptimTypeError, place, "state_dict", "a dict", f"a {type(state_dict).__name__}")
+            raise refuse(
+                RoptimTypeError, place, "state_dict", "a dict", f"an object of type {type(state_dict).__name__}"
+            )
         for key in ("state", "param_groups"):
             if key not in state_dict:
                 raise refuse(
@@ -370,17 +382,24 @@ class Optimizer:
         if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
             raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))
         if not isinstance(state_dict["state"], Mapping):
-            raise refuse(RoptimTypeError, place, "state", "a dict", f"a {type(state_dict['state']).__name__}")
+            raise refuse(
+                RoptimTypeError, place, "state", "a dict", f"an object of type {type(state_dict['state']).__name__}"
+            )
+        # The user's own keys are the file's, as in torch: those it lacks go. Copied before anything changes.
+        fixed = self._hypers | {"params", "param_names"}
+        own_keys = [{k: copy.deepcopy(v) for k, v in group.items() if k not in fixed} for group in groups]
         if self._engine is None:
             self._load_own(place, state_dict)
         else:
             self._load_engine(place, state_dict)
-        for index, (own, group) in enumerate(zip(self.param_groups, groups, strict=True)):
-            kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            dict.update(own, {key: copy.deepcopy(value) for key, value in kept.items() if key not in self._hypers})
+        for index, (group, keys) in enumerate(zip(self.param_groups, own_keys, strict=True)):
+            for key in [key for key in group if key not in fixed and key not in keys]:
+                dict.__delitem__(group, key)
+            dict.update(group, keys)
             if self._engine is not None:
                 hypers = self._engine.hypers(index)
-                dict.update(own, {key: value for key, value in hypers.items() if own.get(key) != value})
+                given = {key: settled(value) for key, value in groups[index].items() if key in self._hypers}
+                dict.update(group, {**hypers, **shown(given, hypers)})
 
     def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
         assert self._engine is not None
@@ -405,28 +424,36 @@ class Optimizer:
     def _load_own(self, place: str, state_dict: Mapping[str, Any]) -> None:
         own = type(self).__name__
         groups, state, about = state_dict["param_groups"], state_dict["state"], state_dict.get("roptim")
-        if about and about.get("optimizer") != own:
-            raise refuse(RoptimValueError, place, "state", f"of {own}", f"of {about.get('optimizer')}")
+        if about is not None and (not isinstance(about, Mapping) or about.get("optimizer") != own):
+            got = f"of {about.get('optimizer')}" if isinstance(about, Mapping) else repr(about)
+            raise refuse(RoptimValueError, place, "state", f"of {own}", got)
         if len(groups) != len(self.param_groups):
             want, got = str(len(self.param_groups)), str(len(groups))
             raise refuse(RoptimValueError, place, "number of parameter groups", want, got)
         index: dict[int, int] = {}
         start = 0
         for i, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
-            count = len(mine["params"])
-            if len(theirs["params"]) != count:
-                got = str(len(theirs["params"]))
-                raise refuse(RoptimValueError, place, f"number of parameters in group {i}", str(count), got)
-            order = dict(zip(theirs["params"], range(start, start + count), strict=True))
-            if mine.get("param_names") is not None and theirs.get("param_names") is not None:
-                by_name = dict(zip(mine["param_names"], range(start, start + count), strict=True))
-                if by_name.keys() != set(theirs["param_names"]):
-                    want, got = ", ".join(by_name), ", ".join(theirs["param_names"])
-                    raise refuse(RoptimValueError, place, f"names of group {i}", want, got)
-                order = {k: by_name[name] for k, name in zip(theirs["params"], theirs["param_names"], strict=True)}
-            index.update(order)
+            ids, count = theirs.get("params"), len(mine["params"])
+            if not isinstance(ids, (list, tuple)) or not all(isinstance(k, (int, np.integer)) for k in ids):
+                raise refuse(RoptimTypeError, place, f"params of group {i}", "a list of indices", repr(ids))
+            if len(ids) != count or len(set(ids) - index.keys()) != count:
+                raise refuse(RoptimValueError, place, f"params of group {i}", f"{count} different indices", repr(ids))
+            positions = range(start, start + count)
+            names, known = theirs.get("param_names"), mine.get("param_names")
+            if names is not None and known is not None:
+                if not isinstance(names, (list, tuple)) or sorted(map(str, names)) != sorted(known):
+                    raise refuse(RoptimValueError, place, f"names of group {i}", ", ".join(known), repr(names))
+                by_name = dict(zip(known, positions, strict=True))
+                index.update({k: by_name[name] for k, name in zip(ids, names, strict=True)})
+            else:
+                index.update(zip(ids, positions, strict=True))
             start += count
-        self._state._own = {index[int(k)]: copy.deepcopy(dict(v)) for k, v in dict(state).items() if int(k) in index}
+        for key, entry in state.items():
+            if key not in index or not isinstance(entry, Mapping):
+                raise refuse(
+                    RoptimValueError, place, "state", "dicts of parameters in the groups", f"{key!r}: {entry!r}"
+                )
+        self._state._own = {index[key]: copy.deepcopy(dict(entry)) for key, entry in state.items()}
 
     # ---- copies and text --------------------------------------------------------------------------------
 
@@ -456,16 +483,14 @@ class Optimizer:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines += [""] * (i > 0) + [f"Parameter Group {i}"]
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", "param_names")]
+            lines += [
+                f"    {key}: {group[key]}" for key in sorted(group, key=str) if key not in ("params", "param_names")
+            ]
         return "\n".join([*lines, ")"])
 
 
 def _is_group(item: object) -> bool:
     return isinstance(item, Mapping) and "params" in item
-
-
-def _is_empty(params: object) -> bool:
-    return isinstance(params, (list, tuple, Mapping)) and len(params) == 0
 
 
 def _plain(value: Any) -> Any:

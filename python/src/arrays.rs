@@ -158,7 +158,8 @@ pub(crate) fn as_array<'py>(
     {
         return Ok(array.clone());
     }
-    if access == Access::Read && object.is_instance(&numpy.getattr("generic")?)? {
+    // The type itself is asked, not the object, which could answer with code of its own.
+    if access == Access::Read && object.get_type().is_subclass(&numpy.getattr("generic")?)? {
         return numpy.call_method1("asarray", (object,))?.cast_into().map_err(|e| PyTypeError::new_err(e.to_string()));
     }
     let remedy = "convert it with numpy.asarray";

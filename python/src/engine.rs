@@ -6,12 +6,14 @@ use numpy::{PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use pyo3::{PyTraverseError, PyVisit};
+use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
 
-use crate::arrays::{self, Access, Context, Seen, as_array, extent, look, shape_text, share_memory};
+use crate::arrays::{self, Access, Context, Seen, as_array, look, shape_text, share_memory};
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
+use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
 use crate::shared::{Home, Shared};
 use crate::values;
@@ -28,67 +30,13 @@ struct Registered {
     label: String,
 }
 
-/// A byte range that a step writes, with the parameter it belongs to.
-#[derive(Clone, Copy)]
-struct Interval {
-    low: usize,
-    high: usize,
-    index: usize,
-    is_slot: bool,
-}
-
-/// Sorted by `low`; `reach[i]` is the largest `high` up to i.
-#[derive(Default, Clone)]
-struct Writable {
-    intervals: Vec<Interval>,
-    reach: Vec<usize>,
-}
-
-impl Writable {
-    fn new(mut intervals: Vec<Interval>) -> Self {
-        intervals.retain(|i| i.low < i.high);
-        intervals.sort_unstable_by_key(|i| i.low);
-        let mut reach = Vec::with_capacity(intervals.len());
-        let mut highest = 0;
-        for interval in &intervals {
-            highest = highest.max(interval.high);
-            reach.push(highest);
-        }
-        Self { intervals, reach }
-    }
-
-    fn insert(&mut self, interval: Interval) {
-        if interval.low == interval.high {
-            return;
-        }
-        let at = self.intervals.partition_point(|i| i.low <= interval.low);
-        self.intervals.insert(at, interval);
-        self.reach.insert(at, 0);
-        let mut highest = if at > 0 { self.reach[at - 1] } else { 0 };
-        for (reach, interval) in self.reach[at..].iter_mut().zip(&self.intervals[at..]) {
-            highest = highest.max(interval.high);
-            *reach = highest;
-        }
-    }
-
-    /// Every interval that meets `low..high`.
-    fn meeting(&self, (low, high): (usize, usize)) -> impl Iterator<Item = &Interval> {
-        let end = if low < high { self.intervals.partition_point(|i| i.low < high) } else { 0 };
-        (0..end)
-            .rev()
-            .take_while(move |&i| self.reach[i] > low)
-            .map(|i| &self.intervals[i])
-            .filter(move |i| i.high > low)
-    }
-}
-
 #[derive(Default)]
 struct Table {
     params: Vec<Registered>,
-    writable: Writable,
+    writable: Map,
     /// The engine's count of allocations that `writable` knows.
     slots_seen: u64,
-    /// An array moved since `writable` was made: it stays so until overlap was checked again.
+    /// An array moved since `writable` was made; stays so until overlap was checked again.
     moved: bool,
 }
 
@@ -122,19 +70,18 @@ impl Engine {
     }
 
     /// The map with the ranges of `added` in it; refuses parameters that share memory with each other or
-    /// with state.
+    /// with state. `known` are the parameters the map has already.
     fn refuse_overlap(
         &self,
         py: Python<'_>,
         known: &[Registered],
-        map: &Writable,
+        mut map: Map,
         added: &[Registered],
-    ) -> PyResult<Writable> {
-        let mut map = map.clone();
+    ) -> PyResult<Map> {
         for (i, new) in added.iter().enumerate() {
             let index = known.len() + i;
-            let (low, high) = extent(&new.seen.raw);
-            for other in map.meeting((low, high)) {
+            for other in map.meeting(&new.seen.raw) {
+                // State of a parameter that is only now being added has its index, too.
                 let old = known.get(other.index).unwrap_or_else(|| &added[other.index - known.len()]);
                 if !other.is_slot && !share_memory(new.array.bind(py), old.array.bind(py)) {
                     continue;
@@ -147,9 +94,30 @@ impl Engine {
                 let remedy = Some("give each array once; copy what overlaps");
                 return Err(refuse(py, ErrorKind::Value, self.name(), &new.label, "memory of its own", got, remedy));
             }
-            map.insert(Interval { low, high, index, is_slot: false });
+            map.insert(Interval::of(&new.seen.raw, index, false));
         }
         Ok(map)
+    }
+
+    /// Brings the map of written memory up to date with the engine's slots and with arrays that moved.
+    fn refresh(&self, py: Python<'_>, table: &mut Table) -> PyResult<()> {
+        let (allocations, slots) = {
+            let optimizer = self.shared.try_use().or_raise(py)?;
+            let allocations = optimizer.allocations();
+            if allocations == table.slots_seen && !table.moved {
+                return Ok(());
+            }
+            let entries = optimizer.entries().iter().enumerate();
+            let of_entry = |(index, entry): (usize, &Entry)| {
+                let buffers = entry.slots.iter().flatten().map(|b| Interval::of(&b.raw(), index, true));
+                buffers.collect::<Vec<_>>()
+            };
+            (allocations, entries.flat_map(of_entry).collect())
+        };
+        table.writable = self.refuse_overlap(py, &[], Map::new(slots), &table.params)?;
+        table.slots_seen = allocations;
+        table.moved = false;
+        Ok(())
     }
 
     /// Reads every parameter's header again and looks in full at what changed.
@@ -177,61 +145,75 @@ impl Engine {
             registered.seen = seen;
             table.moved = true;
         }
-        let allocations = self.shared.try_use().or_raise(py)?.allocations();
-        if table.moved {
-            self.refuse_overlap(py, &[], &Writable::default(), &table.params)?;
-        }
-        if table.moved || allocations != table.slots_seen {
-            self.map_writable(py, table)?;
-            table.slots_seen = allocations;
-            table.moved = false;
-        }
-        Ok(())
+        self.refresh(py, table)
     }
 
-    fn map_writable(&self, py: Python<'_>, table: &mut Table) -> PyResult<()> {
-        let optimizer = self.shared.try_use().or_raise(py)?;
-        let mut intervals = Vec::new();
-        for (index, (registered, entry)) in table.params.iter().zip(optimizer.entries()).enumerate() {
-            let (low, high) = extent(&registered.seen.raw);
-            intervals.push(Interval { low, high, index, is_slot: false });
-            for buffer in entry.slots.iter().flatten() {
-                let (low, high) = extent(&buffer.raw());
-                intervals.push(Interval { low, high, index, is_slot: true });
+    /// The gradients as arrays, in order of registration. Python code of the objects may run here, so
+    /// that nothing that was looked at before still counts.
+    fn collect<'py>(
+        &self,
+        py: Python<'py>,
+        table: &Table,
+        gradients: Option<&Bound<'py, PyList>>,
+        place: &str,
+    ) -> PyResult<Vec<Option<Bound<'py, PyUntypedArray>>>> {
+        let count = table.params.len();
+        if let Some(list) = gradients
+            && list.len() != count
+        {
+            let (want, got) = (format!("{count} in number"), list.len());
+            return Err(refuse(py, ErrorKind::Value, place, "gradients", want, got, None));
+        }
+        let one = |(index, registered): (usize, &Registered)| {
+            let parameter = registered.parameter.as_ref().map(|p| p.get());
+            let object = match (gradients, parameter) {
+                (Some(list), p) => {
+                    let item = list.get_item(index)?;
+                    let wanted = !item.is_none() && p.is_none_or(ParameterBase::wants_gradient);
+                    wanted.then_some(item)
+                }
+                (None, Some(p)) => p.step_gradient(py),
+                (None, None) => {
+                    let allowed = "given for plain arrays";
+                    let remedy = Some("call step(gradients), or wrap the arrays in roptim.Parameter and set .grad");
+                    return Err(refuse(py, ErrorKind::Type, place, "gradients", allowed, "none", remedy));
+                }
+            };
+            let Some(object) = object else { return Ok(None) };
+            if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
+                return Ok(Some(array.clone()));
             }
-        }
-        table.writable = Writable::new(intervals);
-        Ok(())
+            let label = format!("gradient of {}", registered.label);
+            as_array(&object, Access::Read, Context { place, label: &label }).map(Some)
+        };
+        table.params.iter().enumerate().map(one).collect()
     }
 
-    fn gradient(
+    /// Looks at a gradient: shape and dtype of its parameter, and memory that the step does not write.
+    fn look_at_gradient(
         &self,
         py: Python<'_>,
         table: &Table,
         index: usize,
-        object: &Bound<'_, PyAny>,
+        array: &Bound<'_, PyUntypedArray>,
         place: &str,
-    ) -> PyResult<(RawTensor, Py<PyUntypedArray>)> {
-        let registered = &table.params[index];
-        let glanced = object
-            .cast_exact::<PyUntypedArray>()
-            .ok()
-            .and_then(|array| Some((registered.seen.glance(array)?, array.clone().unbind())));
-        let (raw, array) = match glanced {
-            Some(found) => found,
+    ) -> PyResult<RawTensor> {
+        let want = &table.params[index].seen;
+        let label = || format!("gradient of {}", table.params[index].label);
+        let raw = match want.glance(array) {
+            Some(raw) => raw,
             None => {
-                let label = format!("gradient of {}", registered.label);
+                let label = label();
                 let context = Context { place, label: &label };
-                let array = as_array(object, Access::Read, context)?;
-                let (want, got) = (&registered.seen, array.shape());
+                let got = array.shape();
                 if got != want.shape() {
                     let allowed = format!("of shape {}", shape_text(want.shape()));
                     return Err(refuse(py, ErrorKind::Value, place, &label, allowed, shape_text(got), None));
                 }
-                let seen = look(&array, Access::Read, context);
+                let seen = look(array, Access::Read, context);
                 let dtype = match &seen {
                     Ok(seen) => Some(seen.raw.dtype.to_string()),
-                    Err(_) => arrays::foreign_dtype(&array),
+                    Err(_) => arrays::foreign_dtype(array),
                 };
                 if let Some(dtype) = dtype.filter(|name| name != want.raw.dtype.name()) {
                     let remedy = match want.raw.dtype {
@@ -240,25 +222,19 @@ impl Engine {
                     };
                     return Err(refuse(py, ErrorKind::Type, place, &label, want.raw.dtype, dtype, Some(remedy)));
                 }
-                (seen?.raw, array.unbind())
+                seen?.raw
             }
         };
-        for met in table.writable.meeting(extent(&raw)) {
+        for met in table.writable.meeting(&raw) {
             let other = &table.params[met.index];
-            if met.is_slot || share_memory(array.bind(py), other.array.bind(py)) {
+            if met.is_slot || share_memory(array, other.array.bind(py)) {
                 let what = if met.is_slot { "state of " } else { "" };
-                return Err(refuse(
-                    py,
-                    ErrorKind::Value,
-                    place,
-                    &format!("gradient of {}", registered.label),
-                    "memory of its own",
-                    format!("memory of {what}{}", other.label),
-                    Some("copy it with .copy()"),
-                ));
+                let got = format!("memory of {what}{}", other.label);
+                let remedy = Some("copy it with .copy()");
+                return Err(refuse(py, ErrorKind::Value, place, &label(), "memory of its own", got, remedy));
             }
         }
-        Ok((raw, array))
+        Ok(raw)
     }
 }
 
@@ -291,42 +267,56 @@ impl Engine {
         Ok(Self { shared, table: Mutex::new(Table::default()), on_gpu })
     }
 
-    /// Adds a group. Nothing changes if anything is refused.
-    fn add_group(
+    /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused.
+    fn add_group<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         hypers: &Bound<'_, PyDict>,
         params: &Bound<'_, PyList>,
         names: Option<Vec<String>>,
-    ) -> PyResult<usize> {
-        let mut table = self.table(py)?;
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let mut guard = self.table(py)?;
+        let table = &mut *guard;
         let place = self.name();
-        let mut added = Vec::with_capacity(params.len());
-        for (i, object) in params.iter().enumerate() {
-            let name = names.as_ref().map(|n| n[i].as_str());
-            let label = Self::label(table.params.len() + i, name, &object);
+        let defaults = self.shared.try_use().or_raise(py)?.preset().hypers();
+        let changes = values::hypers(hypers, &defaults, place)?;
+        let objects: Vec<_> = params.iter().collect();
+        let mut arrays = Vec::with_capacity(objects.len());
+        for (i, object) in objects.iter().enumerate() {
+            let label = Self::label(table.params.len() + i, names.as_ref().map(|n| n[i].as_str()), object);
             let parameter = object.cast::<ParameterBase>().ok().map(|p| p.clone().unbind());
-            let context = Context { place, label: &label };
             let array = match &parameter {
                 Some(p) => {
                     p.get().bring_home(py)?;
                     p.get().host(py)
                 }
-                None => as_array(&object, Access::Write, context)?,
+                None => as_array(object, Access::Write, Context { place, label: &label })?,
             };
-            let seen = look(&array, Access::Write, context)?;
-            added.push(Registered { parameter, array: array.unbind(), seen, label });
+            arrays.push((label, parameter, array));
         }
-        let writable = self.refuse_overlap(py, &table.params, &table.writable, &added)?;
+        let added = arrays
+            .into_iter()
+            .map(|(label, parameter, array)| {
+                let seen = look(&array, Access::Write, Context { place, label: &label })?;
+                Ok(Registered { parameter, array: array.unbind(), seen, label })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        self.refresh(py, table)?;
+        let writable = self.refuse_overlap(py, &table.params, table.writable.clone(), &added)?;
         let infos = added.iter().enumerate().map(|(i, r)| ParamInfo {
             name: names.as_ref().map(|n| n[i].clone()),
             shape: r.seen.shape().to_vec(),
             dtype: r.seen.raw.dtype,
             resident: r.parameter.is_some(),
         });
-        let changes = values::hypers(hypers, &self.shared.try_use().or_raise(py)?.preset().hypers(), place)?;
+        let infos = infos.collect();
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-        let group = self.shared.try_use().or_raise(py)?.add_group(&changes, infos.collect()).or_raise(py)?;
+        let hypers = self.shared.try_use().and_then(|mut optimizer| {
+            let group = optimizer.add_group(&changes, infos)?;
+            Ok(optimizer.groups()[group].clone())
+        });
+        let hypers = hypers.or_raise(py)?;
+        // Nothing below can fail: the engine has the group now.
         if self.on_gpu {
             for (i, parameter) in added.iter().enumerate().filter_map(|(i, r)| Some((i, r.parameter.as_ref()?))) {
                 let home = Home { shared: Arc::clone(&self.shared), index: table.params.len() + i };
@@ -335,7 +325,7 @@ impl Engine {
         }
         table.params.extend(added);
         table.writable = writable;
-        Ok(group)
+        values::to_dict(py, hypers.iter())
     }
 
     /// Checks hyperparameters as a group's without keeping them.
@@ -347,14 +337,26 @@ impl Engine {
         preset.set(self.name(), &mut hypers, &changes).or_raise(py)
     }
 
-    /// Checks and sets hyperparameters of a group; on an error the old values stay.
-    fn set_hypers(&self, py: Python<'_>, group: usize, changes: &Bound<'_, PyDict>) -> PyResult<()> {
-        let mut optimizer = self.shared.try_use().or_raise(py)?;
-        let place =
-            if optimizer.groups().len() > 1 { format!("{} group {group}", self.name()) } else { self.name().into() };
-        let changes = values::hypers(changes, &optimizer.groups()[group], &place)?;
+    /// Checks and sets hyperparameters of a group and returns all of them; on an error the old values stay.
+    fn set_hypers<'py>(
+        &self,
+        py: Python<'py>,
+        group: usize,
+        changes: &Bound<'_, PyDict>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        // Reading the values may run Python code, so the engine is not locked meanwhile.
+        let (hypers, several) = {
+            let optimizer = self.shared.try_use().or_raise(py)?;
+            (optimizer.groups()[group].clone(), optimizer.groups().len() > 1)
+        };
+        let place = if several { format!("{} group {group}", self.name()) } else { self.name().into() };
+        let changes = values::hypers(changes, &hypers, &place)?;
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-        optimizer.set_hypers(group, &changes).or_raise(py)
+        let set = self.shared.try_use().and_then(|mut optimizer| {
+            optimizer.set_hypers(group, &changes)?;
+            Ok(optimizer.groups()[group].clone())
+        });
+        values::to_dict(py, set.or_raise(py)?.iter())
     }
 
     /// One update. `gradients` in order of registration, None for "no gradient"; without the list each
@@ -364,55 +366,29 @@ impl Engine {
         let place = format!("{}.step", self.name());
         let mut guard = self.table(py)?;
         let table = &mut *guard;
-        self.verify(py, table, &place)?;
-        // The arrays are kept alive until the step is over.
-        let mut keep = Vec::with_capacity(table.params.len());
-        let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(table.params.len());
-        let mut elements = 0;
-        for index in 0..table.params.len() {
-            let parameter = table.params[index].parameter.as_ref().map(|p| p.get());
-            let object = match (gradients, parameter) {
-                (Some(list), p) => {
-                    let item = list.get_item(index)?;
-                    let wanted = !item.is_none() && p.is_none_or(ParameterBase::wants_gradient);
-                    wanted.then_some(item)
-                }
-                (None, Some(p)) => p.step_gradient(py),
-                (None, None) => {
-                    let remedy = "call step(gradients), or wrap the arrays in roptim.Parameter and set .grad";
-                    return Err(refuse(
-                        py,
-                        ErrorKind::Type,
-                        &place,
-                        "gradients",
-                        "given for plain arrays",
-                        "none",
-                        Some(remedy),
-                    ));
-                }
-            };
-            let Some(object) = object else {
-                tensors.push(None);
-                continue;
-            };
-            let (raw, array) = self.gradient(py, table, index, &object, &place)?;
-            elements += raw.len;
-            // SAFETY: the gate checked address, alignment and dtype, `gradient` checked overlap with
-            // everything the step writes, and `keep` holds the array.
-            tensors.push(Some(unsafe { TensorRef::from_raw(raw) }));
-            keep.push(array);
-        }
-        let mut targets: Vec<TensorMut<'_>> = table
-            .params
-            .iter()
-            // SAFETY: `verify` looked at the arrays just now; the table holds them; registration and
-            // `verify` refused overlap between them.
-            .map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) })
-            .collect();
+        // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
+        // does, up to the engine's own step.
+        let arrays = self.collect(py, table, gradients, &place)?;
         self.settle_homes(py, table)?;
+        self.verify(py, table, &place)?;
+        let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
+        let mut elements = 0;
+        for (index, array) in arrays.iter().enumerate() {
+            let raw = match array {
+                Some(array) => Some(self.look_at_gradient(py, table, index, array, &place)?),
+                None => None,
+            };
+            elements += raw.as_ref().map_or(0, |raw| raw.len);
+            // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
+            // just now, and `arrays` holds the array until the step is over.
+            tensors.push(raw.map(|raw| unsafe { TensorRef::from_raw(raw) }));
+        }
+        // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
+        let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
+        let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
         let mut run = || guarded(&place, || self.shared.try_use()?.step(&mut targets, &tensors));
         let outcome = if elements < HOLD_LOCK_BELOW && !self.on_gpu { run() } else { py.detach(run) };
-        drop(keep);
+        drop(arrays);
         outcome.or_raise(py)
     }
 
@@ -440,13 +416,12 @@ impl Engine {
 
     /// One slot: a view on the CPU, a read-only copy on a GPU; None where it does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let (buffer, copy, shape) = {
-            let optimizer = self.shared.try_use().or_raise(py)?;
+        let found = self.shared.try_use().and_then(|optimizer| {
             let buffer = optimizer.slot(index, key);
-            let copy =
-                if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key).or_raise(py)? } else { None };
-            (buffer, copy, optimizer.entries()[index].info.shape.clone())
-        };
+            let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
+            Ok((buffer, copy, optimizer.entries()[index].info.shape.clone()))
+        });
+        let (buffer, copy, shape) = found.or_raise(py)?;
         if let Some(buffer) = buffer {
             return arrays::view(py, &buffer, &shape).map(Some);
         }
@@ -458,13 +433,13 @@ impl Engine {
 
     /// Returns a parameter to step 0 without state.
     fn reset(&self, py: Python<'_>, index: usize) -> PyResult<()> {
-        self.shared.try_use().or_raise(py)?.reset(index).or_raise(py)
+        self.shared.try_use().and_then(|mut optimizer| optimizer.reset(index)).or_raise(py)
     }
 
     /// Hyperparameters of a group, as the engine holds them.
     fn hypers<'py>(&self, py: Python<'py>, group: usize) -> PyResult<Bound<'py, PyDict>> {
-        let optimizer = self.shared.try_use().or_raise(py)?;
-        values::to_dict(py, optimizer.groups()[group].iter())
+        let hypers = self.shared.try_use().map(|optimizer| optimizer.groups()[group].clone()).or_raise(py)?;
+        values::to_dict(py, hypers.iter())
     }
 
     /// A copy of everything but the parameters' values, in torch's layout.

@@ -7,6 +7,7 @@ mod devices;
 mod engine;
 mod errors;
 mod files;
+mod overlap;
 mod parameter;
 mod registry;
 mod schedules;

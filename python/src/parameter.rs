@@ -60,7 +60,8 @@ impl ParameterBase {
     /// Brings the device's values to the host array if the device is ahead.
     pub(crate) fn bring_home(&self, py: Python<'_>) -> PyResult<()> {
         let Some(home) = self.home() else { return Ok(()) };
-        if !home.shared.host_is_stale(home.index) {
+        // Waiting for a step of another thread must not keep it from the interpreter.
+        if !py.detach(|| home.shared.host_is_stale(home.index)) {
             return Ok(());
         }
         let array = self.host(py);
@@ -94,9 +95,9 @@ impl ParameterBase {
     }
 
     /// The host array was written to: it is the truth now.
-    fn _host_written(&self) {
+    fn _host_written(&self, py: Python<'_>) {
         if let Some(home) = self.home() {
-            home.shared.host_written(home.index);
+            py.detach(|| home.shared.host_written(home.index));
         }
     }
 
@@ -148,6 +149,6 @@ impl ParameterBase {
     }
 
     fn __clear__(&self) {
-        self.with(|f| f.grad = None);
+        self.set_grad(None);
     }
 }

@@ -7,16 +7,20 @@ use roptim::schedule::plateau::{Memory, Mode, Plateau, ThresholdMode, reduced};
 use roptim::schedule::step::Step;
 use roptim::schedule::{At, Transition};
 
+use crate::errors::OrRaise;
+
 /// The next value of a decay every `size` epochs.
 #[pyfunction]
-pub(crate) fn step_next(current: f64, base: f64, epoch: i64, initial: bool, size: i64, gamma: f64) -> f64 {
-    Step { size, gamma }.next(At { current, base, epoch, initial })
+pub(crate) fn step_next(py: Python<'_>, current: f64, epoch: i64, size: i64, gamma: f64) -> PyResult<f64> {
+    // Neither the base nor the first transition is special to this family.
+    let at = At { current, base: current, epoch, initial: false };
+    Ok(Step::new(size, gamma).or_raise(py)?.next(at))
 }
 
 /// Its value at an epoch.
 #[pyfunction]
-pub(crate) fn step_closed(base: f64, epoch: i64, size: i64, gamma: f64) -> f64 {
-    Step { size, gamma }.closed(base, epoch)
+pub(crate) fn step_closed(py: Python<'_>, base: f64, epoch: i64, size: i64, gamma: f64) -> PyResult<f64> {
+    Ok(Step::new(size, gamma).or_raise(py)?.closed(base, epoch))
 }
 
 /// The next value of a cosine.

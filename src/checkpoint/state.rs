@@ -47,7 +47,7 @@ impl StateDict {
     /// - Without the key `"roptim"` the optimizer's class is unknown (`None`) and the update count is the
     ///   largest step.
     /// - `step` may be an integer, an integral float, or either as an array without axes. Where there is
-    ///   none (torch's SGD keeps none), `roptim.steps` has it, else it is 1: not the first.
+    ///   none (torch's SGD keeps none), `roptim.steps` has it, else it is 0: unknown.
     /// - A slot that is `None` is absent.
     /// - Of the keys of a group only those in `declared` are taken, the others ignored; without
     ///   `declared`, all that a hyperparameter could be.
@@ -80,7 +80,7 @@ impl StateDict {
             own.update_count = state.values().filter_map(|(step, _)| *step).max().unwrap_or(0);
         }
         let state = state.into_iter().map(|(i, (step, slots))| {
-            let step = step.or_else(|| own.steps.get(&i).copied()).unwrap_or(1);
+            let step = step.or_else(|| own.steps.get(&i).copied()).unwrap_or(0);
             (i, ParamState { step, slots })
         });
         let state = state.collect();
@@ -377,7 +377,7 @@ mod tests {
             assert_eq!((dict.state[&0].step, dict.update_count, dict.optimizer), (7, 7, None));
         }
         let none = StateDict::from_tree(torch(Tree::dict([]), vec![]), None).unwrap();
-        assert_eq!((none.state[&0].step, none.update_count), (1, 0));
+        assert_eq!((none.state[&0].step, none.update_count), (0, 0));
     }
 
     #[test]

@@ -82,12 +82,24 @@ pub(super) unsafe fn store<E: Element<F>, F: Real>(to: &RawTensor, start: usize,
 /// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.
 ///
 /// # Safety
-/// For the time of the borrow the range lies within an allocated, aligned array of `F`, and within the
-/// step nothing else reads or writes it. Another thread that writes to it from Python meanwhile may
-/// leave torn values there, as in any NumPy operation; the optimizer keeps such arrays away from its own
-/// threads by checking overlap.
+/// For the time of the borrow the range lies within an allocated, aligned, initialized array of `F`, and
+/// nothing in the step writes to it. Another thread that writes to it from Python meanwhile may leave torn
+/// values there, as in any NumPy operation; the optimizer keeps its own threads away by checking overlap.
 #[inline(always)]
-pub(super) unsafe fn whole<'a, F: Real>(ptr: *mut u8, start: usize, n: usize) -> &'a mut [F] {
+pub(super) unsafe fn whole<'a, F: Real>(ptr: *mut u8, start: usize, n: usize) -> &'a [F] {
+    if n == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's duty.
+    unsafe { std::slice::from_raw_parts(ptr.cast::<F>().add(start), n) }
+}
+
+/// [`whole`], to write to.
+///
+/// # Safety
+/// As for [`whole`], and nothing else in the step reads or writes the range.
+#[inline(always)]
+pub(super) unsafe fn whole_mut<'a, F: Real>(ptr: *mut u8, start: usize, n: usize) -> &'a mut [F] {
     if n == 0 {
         return &mut [];
     }

@@ -52,16 +52,33 @@ fn tree(values: &mut [f64]) -> f64 {
     values.first().copied().unwrap_or(0.0)
 }
 
-fn largest(x: &RawTensor) -> f64 {
-    let mut block = [0.0f64; BLOCK];
-    let mut found = 0.0f64;
-    for start in (0..x.len).step_by(BLOCK) {
-        let n = BLOCK.min(x.len - start);
-        // SAFETY: the range lies within the tensor, and the caller checked its dtype.
-        unsafe { load::<f64, f64>(x, start, n, &mut block) };
-        found = block[..n].iter().fold(found, |a, b| a.max(b.abs()));
+/// The largest magnitude of a tensor, NaN where an element is NaN.
+fn largest_of(x: &RawTensor) -> f64 {
+    /// # Safety
+    /// The tensor stores `E`.
+    unsafe fn of<E: Element<F>, F: Real>(x: &RawTensor) -> f64 {
+        let mut block = [F::ZERO; BLOCK];
+        let mut found = F::ZERO;
+        for start in (0..x.len).step_by(BLOCK) {
+            let n = BLOCK.min(x.len - start);
+            // SAFETY: the range lies within the tensor; the caller knows its type.
+            unsafe { load::<E, F>(x, start, n, &mut block) };
+            found = block[..n].iter().fold(found, |a, b| a.max_nan(b.abs()));
+        }
+        found.to_f64()
     }
-    found
+    // SAFETY: the type is the tensor's own.
+    unsafe {
+        match x.dtype {
+            Dtype::F32 => of::<f32, f32>(x),
+            Dtype::F64 => of::<f64, f64>(x),
+        }
+    }
+}
+
+/// The largest magnitude of all elements of all tensors; NaN where an element is NaN, 0 without elements.
+pub fn largest(tensors: &[TensorRef<'_>]) -> f64 {
+    tensors.iter().map(|t| largest_of(&t.raw)).fold(0.0, f64::max_nan)
 }
 
 fn sum_of_squares(x: &RawTensor, scale: f64, threads: &mut Threads) -> f64 {
@@ -97,7 +114,7 @@ pub fn norm(tensors: &[TensorRef<'_>], threads: &mut Threads) -> f64 {
     if trustworthy || plain.is_nan() || tensors.iter().all(|t| t.raw.dtype == Dtype::F32) {
         return libm::sqrt(plain);
     }
-    let peak = tensors.iter().filter(|t| t.raw.dtype == Dtype::F64).map(|t| largest(&t.raw)).fold(0.0, f64::max);
+    let peak = tensors.iter().filter(|t| t.raw.dtype == Dtype::F64).map(|t| largest_of(&t.raw)).fold(0.0, f64::max);
     if peak == 0.0 || peak.is_infinite() {
         return libm::sqrt(plain);
     }
@@ -119,6 +136,8 @@ mod tests {
         assert_eq!(norm(&[]), 0.0);
         assert_eq!(norm(&[0.0]), 0.0);
         assert!(norm(&[f64::NAN, 1.0]).is_nan());
+        assert!(largest(&[[1.0f64].as_slice().into(), [f64::NAN].as_slice().into()]).is_nan());
+        assert_eq!(largest(&[[1.0f32, -3.0].as_slice().into(), [2.0f64].as_slice().into()]), 3.0);
         assert_eq!(norm(&[f64::INFINITY, 1.0]), f64::INFINITY);
         let f32s = vec![1e19f32; 128];
         assert!(super::norm(&[f32s.as_slice().into()], &mut Threads::new(Some(1))).is_finite());

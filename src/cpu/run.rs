@@ -14,7 +14,7 @@
 //! through local arrays, with the same arithmetic.
 
 use super::isa::Isa;
-use super::memory::{BLOCK, load, store, whole};
+use super::memory::{BLOCK, load, store, whole, whole_mut};
 use crate::real::{Dtype, Element, Real};
 use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
 use crate::tensor::RawTensor;
@@ -157,9 +157,9 @@ unsafe fn pass<K: Kernel, E: Element<F>, F: Real>(
         // SAFETY: the caller keeps start + len within tensors and slots, and other threads of the step
         // away; slots store the compute type.
         unsafe {
-            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole::<F>(slot(k).0, at, slot(k).1));
+            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, at, slot(k).1));
             if in_place {
-                sweep(&c, &frame, whole(p.ptr, at, n), whole(g.ptr, at, n), s0, s1, s2, s3);
+                sweep(&c, &frame, whole_mut(p.ptr, at, n), whole(g.ptr, at, n), s0, s1, s2, s3);
             } else {
                 load::<E, F>(p, at, n, &mut p_block);
                 load::<E, F>(g, at, n, &mut g_block);

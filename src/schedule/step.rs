@@ -1,14 +1,23 @@
 //! Decay by a factor every few epochs.
 
 use super::{At, Transition};
+use crate::error::{Error, ErrorKind, Result};
 
 /// `base · gamma^⌊epoch/size⌋`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// Epochs between decays, ≥ 1.
-    pub size: i64,
-    /// Factor of each decay.
-    pub gamma: f64,
+    size: i64,
+    gamma: f64,
+}
+
+impl Step {
+    /// `size` epochs (at least 1) between decays by the factor `gamma`.
+    pub fn new(size: i64, gamma: f64) -> Result<Self> {
+        if size < 1 {
+            return Err(Error::refuse(ErrorKind::Value, "StepLR", "step_size", "a whole number >= 1", size));
+        }
+        Ok(Self { size, gamma })
+    }
 }
 
 impl Transition for Step {
@@ -26,8 +35,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_size_below_one_is_refused() {
+        assert!(Step::new(0, 0.5).is_err());
+    }
+
+    #[test]
     fn recursion_and_closed_form_agree() {
-        let schedule = Step { size: 3, gamma: 0.5 };
+        let schedule = Step::new(3, 0.5).unwrap();
         let mut current = 0.8;
         for epoch in 0..30 {
             current = schedule.next(At { current, base: 0.8, epoch, initial: epoch == 0 });

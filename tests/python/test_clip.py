@@ -36,6 +36,28 @@ def test_plain_arrays_are_the_gradients() -> None:
     assert clip_grad_norm_([np.array([3.0, -7.0])], 1.0, norm_type=math.inf) == 7.0
 
 
+def test_repeated_and_overlapping_gradients_are_refused() -> None:
+    g = np.ones(4)
+    for pair in ([g, g], [g[:3], g[2:]]):
+        with pytest.raises(ValueError, match="gradient 1 must be memory of its own, got memory of gradient 0"):
+            clip_grad_norm_(pair, 1.0)
+    assert np.all(g == 1.0)
+    clip_grad_norm_([g[::2], g[1::2]], 1.0)
+    assert g == pytest.approx([0.5] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm_type", [2, math.inf])
+def test_nan_anywhere_is_the_norm(norm_type: float) -> None:
+    for i in range(2):
+        g = [np.ones(300, np.float32), np.ones(2)]
+        g[i][-1] = np.nan
+        with pytest.raises(roptim.NonfiniteError):
+            clip_grad_norm_(g, 0.5, norm_type, error_if_nonfinite=True)
+        assert g[1 - i][0] == 1.0
+        assert math.isnan(clip_grad_norm_(g, 0.5, norm_type))
+        assert np.isnan(g[1 - i]).all()
+
+
 def test_a_norm_within_the_bound_changes_nothing() -> None:
     g = np.array([0.3, -0.4, -0.0])
     before = g.tobytes()
@@ -81,9 +103,16 @@ def test_large_and_nonfinite_gradients() -> None:
         (([np.ones(2)], -1.0), "max_norm must be a number >= 0, got -1.0"),
         (([np.ones(2)], math.nan), "max_norm must be a number >= 0, got nan"),
         (([np.ones(2)], "1"), "max_norm must be a number >= 0, got '1'"),
+        (([np.ones(2)], 1.0, np.ones(2)), "norm_type must be 2 or inf, got array([1., 1.])"),
         (([np.ones(2)], 1.0, 3), "norm_type must be 2 or inf, got 3"),
-        (([[1.0]], 1.0), "gradient 0 must be a numpy.ndarray, got an object of type list"),
-        (([np.ones(2, int)], 1.0), "gradient 0 must be float32 or float64, got int64"),
+        (
+            ([[1.0]], 1.0),
+            "gradient 0 must be a numpy.ndarray, got an object of type list; convert it with numpy.asarray",
+        ),
+        (
+            ([np.ones(2, int)], 1.0),
+            "gradient 0 must be float32 or float64, got int64; convert it with .astype(numpy.float32)",
+        ),
         (([np.broadcast_to(1.0, 3)], 1.0), "gradient 0 must be writeable, got a read-only array; copy it with .copy()"),
         ((3, 1.0), "parameters must be Parameters or arrays, got 3"),
     ],

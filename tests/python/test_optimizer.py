@@ -180,7 +180,7 @@ def test_add_param_group() -> None:
         opt.add_param_group({"params": [f32(1)]})
     with pytest.raises(ValueError, match="names must be different, got 'a' twice"):
         opt.add_param_group({"params": {"a": f32(1)}})
-    with pytest.raises(TypeError, match="param_group must be a dict, got a list"):
+    with pytest.raises(TypeError, match="param_group must be a dict, got an object of type list"):
         opt.add_param_group([f32(1)])  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="'params' entry"):
         opt.add_param_group({"lr": 0.1})

@@ -81,7 +81,11 @@ def test_wrong_gradients_are_named_and_change_nothing() -> None:
             KeyError,
             f"Adam.step: gradients must be given for a, b, got c{remedy}",
         ),
-        ([f32(2), f32(3)], TypeError, "Adam.step: gradients must be a dict like the parameters, got a list"),
+        (
+            [f32(2), f32(3)],
+            TypeError,
+            "Adam.step: gradients must be a dict like the parameters, got an object of type list",
+        ),
         (
             {"a": f32(3), "b": f32(3)},
             ValueError,
