@@ -9,7 +9,7 @@ STAMP   := $(VENV)/.stamp
 CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
-.PHONY: help demo test test-rust test-python lint format bench wheel docs clean build
+.PHONY: help demo test test-rust test-python lint format bench wheel sdist docs clean build
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP)-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' 'numpy>=1.26' 'pytest>=8' 'hypothesis>=6.100'
+	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' 'numpy>=1.26' 'pytest>=8' 'hypothesis>=6.100' 'ml_dtypes>=0.4' 'safetensors>=0.4'
 	@touch $@
 
 $(STAMP)-lint: pyproject.toml | $(VENV)/bin/python
@@ -66,8 +66,15 @@ bench: $(STAMP)-build $(STAMP)-examples  ## compare with hand-written NumPy, and
 wheel: $(STAMP)-test  ## build the wheel into dist/
 	$(BIN)/maturin build --release --out dist
 
+sdist: $(STAMP)-test  ## build the source distribution and install it into an environment of its own
+	$(BIN)/maturin sdist --out dist
+	rm -rf $(VENV)-sdist && $(PYTHON) -m venv $(VENV)-sdist
+	CARGO_TARGET_DIR=$(abspath target) $(VENV)-sdist/bin/python -m pip install --quiet dist/roptim-*.tar.gz
+	cd $(VENV)-sdist && bin/python -c 'import numpy, roptim; roptim.AdamW([numpy.ones(3)]).step([numpy.ones(3)])'
+	test "$$($(VENV)-sdist/bin/python -m pip list --format=freeze | grep -vcE '^(pip|setuptools|numpy|roptim)=')" = 0
+
 docs:  ## build the engine's documentation
 	cargo doc --no-deps --features gpu
 
 clean:  ## remove everything that was built
-	rm -rf target dist demo-output benches/output $(VENV)
+	rm -rf target dist demo-output benches/output $(VENV) $(VENV)-sdist

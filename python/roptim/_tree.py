@@ -79,7 +79,7 @@ def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None
         return Spec(kind, tuple(key for key, _ in items), children)
 
     spec = walk(tree, "")
-    if not named:
+    if not named or not leaves:
         return spec, leaves, None
     check_names(names, place)
     return spec, leaves, names

@@ -175,7 +175,8 @@ class Optimizer:
             if len(names) != len(objects):
                 raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
             _tree.check_names(names, place)
-        self._check_names(names)
+        if objects:
+            self._check_names(names)
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
         index = len(self.param_groups)
@@ -195,7 +196,7 @@ class Optimizer:
         self._state._register(objects, names)
 
     def _check_names(self, names: list[str] | None) -> None:
-        if self.param_groups and (names is None) != ("param_names" not in self.param_groups[0]):
+        if self._state._objects and (names is None) != (not self._state._by_name):
             allowed, got = ("named", "without names") if names is None else ("without names", "named")
             raise refuse(
                 RoptimValueError, self._place, "parameters of all groups", f"{allowed} like the first group's", got

@@ -33,6 +33,16 @@ fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<Tensor
     TensorData::new(data_type, shape, arrays::to_bytes(&native)?).or_raise(py)
 }
 
+/// Text, unless it has surrogates, which no file holds.
+fn text(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<String> {
+    object.extract().map_err(|_| {
+        let got = object.call_method0("__repr__").and_then(|r| r.call_method1("encode", ("ascii", "replace")));
+        let got = got.and_then(|b| b.extract::<Vec<u8>>()).unwrap_or_default();
+        let got = String::from_utf8_lossy(&got).into_owned();
+        refuse(object.py(), ErrorKind::Value, place, name, "text that UTF-8 can hold", got, None)
+    })
+}
+
 /// A Python value as a tree. `name` is its place in the whole, for messages.
 pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> PyResult<Tree> {
     let py = object.py();
@@ -48,12 +58,12 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
         match (object.extract::<i64>(), object.extract::<u64>()) {
             (Ok(x), _) => Ok(Tree::Int(x)),
             (_, Ok(x)) => Ok(Tree::from(x)),
-            _ => Err(refuse(py, ErrorKind::Value, place, name, "an int of at most 64 bits", object.repr()?, None)),
+            _ => Err(refuse(py, ErrorKind::Value, place, name, "an int of at most 64 bits", "a larger one", None)),
         }
     } else if let Ok(x) = object.cast_exact::<PyFloat>() {
         Ok(Tree::Float(x.value()))
     } else if object.is_exact_instance_of::<PyString>() {
-        Ok(Tree::Str(object.extract()?))
+        text(object, place, name).map(Tree::Str)
     } else if let Ok(list) = object.cast_exact::<PyList>() {
         let items = list.iter().enumerate();
         items
@@ -69,9 +79,9 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
     } else if let Ok(dict) = object.cast_exact::<PyDict>() {
         let mut items = Vec::with_capacity(dict.len());
         for (key, value) in dict.iter() {
-            let inner = format!("{name}[{}]", key.repr()?);
+            let inner = format!("{name}[{}]", key.repr()?.to_string_lossy());
             let key = if key.is_exact_instance_of::<PyString>() {
-                Key::Str(key.extract()?)
+                Key::Str(text(&key, place, &format!("the key of {inner}"))?)
             } else if let (true, Ok(x)) = (key.is_exact_instance_of::<PyInt>(), key.extract::<i64>()) {
                 Key::Int(x)
             } else {
