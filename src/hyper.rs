@@ -68,6 +68,8 @@ pub enum Range {
     Finite,
     /// A number in `[low, high)`.
     From(f64, f64),
+    /// A number in `[low, high]`.
+    Within(f64, f64),
     /// Two numbers, each in `[low, high)`.
     PairFrom(f64, f64),
     /// A switch.
@@ -80,6 +82,7 @@ impl fmt::Display for Range {
             Self::AtLeast(low) => write!(f, "a finite number >= {low}"),
             Self::Finite => f.write_str("a finite number"),
             Self::From(low, high) => write!(f, "a number in [{low}, {high})"),
+            Self::Within(low, high) => write!(f, "a number in [{low}, {high}]"),
             Self::PairFrom(low, high) => write!(f, "two numbers in [{low}, {high})"),
             Self::Flag => f.write_str("True or False"),
         }
@@ -107,10 +110,11 @@ impl Hyper {
         };
         let in_from = |x: f64, low: f64, high: f64| low <= x && x < high;
         match (self.range, value) {
-            (Range::AtLeast(_) | Range::Finite | Range::From(..), Value::Float(x)) => {
+            (Range::AtLeast(_) | Range::Finite | Range::From(..) | Range::Within(..), Value::Float(x)) => {
                 let allowed = match self.range {
                     Range::AtLeast(low) => x.is_finite() && x >= low,
                     Range::From(low, high) => in_from(x, low, high),
+                    Range::Within(low, high) => low <= x && x <= high,
                     _ => x.is_finite(),
                 };
                 if allowed { Ok(()) } else { refuse(self.name.into(), self.range.to_string(), value.to_string()) }

@@ -33,7 +33,7 @@ fn settings(preset: &Preset) -> Vec<Vec<(&'static str, Value)>> {
             Range::Flag => Value::Bool(true),
             Range::AtLeast(low) => Value::Float(low + 0.1),
             Range::Finite => Value::Float(0.3),
-            Range::From(low, high) => Value::Float(low + 0.8 * (high - low)),
+            Range::From(low, high) | Range::Within(low, high) => Value::Float(low + 0.8 * (high - low)),
             Range::PairFrom(low, high) => Value::Pair([low + 0.4 * (high - low), low + 0.97 * (high - low)]),
         };
         let one = vec![(hyper.name, value)];
@@ -297,6 +297,9 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
                     vec![f64::INFINITY, f64::NEG_INFINITY, f64::NAN].into_iter().map(Value::Float).collect()
                 }
                 Range::From(low, high) => vec![low - 1e-9, high, f64::NAN].into_iter().map(Value::Float).collect(),
+                Range::Within(low, high) => {
+                    vec![low - 1e-9, high + 1e-9, f64::NAN].into_iter().map(Value::Float).collect()
+                }
                 Range::PairFrom(low, high) => {
                     vec![[low - 1e-9, low], [low, high], [f64::NAN, low]].into_iter().map(Value::Pair).collect()
                 }
@@ -318,7 +321,7 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
                 assert_eq!(hypers, preset.hypers(), "a refused value changes nothing");
             }
             let lowest = match hyper.range {
-                Range::AtLeast(low) | Range::From(low, _) => Value::Float(low),
+                Range::AtLeast(low) | Range::From(low, _) | Range::Within(low, _) => Value::Float(low),
                 Range::PairFrom(low, _) => Value::Pair([low, low]),
                 Range::Finite => Value::Float(f64::MIN),
                 Range::Flag => Value::Bool(false),
@@ -357,7 +360,10 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     assert_eq!(message(adam.load_state_dict(&sgd)), "Adam.load_state_dict: state must be of Adam, got of SGD");
     assert_eq!(
         Optimizer::cpu("Adamm", &Options::default()).unwrap_err().to_string(),
-        "roptim: optimizer must be one of SGD, Adam, AdamW, got Adamm"
+        format!(
+            "roptim: optimizer must be one of {}, got Adamm",
+            REGISTRY.iter().map(|p| p.name).collect::<Vec<_>>().join(", ")
+        )
     );
 }
 

@@ -33,13 +33,15 @@ from roptim._groups import ParamGroup
 from roptim._parameter import Parameter
 from roptim._roptim import __version__
 from roptim.optimizer import Optimizer
-from roptim.optimizers import SGD, Adam, AdamW
+from roptim.optimizers import SGD, Adadelta, Adam, Adamax, AdamW, RAdam
 from roptim.utils import clip_grad_norm_
 
 __all__ = [
     "SGD",
+    "Adadelta",
     "Adam",
     "AdamW",
+    "Adamax",
     "CheckpointError",
     "CheckpointIOError",
     "ConcurrentStepError",
@@ -54,6 +56,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParamGroup",
     "Parameter",
+    "RAdam",
     "RoptimError",
     "RoptimKeyError",
     "RoptimRuntimeError",

@@ -485,14 +485,6 @@ impl Engine {
         Ok(self.shared.try_use().or_raise(py)?.device_name())
     }
 
-    /// For tests: a weaker instruction set and another chunk. The bits do not change.
-    fn _force_cpu(&self, py: Python<'_>, isa: &str, chunk: usize) -> PyResult<()> {
-        let level = roptim::cpu::Isa::ALL.into_iter().find(|level| level.name() == isa);
-        let level = level.unwrap_or(roptim::cpu::Isa::Baseline);
-        self.shared.try_use().or_raise(py)?.force_cpu(level, chunk);
-        Ok(())
-    }
-
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Ok(table) = self.table.try_lock() {
             for registered in &table.params {

@@ -2,7 +2,10 @@
 //!
 //! Whatever needs "all optimizers" iterates [`REGISTRY`].
 
+pub mod adadelta;
 pub mod adam;
+pub mod adamax;
+pub mod radam;
 pub mod sgd;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -35,6 +38,9 @@ pub static REGISTRY: &[Preset] = &[
         fixed: &["decoupled_weight_decay"],
         paper: Some("Loshchilov, Hutter 2019, Decoupled weight decay regularization"),
     },
+    Preset { name: "Adadelta", rule: RuleId::Adadelta, defaults: &[], fixed: &[], paper: None },
+    Preset { name: "Adamax", rule: RuleId::Adamax, defaults: &[], fixed: &[], paper: None },
+    Preset { name: "RAdam", rule: RuleId::RAdam, defaults: &[], fixed: &[], paper: None },
 ];
 
 macro_rules! rules {
@@ -91,6 +97,9 @@ macro_rules! rules {
 rules! {
     Sgd => sgd::Sgd, "sgd.wgsl";
     Adam => adam::Adam, "adam.wgsl";
+    Adadelta => adadelta::Adadelta, "adadelta.wgsl";
+    Adamax => adamax::Adamax, "adamax.wgsl";
+    RAdam => radam::RAdam, "radam.wgsl";
 }
 
 impl Preset {

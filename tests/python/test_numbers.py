@@ -99,6 +99,24 @@ HYPERS = {
     ),
 }
 HYPERS["AdamW"] = HYPERS["Adam"]
+MOMENTS = {
+    "lr": st.floats(0, 1),
+    "betas": st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.5, 0.9, 0.999])),
+    "eps": st.sampled_from([1e-8, 1e-3]),
+    "weight_decay": st.sampled_from([0.0, 0.1]),
+    "maximize": st.booleans(),
+}
+HYPERS["Adamax"] = st.fixed_dictionaries(MOMENTS)
+HYPERS["RAdam"] = st.fixed_dictionaries({**MOMENTS, "decoupled_weight_decay": st.booleans()})
+HYPERS["Adadelta"] = st.fixed_dictionaries(
+    {
+        "lr": st.floats(0, 1),
+        "rho": st.sampled_from([0.0, 0.5, 0.9]),
+        "eps": st.sampled_from([1e-6, 1e-3]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "maximize": st.booleans(),
+    }
+)
 
 
 def contained(data: st.DataObject, items: list[Any]) -> Any:

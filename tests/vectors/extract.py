@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 # torch's class name -> stem of the rule, the reference and the vector file.
-OPTIMIZERS = {"SGD": "sgd", "Adam": "adam", "AdamW": "adamw"}
+OPTIMIZERS = {name: name.lower() for name in ("SGD", "Adam", "AdamW", "Adadelta", "Adamax", "RAdam")}
 SCHEDULERS = ("StepLR", "CosineAnnealingLR", "ReduceLROnPlateau")
 
 
