@@ -652,3 +652,29 @@ fn row(preset: &Preset, hypers: &Hypers, at: Moment, flush_subnormals: bool) -> 
     };
     Row { shared, coefficients: preset.rule.coefficients(hypers, at) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::real::Dtype;
+
+    #[test]
+    fn a_torn_optimizer_refuses_until_state_is_loaded() {
+        let mut adam = Optimizer::cpu("Adam", &Options::default()).unwrap();
+        adam.add_group(&[], vec![ParamInfo::vector("w", 2, Dtype::F32)]).unwrap();
+        let (mut p, g) = ([1.0f32; 2], [1.0f32; 2]);
+        adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
+        let (saved, kept) = (adam.state_dict().unwrap(), p);
+        adam.torn = true;
+        let error = adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Torn);
+        assert_eq!(
+            error.to_string(),
+            "Adam.step: an earlier step was interrupted half-way; restore the parameters and call load_state_dict"
+        );
+        assert_eq!(p, kept);
+        adam.load_state_dict(&saved).unwrap();
+        adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
+        assert!(p != kept && !adam.is_torn());
+    }
+}

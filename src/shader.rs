@@ -19,6 +19,8 @@ use crate::rules::RuleId;
 
 /// Twin of the numbers.
 pub const REAL: &str = include_str!("../shaders/shared/real.wgsl");
+/// Twin of what several rules share.
+pub const MOMENTS: &str = include_str!("../shaders/shared/moments.wgsl");
 /// Twin of the loop.
 pub const RUN: &str = include_str!("../shaders/shared/run.wgsl");
 
@@ -41,7 +43,7 @@ pub const FLUSH_SUBNORMALS: u32 = 2;
 pub fn module(rule: RuleId, kernel: &KernelFacts) -> String {
     let unused = MAX_COEFFICIENTS - kernel.coefficients.len();
     let padding = if unused == 0 { String::new() } else { format!(" unused: array<f32, {unused}>,") };
-    let mut text = [REAL, RUN, rule.shader()].join("\n");
+    let mut text = [REAL, MOMENTS, RUN, rule.shader()].join("\n");
     let (mut bindings, mut load, mut pass, mut store) = (String::new(), String::new(), String::new(), String::new());
     for k in 0..kernel.slots {
         let binding = FIRST_SLOT_BINDING + k as u32;

@@ -20,6 +20,8 @@ from roptim._state import State
 REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim.registry()}
 
 _FORMAT = 1
+#: What the constructor of every optimizer takes besides hyperparameters and torch's switches.
+_OPTIONS = ("backend", "allow_software", "threads", "flush_denormals")
 _OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
 
 
@@ -103,6 +105,19 @@ class Optimizer:
                 return own(self, *args, **kwargs)
 
             cls.step = step  # type: ignore[method-assign]
+
+    def _construct(self, arguments: dict[str, Any]) -> None:
+        """The constructor of an optimizer of the engine: ``arguments`` is its ``locals()``.
+
+        Its signature is for readers and editors; what each argument is, the registry knows:
+        hyperparameters, torch's switches, or options of the whole optimizer.
+        """
+        assert self._engine_name is not None
+        check_switches(type(self).__name__, **{name: arguments[name] for name in arguments if name in SWITCHES})
+        known = REGISTRY[self._engine_name]["defaults"]
+        defaults = {name: arguments.get(name, default) for name, default in known.items()}
+        options = {name: arguments[name] for name in _OPTIONS}
+        Optimizer.__init__(self, arguments["params"], defaults, **options)
 
     def _setup(self, defaults: dict[str, Any], options: dict[str, Any]) -> None:
         self._place = type(self).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from roptim.optimizer import Optimizer, check_switches
+from roptim.optimizer import Optimizer
 
 _COMMON = """
     backend : str
@@ -82,23 +82,7 @@ class SGD(Optimizer):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        check_switches(type(self).__name__, foreach=foreach, differentiable=differentiable, fused=fused)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 class Adam(Optimizer):
@@ -156,26 +140,7 @@ class Adam(Optimizer):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        check_switches(
-            type(self).__name__, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused
-        )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 class AdamW(Adam):
@@ -229,24 +194,7 @@ class AdamW(Adam):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 class Adadelta(Optimizer):
@@ -297,22 +245,7 @@ class Adadelta(Optimizer):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        check_switches(type(self).__name__, foreach=foreach, capturable=capturable, differentiable=differentiable)
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 class Adamax(Optimizer):
@@ -361,22 +294,7 @@ class Adamax(Optimizer):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        check_switches(type(self).__name__, foreach=foreach, capturable=capturable, differentiable=differentiable)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 class RAdam(Optimizer):
@@ -435,23 +353,7 @@ class RAdam(Optimizer):
         threads: int | None = None,
         flush_denormals: bool = True,
     ) -> None:
-        check_switches(type(self).__name__, foreach=foreach, capturable=capturable, differentiable=differentiable)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(
-            params,
-            defaults,
-            backend=backend,
-            allow_software=allow_software,
-            threads=threads,
-            flush_denormals=flush_denormals,
-        )
+        self._construct(locals())
 
 
 for _cls in (SGD, Adam, AdamW, Adadelta, Adamax, RAdam):

@@ -15,11 +15,6 @@ struct Scalars {
     neg_step_size: f32,
 }
 
-fn moments(c: Scalars, g: vec4<f32>, m: ptr<function, vec4<f32>>, v: ptr<function, vec4<f32>>) {
-    *m = lerp(*m, g, c.one_minus_beta1);
-    *v = *v * c.beta2 + (c.one_minus_beta2 * g) * g;
-}
-
 fn descend(c: Scalars, p: vec4<f32>, m: vec4<f32>, v: vec4<f32>) -> vec4<f32> {
     let denominator = sqrt(v) / c.sqrt_correction2 + c.eps;
     return p + (c.neg_step_size * m) / denominator;
@@ -33,7 +28,7 @@ fn adam(
     m: ptr<function, vec4<f32>>,
     v: ptr<function, vec4<f32>>,
 ) -> vec4<f32> {
-    moments(c, g, m, v);
+    moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
     return descend(c, p, *m, *v);
 }
 
@@ -46,7 +41,7 @@ fn adam_amsgrad(
     v: ptr<function, vec4<f32>>,
     v_max: ptr<function, vec4<f32>>,
 ) -> vec4<f32> {
-    moments(c, g, m, v);
+    moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
     *v_max = max_nan(*v_max, *v);
     return descend(c, p, *m, *v_max);
 }

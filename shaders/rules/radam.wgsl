@@ -27,8 +27,7 @@ fn radam(
     m: ptr<function, vec4<f32>>,
     v: ptr<function, vec4<f32>>,
 ) -> vec4<f32> {
-    *m = lerp(*m, g, c.one_minus_beta1);
-    *v = *v * c.beta2 + (c.one_minus_beta2 * g) * g;
+    moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
     let stride = (*m / c.correction1) * c.lr;
     let adaptive = (1.0 / (sqrt(*v) + c.eps)) * c.sqrt_correction2;
     let rectified = (stride * adaptive) * c.rectification;

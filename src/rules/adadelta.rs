@@ -17,6 +17,7 @@
 //!
 //! Deviation from the paper, torch's: the step is multiplied by a learning rate, 1 by default.
 
+use super::common::{MAXIMIZE, WEIGHT_DECAY, eps, lr};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::real::Real;
 use crate::rule::{
@@ -64,28 +65,16 @@ impl Rule for Adadelta {
     const DECLARATION: Declaration = Declaration {
         stem: "adadelta",
         hypers: &[
-            Hyper { name: "lr", default: Value::Float(1.0), range: Range::AtLeast(0.0), doc: "factor on the step" },
+            lr(1.0),
             Hyper {
                 name: "rho",
                 default: Value::Float(0.9),
                 range: Range::Within(0.0, 1.0),
                 doc: "decay rate ρ of both running averages",
             },
-            Hyper {
-                name: "eps",
-                default: Value::Float(1e-6),
-                range: Range::AtLeast(0.0),
-                doc: "term ε inside both square roots",
-            },
-            Hyper {
-                name: "weight_decay", default: Value::Float(0.0), range: Range::AtLeast(0.0), doc: "L2 penalty λ"
-            },
-            Hyper {
-                name: "maximize",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "ascend instead of descend",
-            },
+            eps(1e-6),
+            WEIGHT_DECAY,
+            MAXIMIZE,
         ],
         slots: &[
             Slot { name: "square_avg", doc: "running average v of squared gradients" },

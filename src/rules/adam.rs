@@ -22,7 +22,8 @@
 //! Deviations: the bias corrections are folded into the step size and into √v, as torch does; with
 //! amsgrad the maximum runs over v before its bias correction, torch's form, while the paper has none.
 
-use crate::hyper::{Hyper, Hypers, Range, Value};
+use super::common::{BETAS, DECOUPLED, MAXIMIZE, WEIGHT_DECAY, eps, lr, moments, switch};
+use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
     Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
@@ -53,12 +54,6 @@ coefficients!(
 
 impl<F: Real> Scalars<F> {
     #[inline(always)]
-    fn moments(&self, g: F, m: &mut F, v: &mut F) {
-        *m = F::lerp(*m, g, self.one_minus_beta1);
-        *v = *v * self.beta2 + (self.one_minus_beta2 * g) * g;
-    }
-
-    #[inline(always)]
     fn descend(&self, p: F, m: F, v: F) -> F {
         let denominator = v.sqrt() / self.sqrt_correction2 + self.eps;
         p + (self.neg_step_size * m) / denominator
@@ -77,7 +72,7 @@ impl Kernel for Plain {
 
     #[inline(always)]
     fn update<F: Real>(c: &Scalars<F>, p: F, g: F, [m, v]: &mut [F; 2]) -> F {
-        c.moments(g, m, v);
+        moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
         c.descend(p, *m, *v)
     }
 }
@@ -94,7 +89,7 @@ impl Kernel for Amsgrad {
 
     #[inline(always)]
     fn update<F: Real>(c: &Scalars<F>, p: F, g: F, [m, v, v_max]: &mut [F; 3]) -> F {
-        c.moments(g, m, v);
+        moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
         *v_max = v_max.max_nan(*v);
         c.descend(p, *m, *v_max)
     }
@@ -104,43 +99,13 @@ impl Rule for Adam {
     const DECLARATION: Declaration = Declaration {
         stem: "adam",
         hypers: &[
-            Hyper { name: "lr", default: Value::Float(1e-3), range: Range::AtLeast(0.0), doc: "learning rate" },
-            Hyper {
-                name: "betas",
-                default: Value::Pair([0.9, 0.999]),
-                range: Range::PairFrom(0.0, 1.0),
-                doc: "decay rates β₁, β₂ of the two moments",
-            },
-            Hyper {
-                name: "eps",
-                default: Value::Float(1e-8),
-                range: Range::AtLeast(0.0),
-                doc: "term ε added to the denominator",
-            },
-            Hyper {
-                name: "weight_decay",
-                default: Value::Float(0.0),
-                range: Range::AtLeast(0.0),
-                doc: "weight decay λ",
-            },
-            Hyper {
-                name: "amsgrad",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "divide by the largest second moment so far",
-            },
-            Hyper {
-                name: "maximize",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "ascend instead of descend",
-            },
-            Hyper {
-                name: "decoupled_weight_decay",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "decay the parameter itself, not through the gradient",
-            },
+            lr(1e-3),
+            BETAS,
+            eps(1e-8),
+            WEIGHT_DECAY,
+            switch("amsgrad", "divide by the largest second moment so far"),
+            MAXIMIZE,
+            DECOUPLED,
         ],
         slots: &[
             Slot { name: "exp_avg", doc: "first moment m" },

@@ -17,7 +17,8 @@
 //! Deviation from the paper, torch's: ε inside the maximum keeps u from being zero. With `eps=0` a zero
 //! gradient at the start gives 0/0.
 
-use crate::hyper::{Hyper, Hypers, Range, Value};
+use super::common::{BETAS, MAXIMIZE, WEIGHT_DECAY, eps, lr};
+use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
     Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
@@ -63,30 +64,7 @@ impl Kernel for Plain {
 impl Rule for Adamax {
     const DECLARATION: Declaration = Declaration {
         stem: "adamax",
-        hypers: &[
-            Hyper { name: "lr", default: Value::Float(2e-3), range: Range::AtLeast(0.0), doc: "learning rate" },
-            Hyper {
-                name: "betas",
-                default: Value::Pair([0.9, 0.999]),
-                range: Range::PairFrom(0.0, 1.0),
-                doc: "decay rates β₁, β₂ of the moment and of the norm",
-            },
-            Hyper {
-                name: "eps",
-                default: Value::Float(1e-8),
-                range: Range::AtLeast(0.0),
-                doc: "term ε added to the gradient's magnitude",
-            },
-            Hyper {
-                name: "weight_decay", default: Value::Float(0.0), range: Range::AtLeast(0.0), doc: "L2 penalty λ"
-            },
-            Hyper {
-                name: "maximize",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "ascend instead of descend",
-            },
-        ],
+        hypers: &[lr(2e-3), BETAS, eps(1e-8), WEIGHT_DECAY, MAXIMIZE],
         slots: &[
             Slot { name: "exp_avg", doc: "first moment m" },
             Slot { name: "exp_inf", doc: "decayed infinity norm u" },

@@ -5,6 +5,7 @@
 pub mod adadelta;
 pub mod adam;
 pub mod adamax;
+mod common;
 pub mod radam;
 pub mod sgd;
 

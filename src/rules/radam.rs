@@ -20,7 +20,8 @@
 //! Deviations from the paper, torch's: the threshold is 5 where the paper has 4, and ε is added to the
 //! uncorrected √v.
 
-use crate::hyper::{Hyper, Hypers, Range, Value};
+use super::common::{BETAS, DECOUPLED, MAXIMIZE, WEIGHT_DECAY, eps, lr, moments};
+use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
     Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
@@ -65,8 +66,7 @@ impl Kernel for Plain {
 
     #[inline(always)]
     fn update<F: Real>(c: &Scalars<F>, p: F, g: F, [m, v]: &mut [F; 2]) -> F {
-        *m = F::lerp(*m, g, c.one_minus_beta1);
-        *v = *v * c.beta2 + (c.one_minus_beta2 * g) * g;
+        moments(c.one_minus_beta1, c.beta2, c.one_minus_beta2, g, m, v);
         let step = (*m / c.correction1) * c.lr;
         let adaptive = (F::ONE / (v.sqrt() + c.eps)) * c.sqrt_correction2;
         let rectified = (step * adaptive) * c.rectification;
@@ -77,39 +77,7 @@ impl Kernel for Plain {
 impl Rule for RAdam {
     const DECLARATION: Declaration = Declaration {
         stem: "radam",
-        hypers: &[
-            Hyper { name: "lr", default: Value::Float(1e-3), range: Range::AtLeast(0.0), doc: "learning rate" },
-            Hyper {
-                name: "betas",
-                default: Value::Pair([0.9, 0.999]),
-                range: Range::PairFrom(0.0, 1.0),
-                doc: "decay rates β₁, β₂ of the two moments",
-            },
-            Hyper {
-                name: "eps",
-                default: Value::Float(1e-8),
-                range: Range::AtLeast(0.0),
-                doc: "term ε added to the denominator",
-            },
-            Hyper {
-                name: "weight_decay",
-                default: Value::Float(0.0),
-                range: Range::AtLeast(0.0),
-                doc: "weight decay λ",
-            },
-            Hyper {
-                name: "maximize",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "ascend instead of descend",
-            },
-            Hyper {
-                name: "decoupled_weight_decay",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "decay the parameter itself, not through the gradient",
-            },
-        ],
+        hypers: &[lr(1e-3), BETAS, eps(1e-8), WEIGHT_DECAY, MAXIMIZE, DECOUPLED],
         slots: &[Slot { name: "exp_avg", doc: "first moment m" }, Slot { name: "exp_avg_sq", doc: "second moment v" }],
         shows_step: true,
         paper: "Liu, Jiang, He, Chen, Liu, Gao, Han 2020, On the variance of the adaptive learning rate and beyond",

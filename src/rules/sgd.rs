@@ -19,6 +19,7 @@
 //! Deviations from the paper, all torch's: the learning rate is not inside the buffer, and dampening
 //! does not apply to the first gradient. Without momentum there is no state.
 
+use super::common::{MAXIMIZE, WEIGHT_DECAY, lr, switch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::real::Real;
@@ -86,7 +87,7 @@ impl Rule for Sgd {
     const DECLARATION: Declaration = Declaration {
         stem: "sgd",
         hypers: &[
-            Hyper { name: "lr", default: Value::Float(1e-3), range: Range::AtLeast(0.0), doc: "learning rate" },
+            lr(1e-3),
             Hyper { name: "momentum", default: Value::Float(0.0), range: Range::AtLeast(0.0), doc: "momentum μ" },
             Hyper {
                 name: "dampening",
@@ -94,16 +95,9 @@ impl Rule for Sgd {
                 range: Range::Finite,
                 doc: "dampening τ of the gradient in the buffer",
             },
-            Hyper {
-                name: "weight_decay", default: Value::Float(0.0), range: Range::AtLeast(0.0), doc: "L2 penalty λ"
-            },
-            Hyper { name: "nesterov", default: Value::Bool(false), range: Range::Flag, doc: "Nesterov momentum" },
-            Hyper {
-                name: "maximize",
-                default: Value::Bool(false),
-                range: Range::Flag,
-                doc: "ascend instead of descend",
-            },
+            WEIGHT_DECAY,
+            switch("nesterov", "Nesterov momentum"),
+            MAXIMIZE,
         ],
         slots: &[Slot { name: "momentum_buffer", doc: "running direction b" }],
         shows_step: false,
