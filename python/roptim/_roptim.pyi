@@ -27,7 +27,7 @@ __all__ = [
 __version__: str
 
 def registry() -> list[dict[str, Any]]:
-    """Every optimizer: name, hyperparameters with default, range and meaning, slots, paper."""
+    """Every optimizer: name, hyperparameters with defaults and ranges, slots, paper."""
 
 def devices() -> list[tuple[str, str, str, str, bool]]:
     """Every device: what chooses it, name, kind, driver, and whether it is a software adapter."""

@@ -170,7 +170,7 @@ class State(MutableMapping[Any, Any]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # what compares by identity alone and changes is no key
 
     def __repr__(self) -> str:
         names = {i: self._names[i] or i for i in range(len(self._objects)) if self._has(i)}

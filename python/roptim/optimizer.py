@@ -104,7 +104,7 @@ class Optimizer:
                 self._step_called = True
                 return own(self, *args, **kwargs)
 
-            cls.step = step  # type: ignore[method-assign]
+            cls.step = step  # type: ignore[method-assign]  # the same signature, by functools.wraps
 
     def _construct(self, arguments: dict[str, Any]) -> None:
         """The constructor of an optimizer of the engine: ``arguments`` is its ``locals()``.

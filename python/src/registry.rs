@@ -6,7 +6,7 @@ use roptim::REGISTRY;
 
 use crate::values;
 
-/// Every optimizer: name, hyperparameters with default, range and meaning, slots, paper.
+/// Every optimizer: name, hyperparameters with defaults and ranges, slots, paper.
 #[pyfunction]
 pub(crate) fn registry(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
     let out = PyList::empty(py);
@@ -17,13 +17,10 @@ pub(crate) fn registry(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("defaults", values::to_dict(py, preset.hypers().iter())?)?;
         entry.set_item("fixed", preset.fixed.to_vec())?;
         let ranges = PyDict::new(py);
-        let docs = PyDict::new(py);
         for hyper in preset.declaration().hypers {
             ranges.set_item(hyper.name, hyper.range.to_string())?;
-            docs.set_item(hyper.name, hyper.doc)?;
         }
         entry.set_item("ranges", ranges)?;
-        entry.set_item("docs", docs)?;
         entry.set_item("slots", preset.declaration().slots.iter().map(|s| s.name).collect::<Vec<_>>())?;
         entry.set_item("shows_step", preset.declaration().shows_step)?;
         out.append(entry)?;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import roptim
 from roptim.optimizer import REGISTRY
@@ -43,6 +44,19 @@ def test_defaults_and_group_keys_are_complete(optimizer_class: Any) -> None:
     assert set(opt.defaults) == set(REGISTRY[optimizer_class.__name__]["defaults"])
     assert set(opt.param_groups[0]) == {"params", *opt.defaults}
     assert not EXTRAS & set(opt.defaults)
+
+
+def test_the_declared_ranges_are_what_messages_say(optimizer_class: Any) -> None:
+    entry = REGISTRY[optimizer_class.__name__]
+    for name, default in entry["defaults"].items():
+        if name in entry["fixed"]:
+            continue
+        wrong = {bool: "yes", tuple: "yes", float: float("nan")}[type(default)]
+        shown = "NaN" if type(default) is float else "'yes'"
+        with pytest.raises(roptim.RoptimError) as raised:
+            optimizer_class([np.zeros(1, np.float32)], **{name: wrong})
+        want = f"{optimizer_class.__name__}: {name} must be {entry['ranges'][name]}, got {shown}"
+        assert str(raised.value) == want
 
 
 def test_docstring_names_every_argument_and_slot(optimizer_class: Any) -> None:
