@@ -13,28 +13,90 @@ use crate::error::{Error, ErrorKind, Result};
 /// Serialized as the plain value in human-readable formats, with its kind in binary ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Value {
+    /// Left to the optimizer.
+    None,
     /// A switch.
     Bool(bool),
+    /// A whole number.
+    Int(i64),
     /// A number.
     Float(f64),
     /// Two numbers, such as Adam's betas.
     Pair([f64; 2]),
+    /// Two numbers of which the first is left to the optimizer: `(None, x)`.
+    HalfPair(f64),
+    /// Three numbers.
+    Triple([f64; 3]),
+    /// The name of a choice.
+    Choice(Choice),
+}
+
+/// A word that some hyperparameter of some rule may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Choice {
+    /// A line search to the strong Wolfe conditions.
+    StrongWolfe,
+    /// Muon's own factor on the learning rate.
+    Original,
+    /// The factor that gives Muon's update the size of Adam's.
+    MatchRmsAdamw,
+}
+
+impl Choice {
+    /// Every choice with its name.
+    pub const ALL: [(Self, &'static str); 3] =
+        [(Self::StrongWolfe, "strong_wolfe"), (Self::Original, "original"), (Self::MatchRmsAdamw, "match_rms_adamw")];
+
+    /// The choice of this name.
+    pub fn find(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|(_, known)| *known == name).map(|(choice, _)| choice)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(choice, _)| *choice == self).map_or("", |(_, name)| name)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(untagged, remote = "Value")]
 enum Plain {
+    None,
     Bool(bool),
+    Int(i64),
     Float(f64),
     Pair([f64; 2]),
+    #[serde(with = "half")]
+    HalfPair(f64),
+    Triple([f64; 3]),
+    Choice(Choice),
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Value")]
 enum Tagged {
+    None,
     Bool(bool),
+    Int(i64),
     Float(f64),
     Pair([f64; 2]),
+    HalfPair(f64),
+    Triple([f64; 3]),
+    Choice(Choice),
+}
+
+/// `(None, x)` as two items.
+mod half {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(x: &f64, s: S) -> Result<S::Ok, S::Error> {
+        ((), x).serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+        <((), f64)>::deserialize(d).map(|((), x)| x)
+    }
 }
 
 impl Serialize for Value {
@@ -52,9 +114,14 @@ impl<'de> Deserialize<'de> for Value {
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::None => f.write_str("None"),
             Self::Bool(b) => f.write_str(if *b { "True" } else { "False" }),
+            Self::Int(n) => write!(f, "{n}"),
             Self::Float(x) => write!(f, "{x:?}"),
             Self::Pair([a, b]) => write!(f, "({a:?}, {b:?})"),
+            Self::HalfPair(b) => write!(f, "(None, {b:?})"),
+            Self::Triple([a, b, c]) => write!(f, "({a:?}, {b:?}, {c:?})"),
+            Self::Choice(choice) => write!(f, "{:?}", choice.name()),
         }
     }
 }
@@ -64,6 +131,12 @@ impl fmt::Display for Value {
 pub enum Range {
     /// A finite number ≥ the bound.
     AtLeast(f64),
+    /// A finite number ≤ the bound.
+    AtMost(f64),
+    /// A finite number > the bound.
+    Above(f64),
+    /// A number ≥ the bound, or infinity.
+    AtLeastOrInfinite(f64),
     /// A finite number.
     Finite,
     /// A number in `[low, high)`.
@@ -72,6 +145,20 @@ pub enum Range {
     Within(f64, f64),
     /// Two numbers, each in `[low, high)`.
     PairFrom(f64, f64),
+    /// Two finite numbers on either side of one that lies between: `low < a < middle < b`.
+    PairAround(f64, f64),
+    /// Two finite numbers in order: `low ≤ a ≤ b`.
+    PairOrdered(f64),
+    /// Two finite numbers ≥ the bound, the first of which may be None.
+    HalfPair(f64),
+    /// Three finite numbers.
+    Triple,
+    /// A whole number in `[low, high]`.
+    Whole(i64, i64),
+    /// None, or what the other range allows.
+    OrNone(&'static Range),
+    /// One of these words.
+    OneOf(&'static [Choice]),
     /// A switch.
     Flag,
 }
@@ -80,11 +167,85 @@ impl fmt::Display for Range {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AtLeast(low) => write!(f, "a finite number >= {low}"),
+            Self::AtMost(high) => write!(f, "a finite number <= {high}"),
+            Self::Above(low) => write!(f, "a finite number > {low}"),
+            Self::AtLeastOrInfinite(low) => write!(f, "a number >= {low}"),
             Self::Finite => f.write_str("a finite number"),
             Self::From(low, high) => write!(f, "a number in [{low}, {high})"),
             Self::Within(low, high) => write!(f, "a number in [{low}, {high}]"),
             Self::PairFrom(low, high) => write!(f, "two numbers in [{low}, {high})"),
+            Self::PairAround(low, middle) => write!(f, "two finite numbers a, b with {low} < a < {middle} < b"),
+            Self::PairOrdered(low) => write!(f, "two finite numbers a, b with {low} <= a <= b"),
+            Self::HalfPair(low) => write!(f, "two finite numbers >= {low}, the first of which may be None"),
+            Self::Triple => f.write_str("three finite numbers"),
+            Self::Whole(low, i64::MAX) => write!(f, "a whole number >= {low}"),
+            Self::Whole(low, high) => write!(f, "a whole number from {low} to {high}"),
+            Self::OrNone(range) => write!(f, "None or {range}"),
+            Self::OneOf(choices) => {
+                let names: Vec<_> = choices.iter().map(|c| format!("{:?}", c.name())).collect();
+                f.write_str(&names.join(" or "))
+            }
             Self::Flag => f.write_str("True or False"),
+        }
+    }
+}
+
+/// How a value relates to a range.
+enum Fit {
+    Inside,
+    /// Of the right type; where one of several numbers is to blame, its index and its own range.
+    Outside(Option<(usize, Range)>),
+    WrongType,
+}
+
+impl Range {
+    /// The same value in the type that the range is declared in: a whole float as an integer, an integer
+    /// as a float.
+    fn settle(&self, value: Value) -> Value {
+        // Floats of at most 2⁵³ stand for themselves.
+        const EXACT: f64 = 9_007_199_254_740_992.0;
+        match (self, value) {
+            (Self::OrNone(range), value) => range.settle(value),
+            (Self::Whole(..), Value::Float(x)) if x.fract() == 0.0 && x.abs() <= EXACT => Value::Int(x as i64),
+            (Self::Whole(..), value) => value,
+            (_, Value::Int(n)) => Value::Float(n as f64),
+            (_, value) => value,
+        }
+    }
+
+    fn fit(&self, value: Value) -> Fit {
+        let inside = |yes: bool| if yes { Fit::Inside } else { Fit::Outside(None) };
+        let each = |numbers: &[f64], range: Range| match numbers
+            .iter()
+            .position(|&x| !matches!(range.fit(Value::Float(x)), Fit::Inside))
+        {
+            None => Fit::Inside,
+            Some(i) => Fit::Outside(Some((i, range))),
+        };
+        match (*self, value) {
+            (Self::AtLeast(low), Value::Float(x)) => inside(x.is_finite() && x >= low),
+            (Self::AtMost(high), Value::Float(x)) => inside(x.is_finite() && x <= high),
+            (Self::Above(low), Value::Float(x)) => inside(x.is_finite() && x > low),
+            (Self::AtLeastOrInfinite(low), Value::Float(x)) => inside(x >= low),
+            (Self::Finite, Value::Float(x)) => inside(x.is_finite()),
+            (Self::From(low, high), Value::Float(x)) => inside(low <= x && x < high),
+            (Self::Within(low, high), Value::Float(x)) => inside(low <= x && x <= high),
+            (Self::PairFrom(low, high), Value::Pair(pair)) => each(&pair, Self::From(low, high)),
+            (Self::PairAround(low, middle), Value::Pair([a, b])) => {
+                inside(low < a && a < middle && middle < b && b.is_finite())
+            }
+            (Self::PairOrdered(low), Value::Pair([a, b])) => inside(low <= a && a <= b && b.is_finite()),
+            (Self::HalfPair(low), Value::Pair(pair)) => each(&pair, Self::AtLeast(low)),
+            (Self::HalfPair(low), Value::HalfPair(b)) => match Self::AtLeast(low).fit(Value::Float(b)) {
+                Fit::Inside => Fit::Inside,
+                _ => Fit::Outside(Some((1, Self::AtLeast(low)))),
+            },
+            (Self::Triple, Value::Triple(three)) => each(&three, Self::Finite),
+            (Self::Whole(low, high), Value::Int(n)) => inside(low <= n && n <= high),
+            (Self::OrNone(_), Value::None) | (Self::Flag, Value::Bool(_)) => Fit::Inside,
+            (Self::OrNone(range), value) => range.fit(value),
+            (Self::OneOf(choices), Value::Choice(choice)) => inside(choices.contains(&choice)),
+            _ => Fit::WrongType,
         }
     }
 }
@@ -103,34 +264,23 @@ pub struct Hyper {
 }
 
 impl Hyper {
-    /// Checks one value; `place` names the optimizer (and group) in the message.
-    pub fn check(&self, place: &str, value: Value) -> Result<()> {
-        let refuse = |name: String, allowed: String, got: String| {
-            Err(Error::refuse(ErrorKind::Value, place, name, allowed, got))
-        };
-        let in_from = |x: f64, low: f64, high: f64| low <= x && x < high;
-        match (self.range, value) {
-            (Range::AtLeast(_) | Range::Finite | Range::From(..) | Range::Within(..), Value::Float(x)) => {
-                let allowed = match self.range {
-                    Range::AtLeast(low) => x.is_finite() && x >= low,
-                    Range::From(low, high) => in_from(x, low, high),
-                    Range::Within(low, high) => low <= x && x <= high,
-                    _ => x.is_finite(),
+    /// Checks one value and returns it in the declared type; `place` names the optimizer (and group) in
+    /// the message.
+    pub fn check(&self, place: &str, value: Value) -> Result<Value> {
+        let value = self.range.settle(value);
+        match self.range.fit(value) {
+            Fit::Inside => Ok(value),
+            Fit::WrongType => Err(Error::refuse(ErrorKind::Type, place, self.name, self.range, value)),
+            Fit::Outside(None) => Err(Error::refuse(ErrorKind::Value, place, self.name, self.range, value)),
+            Fit::Outside(Some((i, range))) => {
+                let got = match value {
+                    Value::Pair(pair) => pair[i],
+                    Value::Triple(three) => three[i],
+                    Value::HalfPair(b) => b,
+                    _ => f64::NAN,
                 };
-                if allowed { Ok(()) } else { refuse(self.name.into(), self.range.to_string(), value.to_string()) }
+                Err(Error::refuse(ErrorKind::Value, place, format!("{}[{i}]", self.name), range, Value::Float(got)))
             }
-            (Range::PairFrom(low, high), Value::Pair(pair)) => {
-                match pair.iter().position(|&x| !in_from(x, low, high)) {
-                    None => Ok(()),
-                    Some(i) => refuse(
-                        format!("{}[{i}]", self.name),
-                        Range::From(low, high).to_string(),
-                        Value::Float(pair[i]).to_string(),
-                    ),
-                }
-            }
-            (Range::Flag, Value::Bool(_)) => Ok(()),
-            _ => Err(Error::refuse(ErrorKind::Type, place, self.name, self.range, value)),
         }
     }
 }
@@ -179,8 +329,7 @@ impl Hypers {
                 name,
             ));
         };
-        self.declared[i].check(place, value)?;
-        self.values[i] = value;
+        self.values[i] = self.declared[i].check(place, value)?;
         Ok(())
     }
 
@@ -200,6 +349,22 @@ impl Hypers {
         }
     }
 
+    /// A whole number that the rule declares; `None` where it is left to the optimizer.
+    pub(crate) fn whole(&self, name: &str) -> Option<i64> {
+        match self.get(name) {
+            Some(Value::Int(n)) => Some(n),
+            _ => None,
+        }
+    }
+
+    /// A choice that the rule declares; `None` where none is made.
+    pub(crate) fn choice(&self, name: &str) -> Option<Choice> {
+        match self.get(name) {
+            Some(Value::Choice(choice)) => Some(choice),
+            _ => None,
+        }
+    }
+
     /// A switch; one that the rule does not declare is off.
     pub(crate) fn flag(&self, name: &str) -> bool {
         matches!(self.get(name), Some(Value::Bool(true)))
@@ -216,7 +381,7 @@ mod tests {
 
     #[test]
     fn messages_follow_the_sentence_form() {
-        let message = |r: Result<()>| r.unwrap_err().to_string();
+        let message = |r: Result<Value>| r.unwrap_err().to_string();
         assert_eq!(message(LR.check("Adam", Value::Float(f64::NAN))), "Adam: lr must be a finite number >= 0, got NaN");
         assert_eq!(
             message(BETAS.check("Adam", Value::Pair([0.9, 1.0]))),

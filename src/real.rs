@@ -10,27 +10,87 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of a binary32.
+    BF16,
     /// IEEE 754 binary32.
     F32,
     /// IEEE 754 binary64.
     F64,
+    /// Two binary32, real and imaginary part.
+    C64,
+    /// Two binary64, real and imaginary part.
+    C128,
 }
 
 impl Dtype {
+    /// Every dtype.
+    pub const ALL: [Self; 6] = [Self::F16, Self::BF16, Self::F32, Self::F64, Self::C64, Self::C128];
+
     /// Bytes of one element.
     pub const fn size(self) -> usize {
         match self {
+            Self::F16 | Self::BF16 => 2,
             Self::F32 => 4,
-            Self::F64 => 8,
+            Self::F64 | Self::C64 => 8,
+            Self::C128 => 16,
         }
     }
 
     /// NumPy's name.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
             Self::F32 => "float32",
             Self::F64 => "float64",
+            Self::C64 => "complex64",
+            Self::C128 => "complex128",
         }
+    }
+
+    /// Whether elements are complex.
+    pub const fn is_complex(self) -> bool {
+        matches!(self, Self::C64 | Self::C128)
+    }
+
+    /// What one of the real numbers of an element is: complex numbers are updated as pairs of reals.
+    pub const fn part(self) -> Self {
+        match self {
+            Self::C64 => Self::F32,
+            Self::C128 => Self::F64,
+            other => other,
+        }
+    }
+
+    /// Real numbers of an element.
+    pub const fn parts(self) -> usize {
+        if self.is_complex() { 2 } else { 1 }
+    }
+
+    /// What the state of a parameter of this dtype stores: half precision is kept in single.
+    pub const fn of_state(self) -> Self {
+        match self {
+            Self::F16 | Self::BF16 => Self::F32,
+            other => other,
+        }
+    }
+
+    /// Distance from 1 to the next number.
+    pub const fn epsilon(self) -> f64 {
+        match self {
+            Self::F16 => 0.000_976_562_5,
+            Self::BF16 => 0.007_812_5,
+            Self::F32 | Self::C64 => f32::EPSILON as f64,
+            Self::F64 | Self::C128 => f64::EPSILON,
+        }
+    }
+
+    /// Whether a gradient of dtype `gradient` may be given to a parameter of this dtype: its own, or single
+    /// precision for half.
+    pub fn takes(self, gradient: Self) -> bool {
+        gradient == self || gradient == self.of_state()
     }
 }
 
@@ -45,6 +105,8 @@ mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
 }
 
 /// A compute type. Each operation rounds once; nothing is fused and nothing is reassociated.
@@ -105,6 +167,8 @@ pub trait Real:
 
 /// A storage type of the compute type `F`.
 pub trait Element<F>: sealed::Sealed + Copy + Send + Sync + 'static {
+    /// The dtype of arrays of this type.
+    const STORED: Dtype;
     /// Whether it is the compute type itself, so that arrays need no conversion.
     const IS_COMPUTE_TYPE: bool;
     /// Exact.
@@ -149,6 +213,7 @@ macro_rules! real {
         }
 
         impl Element<$type> for $type {
+            const STORED: Dtype = $dtype;
             const IS_COMPUTE_TYPE: bool = true;
 
             #[inline(always)]
@@ -166,6 +231,50 @@ macro_rules! real {
 
 real!(f32, Dtype::F32);
 real!(f64, Dtype::F64);
+
+macro_rules! half {
+    ($type:ty, $dtype:expr) => {
+        impl Element<f32> for $type {
+            const STORED: Dtype = $dtype;
+            const IS_COMPUTE_TYPE: bool = false;
+
+            #[inline(always)]
+            fn widen(self) -> f32 {
+                self.to_f32()
+            }
+
+            #[inline(always)]
+            fn narrow(x: f32) -> Self {
+                Self::from_f32(x)
+            }
+        }
+    };
+}
+
+half!(half::f16, Dtype::F16);
+half!(half::bf16, Dtype::BF16);
+
+/// Does something with the storage types of a parameter and its gradient and their compute type.
+pub trait StorageVisitor {
+    /// What it returns.
+    type Out;
+    /// Called with the types.
+    fn visit<P: Element<F>, G: Element<F>, F: Real>(self) -> Self::Out;
+}
+
+/// Hands the types of a parameter's and a gradient's real numbers to the visitor. The gradient's must be one
+/// that [`Dtype::takes`] allows.
+pub fn with_storage<V: StorageVisitor>(parameter: Dtype, gradient: Dtype, visitor: V) -> V::Out {
+    use half::{bf16, f16};
+    match (parameter.part(), gradient.part()) {
+        (Dtype::F16, Dtype::F16) => visitor.visit::<f16, f16, f32>(),
+        (Dtype::F16, _) => visitor.visit::<f16, f32, f32>(),
+        (Dtype::BF16, Dtype::BF16) => visitor.visit::<bf16, bf16, f32>(),
+        (Dtype::BF16, _) => visitor.visit::<bf16, f32, f32>(),
+        (Dtype::F64, _) => visitor.visit::<f64, f64, f64>(),
+        _ => visitor.visit::<f32, f32, f32>(),
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,25 +4,55 @@
 //! momentum, say) is a [`Kernel`]: one update of one element. A rule knows nothing of storage types,
 //! threads, instruction sets, devices or Python. Weight decay, `maximize`, gradient scaling and the
 //! flush of subnormal state are the executor's shared pre- and post-steps ([`Shared`]), not the rule's.
+//!
+//! A [`TensorRule`] is an optimizer whose update of one element depends on the others of its tensor.
 
 use std::fmt::Debug;
 
 use crate::error::Result;
 use crate::hyper::{Hyper, Hypers, Value};
-use crate::real::Real;
+use crate::real::{Dtype, Real};
 
-/// Most slots a kernel may have.
+/// Most slots a rule may have.
 pub const MAX_SLOTS: usize = 4;
+/// Most scalar slots a rule may have.
+pub const MAX_SCALARS: usize = 2;
 /// Most coefficients a kernel may have.
 pub const MAX_COEFFICIENTS: usize = 12;
 
-/// One named state array of a parameter; it starts at zero.
+/// One named state array of a parameter. It starts at zero; a rule that wants another start knows from
+/// [`Moment::fresh`] when to put it there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
     /// torch's state key.
     pub name: &'static str,
     /// One line for the documentation.
     pub doc: &'static str,
+}
+
+/// One named number of a parameter's state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scalar {
+    /// torch's state key.
+    pub name: &'static str,
+    /// Its value before the first update.
+    pub start: f64,
+    /// One line for the documentation.
+    pub doc: &'static str,
+}
+
+/// Values of a parameter's scalar slots; entries past the rule's own are zero.
+pub type ScalarSlots = [f64; MAX_SCALARS];
+
+/// Whether a rule takes gradients that touch some rows only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sparse {
+    /// No.
+    Refused,
+    /// Yes, without weight decay; the rows it touches get the update that a dense gradient would give.
+    Accepted,
+    /// It takes no others.
+    Required,
 }
 
 /// What a rule declares about itself.
@@ -32,12 +62,33 @@ pub struct Declaration {
     pub stem: &'static str,
     /// Hyperparameters in torch's order of `defaults`.
     pub hypers: &'static [Hyper],
-    /// Every slot any variant may use. A variant uses the first few of them.
+    /// Every slot any variant may use.
     pub slots: &'static [Slot],
+    /// Scalar slots.
+    pub scalars: &'static [Scalar],
+    /// Whether it takes row-sparse gradients.
+    pub sparse: Sparse,
+    /// Whether torch makes the state in the constructor: state at step 0 is that of a parameter that was
+    /// never updated.
+    pub eager: bool,
     /// Whether the state shows a `step` key, as torch's does for this optimizer.
     pub shows_step: bool,
     /// Where the rule comes from.
     pub paper: &'static str,
+}
+
+impl Declaration {
+    /// What most rules have in common: dense gradients, a step shown, no scalar slots.
+    pub const COMMON: Self = Self {
+        stem: "",
+        hypers: &[],
+        slots: &[],
+        scalars: &[],
+        sparse: Sparse::Refused,
+        eager: false,
+        shows_step: true,
+        paper: "",
+    };
 }
 
 /// Where a parameter is in its life, for the coefficients.
@@ -45,8 +96,61 @@ pub struct Declaration {
 pub struct Moment {
     /// Number of this update of this parameter, from 1.
     pub step: u64,
-    /// Bit k: slot k was allocated for this update and is still zero.
-    pub fresh: u8,
+    /// Slots that were allocated for this update and are still zero.
+    pub fresh: SlotSet,
+}
+
+/// A set of slots by position in the rule's declaration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct SlotSet(u8);
+
+impl SlotSet {
+    /// No slot.
+    pub const EMPTY: Self = Self(0);
+
+    /// These slots.
+    pub fn of(slots: &[usize]) -> Self {
+        slots.iter().fold(Self::EMPTY, |set, &k| set.with(k))
+    }
+
+    /// With slot k.
+    #[must_use]
+    pub fn with(self, k: usize) -> Self {
+        Self(self.0 | 1 << k)
+    }
+
+    /// Whether slot k is in it.
+    pub fn has(self, k: usize) -> bool {
+        self.0 & (1 << k) != 0
+    }
+
+    /// Whether no slot is in it.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The slots of either.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The slots of both.
+    #[must_use]
+    pub fn intersection(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// The slots of this that are not in the other.
+    #[must_use]
+    pub fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// Its slots in order.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..MAX_SLOTS).filter(move |&k| self.has(k))
+    }
 }
 
 /// How weight decay enters.
@@ -122,10 +226,20 @@ pub trait Kernel: 'static {
     type C<F: Real>: Coefficients<F>;
     /// The slots.
     type S<F: Real>: SlotValues<F>;
+    /// Which of the declared slots they are; by default the first ones.
+    const SLOTS: &'static [usize] = first_slots(<Self::S<f32> as SlotValues<f32>>::COUNT);
+    /// Whether elements without a gradient may be left out: a zero gradient changes nothing, or the rule
+    /// says that they rest.
+    const RESTS: bool = false;
 
     /// The new parameter; slots are updated in place. `g` has passed the shared pre-steps, `p` has been
     /// decayed where the decay is decoupled.
     fn update<F: Real>(c: &Self::C<F>, p: F, g: F, slots: &mut Self::S<F>) -> F;
+}
+
+const fn first_slots(count: usize) -> &'static [usize] {
+    const ALL: [usize; MAX_SLOTS] = [0, 1, 2, 3];
+    ALL.split_at(count).0
 }
 
 /// Does something with a concrete kernel.
@@ -146,26 +260,58 @@ pub trait Rule: 'static {
         Ok(())
     }
 
-    /// The kernel's coefficients of one update.
-    fn coefficients(h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS];
+    /// The kernel's coefficients of one update, and the scalar slots brought from before it to after it.
+    fn coefficients(h: &Hypers, at: Moment, scalars: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS];
 
     /// Picks the variant that these hyperparameters ask for.
     fn with_kernel<V: KernelVisitor>(h: &Hypers, visitor: V) -> V::Out;
 
     /// Every variant, for tests and for the shader check.
     fn each_kernel(visit: &mut dyn FnMut(KernelFacts));
+}
 
-    /// How weight decay enters; by default torch's L2, decoupled where that switch is on.
-    fn decay(h: &Hypers) -> Decay {
-        let Some(Value::Float(weight_decay)) = h.get("weight_decay") else { return Decay::None };
-        if weight_decay == 0.0 {
-            Decay::None
-        } else if h.flag("decoupled_weight_decay") {
-            Decay::Decoupled(1.0 - h.float("lr") * weight_decay)
-        } else {
-            Decay::L2(weight_decay)
-        }
+/// How weight decay enters: torch's L2, decoupled where that switch is on.
+pub fn decay(h: &Hypers) -> Decay {
+    let Some(Value::Float(weight_decay)) = h.get("weight_decay") else { return Decay::None };
+    if weight_decay == 0.0 {
+        Decay::None
+    } else if h.flag("decoupled_weight_decay") {
+        Decay::Decoupled(1.0 - h.float("lr") * weight_decay)
+    } else {
+        Decay::L2(weight_decay)
     }
+}
+
+/// What a tensor rule works on in one update: one parameter, in C order.
+#[derive(Debug)]
+pub struct Work<'a, F> {
+    /// The parameter's shape.
+    pub shape: &'a [usize],
+    /// What the parameter's array stores.
+    pub dtype: Dtype,
+    /// The parameter.
+    pub p: &'a mut [F],
+    /// The gradient, its sign turned where the optimizer ascends.
+    pub g: &'a [F],
+    /// Its slots; empty where it has none.
+    pub slots: [&'a mut [F]; MAX_SLOTS],
+    /// Whether loops may be spread over the current thread pool.
+    pub parallel: bool,
+}
+
+/// The mathematics of an optimizer that sees the whole tensor.
+pub trait TensorRule: 'static {
+    /// What it declares.
+    const DECLARATION: Declaration;
+
+    /// Whether a parameter may be given to it; refuses by name.
+    fn accept(place: &str, label: &str, shape: &[usize], dtype: Dtype) -> Result<()>;
+
+    /// Shape of slot k of a parameter; `None` where it has no such slot.
+    fn slot_shape(k: usize, shape: &[usize]) -> Option<Vec<usize>>;
+
+    /// One update of one parameter that has elements. Weight decay is the rule's own.
+    fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>);
 }
 
 /// What a kernel declares, as data.
@@ -173,16 +319,18 @@ pub trait Rule: 'static {
 pub struct KernelFacts {
     /// Name of the WGSL function.
     pub entry: &'static str,
-    /// How many slots it uses.
-    pub slots: usize,
+    /// The slots it uses, by position in the rule's declaration.
+    pub slots: &'static [usize],
     /// Its coefficients.
     pub coefficients: &'static [&'static str],
+    /// Whether elements without a gradient may be left out.
+    pub rests: bool,
 }
 
 impl KernelFacts {
     /// The facts of `K`.
     pub fn of<K: Kernel>() -> Self {
-        Self { entry: K::ENTRY, slots: <K::S<f32> as SlotValues<f32>>::COUNT, coefficients: K::COEFFICIENTS }
+        Self { entry: K::ENTRY, slots: K::SLOTS, coefficients: K::COEFFICIENTS, rests: K::RESTS }
     }
 }
 
@@ -203,6 +351,20 @@ impl KernelVisitor for Facts {
 pub(crate) fn one_minus_power(beta: f64, step: u64) -> f64 {
     -libm::expm1(step as f64 * libm::log(beta))
 }
+
+/// The variants of a rule that has one.
+macro_rules! only_kernel {
+    ($kernel:ty) => {
+        fn with_kernel<V: $crate::rule::KernelVisitor>(_: &$crate::hyper::Hypers, visitor: V) -> V::Out {
+            visitor.visit::<$kernel>()
+        }
+
+        fn each_kernel(visit: &mut dyn FnMut($crate::rule::KernelFacts)) {
+            visit($crate::rule::KernelFacts::of::<$kernel>());
+        }
+    };
+}
+pub(crate) use only_kernel;
 
 /// Declares a coefficient struct over the compute type: fields in order, names as data, the f64 row and
 /// its rounding.

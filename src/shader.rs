@@ -10,7 +10,7 @@
 //! | 1 | gradients, the same window | read |
 //! | 2 | chunks of the window | read |
 //! | 3 | coefficient rows of the step, [`ROW_WORDS`] words each | read |
-//! | 4 + k | slot k, the same window | read, write |
+//! | 4 + k | the kernel's slot k, the same window | read, write |
 
 use std::fmt::Write;
 
@@ -43,9 +43,9 @@ pub const FLUSH_SUBNORMALS: u32 = 2;
 pub fn module(rule: RuleId, kernel: &KernelFacts) -> String {
     let unused = MAX_COEFFICIENTS - kernel.coefficients.len();
     let padding = if unused == 0 { String::new() } else { format!(" unused: array<f32, {unused}>,") };
-    let mut text = [REAL, MOMENTS, RUN, rule.shader()].join("\n");
+    let mut text = [REAL, MOMENTS, RUN, rule.shader().unwrap_or_default()].join("\n");
     let (mut bindings, mut load, mut pass, mut store) = (String::new(), String::new(), String::new(), String::new());
-    for k in 0..kernel.slots {
+    for k in 0..kernel.slots.len() {
         let binding = FIRST_SLOT_BINDING + k as u32;
         // Writing to a String cannot fail.
         let _ = writeln!(bindings, "@group(0) @binding({binding}) var<storage, read_write> slot{k}: array<vec4<f32>>;");

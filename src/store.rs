@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::error::Result;
 use crate::hyper::Value;
 use crate::real::Dtype;
+use crate::rule::{ScalarSlots, SlotSet};
 use crate::tensor::Buffer;
 
 /// What is known of a parameter: its name if it has one, shape and dtype.
@@ -33,6 +34,11 @@ impl ParamInfo {
     /// Elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// Real numbers: complex elements are two.
+    pub fn reals(&self) -> usize {
+        self.len() * self.dtype.parts()
     }
 
     /// Whether it has no elements.
@@ -61,27 +67,40 @@ pub struct Entry {
     /// Slots by position in the rule's declaration. On the CPU, allocated when first needed; on a GPU
     /// the device holds them.
     pub slots: Vec<Option<Arc<Buffer>>>,
+    /// Scalar slots, in the order of the declaration.
+    pub scalars: ScalarSlots,
 }
 
 impl Entry {
-    /// Allocates the first `count` slots where they are missing; returns which were (bit k: slot k).
-    pub fn ensure(&mut self, count: usize) -> Result<u8> {
-        let mut fresh = 0;
-        for k in 0..count {
+    /// A parameter that was never updated.
+    pub fn new(info: ParamInfo, group: usize, slots: usize, scalars: ScalarSlots) -> Self {
+        Self { info, group, step: 0, slots: vec![None; slots], scalars }
+    }
+
+    /// Allocates the slots that are missing, each of the shape it is given; returns which were.
+    pub fn ensure(&mut self, wanted: SlotSet, shape: impl Fn(usize) -> Option<Vec<usize>>) -> Result<SlotSet> {
+        let mut fresh = SlotSet::EMPTY;
+        for k in wanted.iter() {
             if self.slots[k].is_none() {
-                self.slots[k] = Some(Arc::new(Buffer::zeroed(self.info.len(), self.info.dtype)?));
-                fresh |= 1 << k;
+                let elements: usize = shape(k).map_or(0, |shape| shape.iter().product());
+                let (part, parts) = (self.info.dtype.of_state().part(), self.info.dtype.parts());
+                match Buffer::zeroed(elements * parts, part) {
+                    Ok(buffer) => self.slots[k] = Some(Arc::new(buffer)),
+                    Err(error) => {
+                        self.release(fresh);
+                        return Err(error);
+                    }
+                }
+                fresh = fresh.with(k);
             }
         }
         Ok(fresh)
     }
 
     /// Takes slots back that [`Entry::ensure`] reported as fresh.
-    pub fn release(&mut self, fresh: u8) {
-        for (k, slot) in self.slots.iter_mut().enumerate() {
-            if fresh & (1 << k) != 0 {
-                *slot = None;
-            }
+    pub fn release(&mut self, fresh: SlotSet) {
+        for k in fresh.iter() {
+            self.slots[k] = None;
         }
     }
 }
@@ -100,11 +119,27 @@ pub struct Array {
     pub bytes: Vec<u8>,
 }
 
+/// A number as text formats hold it, which have no infinities.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Number {
     Finite(f64),
     Other(String),
+}
+
+impl From<f64> for Number {
+    fn from(x: f64) -> Self {
+        if x.is_finite() { Self::Finite(x) } else { Self::Other(x.to_string()) }
+    }
+}
+
+impl Number {
+    fn value<E: serde::de::Error>(&self) -> std::result::Result<f64, E> {
+        match self {
+            Self::Finite(x) => Ok(*x),
+            Self::Other(text) => text.parse().map_err(|_| E::custom("a number cannot be read")),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -125,17 +160,28 @@ impl Array {
         self.len() == 0
     }
 
+    /// The same numbers in the dtype that state of this dtype is kept in.
+    pub(crate) fn widened(&self) -> Self {
+        Self::from_numbers(self.dtype.of_state(), self.shape.clone(), &self.numbers())
+    }
+
+    /// Its real numbers: a complex element is two.
     fn numbers(&self) -> Vec<f64> {
-        match self.dtype {
-            Dtype::F32 => self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
+        let pairs = || self.bytes.as_chunks().0.iter();
+        match self.dtype.part() {
+            Dtype::F16 => pairs().map(|b| half::f16::from_le_bytes(*b).into()).collect(),
+            Dtype::BF16 => pairs().map(|b| half::bf16::from_le_bytes(*b).into()).collect(),
             Dtype::F64 => self.bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+            _ => self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
         }
     }
 
     fn from_numbers(dtype: Dtype, shape: Vec<usize>, numbers: &[f64]) -> Self {
-        let bytes = match dtype {
-            Dtype::F32 => numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+        let bytes = match dtype.part() {
+            Dtype::F16 => numbers.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
+            Dtype::BF16 => numbers.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
             Dtype::F64 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            _ => numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
         };
         Self { dtype, shape, bytes }
     }
@@ -146,8 +192,7 @@ impl Serialize for Array {
         if !s.is_human_readable() {
             return (self.dtype, &self.shape, &self.bytes).serialize(s);
         }
-        let number = |x: f64| if x.is_finite() { Number::Finite(x) } else { Number::Other(x.to_string()) };
-        let data = self.numbers().into_iter().map(number).collect();
+        let data = self.numbers().into_iter().map(Number::from).collect();
         Readable { dtype: self.dtype, shape: self.shape.clone(), data }.serialize(s)
     }
 }
@@ -156,11 +201,7 @@ impl<'de> Deserialize<'de> for Array {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
         let array = if d.is_human_readable() {
             let Readable { dtype, shape, data } = Readable::deserialize(d)?;
-            let number = |n: &Number| match n {
-                Number::Finite(x) => Ok(*x),
-                Number::Other(text) => text.parse().map_err(|_| D::Error::custom("an array element is no number")),
-            };
-            let numbers = data.iter().map(number).collect::<std::result::Result<Vec<f64>, _>>()?;
+            let numbers = data.iter().map(Number::value).collect::<std::result::Result<Vec<f64>, D::Error>>()?;
             Self::from_numbers(dtype, shape, &numbers)
         } else {
             let (dtype, shape, bytes) = Deserialize::deserialize(d)?;
@@ -174,13 +215,103 @@ impl<'de> Deserialize<'de> for Array {
     }
 }
 
+/// One value of a parameter's state.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StateValue {
+    /// Nothing.
+    None,
+    /// A count.
+    Count(u64),
+    /// A number.
+    Number(f64),
+    /// An array.
+    Array(Array),
+    /// Several of these.
+    List(Vec<StateValue>),
+}
+
+impl StateValue {
+    /// What it is, for messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::None => "None",
+            Self::Count(_) | Self::Number(_) => "a number",
+            Self::Array(_) => "an array",
+            Self::List(_) => "a list",
+        }
+    }
+
+    /// The array, if it is one.
+    pub fn array(&self) -> Option<&Array> {
+        if let Self::Array(array) = self { Some(array) } else { None }
+    }
+
+    /// The number, if it is one; an array of one element counts.
+    pub fn number(&self) -> Option<f64> {
+        match self {
+            Self::Count(n) => Some(*n as f64),
+            Self::Number(x) => Some(*x),
+            Self::Array(array) => match array.numbers()[..] {
+                [x] => Some(x),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged, remote = "StateValue")]
+enum PlainState {
+    None,
+    Count(u64),
+    Number(#[serde(with = "number")] f64),
+    Array(Array),
+    List(Vec<StateValue>),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "StateValue")]
+enum TaggedState {
+    None,
+    Count(u64),
+    Number(f64),
+    Array(Array),
+    List(Vec<StateValue>),
+}
+
+/// A number by way of [`Number`].
+mod number {
+    use super::{Deserialize, Deserializer, Number, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(x: &f64, s: S) -> Result<S::Ok, S::Error> {
+        Number::from(*x).serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<f64, D::Error> {
+        Number::deserialize(d)?.value()
+    }
+}
+
+impl Serialize for StateValue {
+    fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+        if s.is_human_readable() { PlainState::serialize(self, s) } else { TaggedState::serialize(self, s) }
+    }
+}
+
+impl<'de> Deserialize<'de> for StateValue {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        if d.is_human_readable() { PlainState::deserialize(d) } else { TaggedState::deserialize(d) }
+    }
+}
+
 /// State of one parameter by value.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ParamState {
     /// Updates applied to it.
     pub step: u64,
-    /// Slots by torch's key.
-    pub slots: BTreeMap<String, Array>,
+    /// Everything else by torch's key.
+    pub slots: BTreeMap<String, StateValue>,
 }
 
 /// One group by value.

@@ -24,9 +24,9 @@ pub struct Strides {
 pub struct RawTensor {
     /// First element (of index 0, 0, …).
     pub ptr: *mut u8,
-    /// Elements.
+    /// Elements; of complex arrays, real numbers.
     pub len: usize,
-    /// What it stores.
+    /// What it stores; of complex arrays, the parts.
     pub dtype: Dtype,
     /// `None` in C order.
     pub strides: Option<Arc<Strides>>,
@@ -36,6 +36,52 @@ pub struct RawTensor {
 unsafe impl Send for RawTensor {}
 // SAFETY: as above.
 unsafe impl Sync for RawTensor {}
+
+/// Rows of an array that a sparse gradient touches: different ones, ascending.
+///
+/// The array is taken as a matrix of `width` columns; its rows are all elements with the same index along
+/// the axes that the gradient is sparse in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rows {
+    index: Vec<usize>,
+    width: usize,
+}
+
+impl Rows {
+    /// Rows of an array of `total` rows of `width` elements; `None` unless they ascend below `total`.
+    pub fn new(index: Vec<usize>, width: usize, total: usize) -> Option<Self> {
+        let ascending = index.windows(2).all(|pair| pair[0] < pair[1]);
+        let inside = index.last().is_none_or(|&last| last < total && total.checked_mul(width).is_some());
+        (ascending && inside).then_some(Self { index, width })
+    }
+
+    /// Elements of all of them.
+    pub fn len(&self) -> usize {
+        self.index.len() * self.width
+    }
+
+    /// Whether they have no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Calls `visit(i, at)` with the number i of each of these elements and its place in the array.
+    pub(crate) fn walk(&self, start: usize, n: usize, mut visit: impl FnMut(usize, usize)) {
+        let (mut row, mut column) = (start / self.width.max(1), start % self.width.max(1));
+        for i in 0..n {
+            visit(i, self.index[row] * self.width + column);
+            column += 1;
+            if column == self.width {
+                (row, column) = (row + 1, 0);
+            }
+        }
+    }
+
+    /// One past the largest place of an element in the array.
+    pub(crate) fn end(&self) -> usize {
+        self.index.last().map_or(0, |last| (last + 1) * self.width)
+    }
+}
 
 /// An array that a step may write: a parameter.
 #[derive(Debug)]
@@ -48,6 +94,7 @@ pub struct TensorMut<'a> {
 #[derive(Debug, Clone)]
 pub struct TensorRef<'a> {
     pub(crate) raw: RawTensor,
+    pub(crate) rows: Option<Arc<Rows>>,
     life: PhantomData<&'a [u8]>,
 }
 
@@ -65,7 +112,13 @@ impl TensorRef<'_> {
     /// For the life of the value `raw` must describe allocated, aligned, initialized memory that overlaps
     /// no tensor written by the same call.
     pub unsafe fn from_raw(raw: RawTensor) -> Self {
-        Self { raw, life: PhantomData }
+        Self { raw, rows: None, life: PhantomData }
+    }
+
+    /// Says that these are the values of some rows of a gradient that is zero elsewhere.
+    #[must_use]
+    pub fn of_rows(self, rows: Rows) -> Self {
+        Self { rows: Some(Arc::new(rows)), ..self }
     }
 }
 
@@ -79,7 +132,7 @@ impl<'a, F: Real> From<&'a mut [F]> for TensorMut<'a> {
 impl<'a, F: Real> From<&'a [F]> for TensorRef<'a> {
     fn from(slice: &'a [F]) -> Self {
         let raw = RawTensor { ptr: slice.as_ptr().cast_mut().cast(), len: slice.len(), dtype: F::DTYPE, strides: None };
-        Self { raw, life: PhantomData }
+        Self { raw, rows: None, life: PhantomData }
     }
 }
 

@@ -9,7 +9,9 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use roptim::checkpoint::{DataType, Key, TensorData, Tree, from_bytes, load, save, to_bytes};
-use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, REGISTRY, StateDict, Value};
+use roptim::rule::Sparse;
+use roptim::tensor::Rows;
+use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, REGISTRY, StateDict, TensorRef, Value};
 
 // ---- Helpers -------------------------------------------------------------------------------------------
 
@@ -677,16 +679,26 @@ fn optimizer(name: &str) -> Optimizer {
     let hypers = if name == "SGD" { vec![("momentum", Value::Float(0.9))] } else { vec![] };
     let w = ParamInfo { name: Some("W".into()), shape: vec![2, 3], dtype: Dtype::F32, resident: false };
     optimizer.add_group(&hypers, vec![w]).unwrap();
-    let unnamed = ParamInfo { name: None, ..ParamInfo::vector("", 4, Dtype::F64) };
-    optimizer.add_group(&[("lr", Value::Float(0.1))], vec![unnamed]).unwrap();
+    let unnamed = ParamInfo { name: None, shape: vec![4], dtype: Dtype::F64, resident: false };
+    let matrix = ParamInfo { shape: vec![2, 2], ..unnamed.clone() };
+    let lr = [("lr", Value::Float(0.1))];
+    if optimizer.add_group(&lr, vec![unnamed]).is_err() {
+        optimizer.add_group(&lr, vec![matrix]).unwrap();
+    }
     optimizer
 }
 
 fn steps(optimizer: &mut Optimizer, (w, b): &mut Params, count: usize) {
+    let sparse = optimizer.preset().declaration().sparse == Sparse::Required;
+    let rows = |n: usize| Rows::new((0..n).collect(), 1, n).unwrap();
     for k in 0..count {
         let gw: Vec<f32> = w.iter().map(|x| x * 0.3 + k as f32).collect();
         let gb: Vec<f64> = b.iter().map(|x| x * 0.7 - 1.0).collect();
-        let gradients = [Some(gw.as_slice().into()), (k % 2 == 0).then(|| gb.as_slice().into())];
+        let (mut gw, mut gb) = (TensorRef::from(gw.as_slice()), TensorRef::from(gb.as_slice()));
+        if sparse {
+            (gw, gb) = (gw.of_rows(rows(6)), gb.of_rows(rows(4)));
+        }
+        let gradients = [Some(gw), (k % 2 == 0).then_some(gb)];
         optimizer.step(&mut [w.as_mut_slice().into(), b.as_mut_slice().into()], &gradients).unwrap();
     }
 }

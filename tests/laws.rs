@@ -2,8 +2,11 @@
 
 use proptest::prelude::*;
 use roptim::cpu::Isa;
-use roptim::hyper::Range;
-use roptim::tensor::{RawTensor, Strides};
+use roptim::hyper::{Choice, Range};
+use roptim::rule::Sparse;
+use roptim::rules::Method;
+use roptim::store::StateValue;
+use roptim::tensor::{RawTensor, Rows, Strides};
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, Preset, REGISTRY, TensorMut, TensorRef, Value};
 use std::sync::Arc;
 
@@ -24,6 +27,97 @@ fn numbers(seed: u64, n: usize) -> Vec<f64> {
         .collect()
 }
 
+/// A value within a range, away from its edges.
+fn inside(range: Range) -> Value {
+    match range {
+        Range::AtLeast(low) | Range::Above(low) => Value::Float(low + 0.1),
+        Range::AtLeastOrInfinite(_) => Value::Float(2.0),
+        Range::AtMost(high) => Value::Float(high - 0.5),
+        Range::Finite => Value::Float(0.3),
+        Range::From(low, high) | Range::Within(low, high) => Value::Float(low + 0.8 * (high - low)),
+        Range::PairFrom(low, high) => Value::Pair([low + 0.4 * (high - low), low + 0.97 * (high - low)]),
+        Range::PairAround(low, middle) => Value::Pair([(low + middle) / 2.0, middle + 0.5]),
+        Range::PairOrdered(low) => Value::Pair([low + 0.02, low + 0.2]),
+        Range::HalfPair(low) => Value::Pair([low + 1e-5, low + 0.1]),
+        Range::Triple => Value::Triple([2.0, -1.5, 0.5]),
+        Range::Whole(low, high) => Value::Int(high.min(low + 3)),
+        Range::OrNone(range) => inside(*range),
+        Range::OneOf(choices) => Value::Choice(choices[choices.len() - 1]),
+        Range::Flag => Value::Bool(true),
+    }
+}
+
+/// Values at the edge that a range just allows, and values just outside it.
+fn edges(range: Range) -> (Vec<Value>, Vec<Value>) {
+    let floats = |xs: &[f64]| xs.iter().copied().map(Value::Float).collect::<Vec<_>>();
+    let pairs = |xs: &[[f64; 2]]| xs.iter().copied().map(Value::Pair).collect::<Vec<_>>();
+    let (inf, nan) = (f64::INFINITY, f64::NAN);
+    match range {
+        Range::AtLeast(low) => (floats(&[low]), floats(&[low - 1e-9, inf, nan])),
+        Range::Above(low) => (floats(&[low + 1e-300]), floats(&[low, inf, nan])),
+        Range::AtMost(high) => (floats(&[high]), floats(&[high + 1e-9, -inf, nan])),
+        Range::AtLeastOrInfinite(low) => (floats(&[low, inf]), floats(&[low - 1e-9, nan])),
+        Range::Finite => (floats(&[f64::MIN, f64::MAX]), floats(&[inf, -inf, nan])),
+        Range::From(low, high) => (floats(&[low]), floats(&[low - 1e-9, high, nan])),
+        Range::Within(low, high) => (floats(&[low, high]), floats(&[low - 1e-9, high + 1e-9, nan])),
+        Range::PairFrom(low, high) => (pairs(&[[low, low]]), pairs(&[[low - 1e-9, low], [low, high], [nan, low]])),
+        Range::PairAround(low, middle) => {
+            let (a, b) = (low + 1e-9, middle + 1e-9);
+            (pairs(&[[a, b]]), pairs(&[[low, b], [a, middle], [middle, b], [nan, b], [a, inf]]))
+        }
+        Range::PairOrdered(low) => (pairs(&[[low, low]]), pairs(&[[low - 1e-9, low], [low + 1.0, low], [low, inf]])),
+        Range::HalfPair(low) => {
+            let mut refused = pairs(&[[low - 1e-9, low], [low, low - 1e-9], [low, nan]]);
+            refused.push(Value::HalfPair(low - 1e-9));
+            (vec![Value::HalfPair(low), Value::Pair([low, low])], refused)
+        }
+        Range::Triple => (vec![Value::Triple([0.0; 3])], vec![Value::Triple([0.0, nan, 0.0])]),
+        Range::Whole(low, high) => {
+            let mut refused = vec![Value::Int(low - 1), Value::Float(low as f64 - 1.0)];
+            refused.extend(high.checked_add(1).map(Value::Int));
+            (vec![Value::Int(low), Value::Float(low as f64), Value::Int(high)], refused)
+        }
+        Range::OrNone(range) => {
+            let (mut allowed, refused) = edges(*range);
+            allowed.push(Value::None);
+            (allowed, refused)
+        }
+        Range::OneOf(choices) => {
+            let (inside, outside): (Vec<_>, Vec<_>) =
+                Choice::ALL.iter().map(|c| c.0).partition(|c| choices.contains(c));
+            (inside.into_iter().map(Value::Choice).collect(), outside.into_iter().map(Value::Choice).collect())
+        }
+        Range::Flag => (vec![Value::Bool(false), Value::Bool(true)], vec![]),
+    }
+}
+
+/// A parameter of `n` elements in a shape that the preset takes; tensor rules get matrices, those that take
+/// other shapes also vectors.
+fn info(preset: &Preset, i: usize, n: usize, dtype: Dtype) -> ParamInfo {
+    let vector = ParamInfo::vector(&i.to_string(), n, dtype);
+    let takes_vectors = match preset.method {
+        Method::Tensor(rule) => i % 2 == 0 && rule.accept("", "", &[n], dtype).is_ok(),
+        Method::Elementwise(_) => true,
+    };
+    if takes_vectors {
+        return vector;
+    }
+    let rows = (1..=n).take_while(|r| r * r <= n).filter(|r| n % r == 0).last().unwrap_or(0);
+    ParamInfo { shape: vec![rows, n.checked_div(rows).unwrap_or(3)], ..vector }
+}
+
+/// A gradient of every element, as the preset takes it.
+fn gradient<'a, F: roptim::real::Real>(preset: &Preset, g: &'a [F]) -> TensorRef<'a> {
+    taken(preset, g.len(), TensorRef::from(g))
+}
+
+fn taken<'a>(preset: &Preset, len: usize, dense: TensorRef<'a>) -> TensorRef<'a> {
+    match preset.declaration().sparse {
+        Sparse::Required => dense.of_rows(Rows::new((0..len).collect(), 1, len).unwrap()),
+        _ => dense,
+    }
+}
+
 /// Settings that turn each switch and number of a preset away from its default, one at a time and
 /// together where the rule allows it.
 fn settings(preset: &Preset) -> Vec<Vec<(&'static str, Value)>> {
@@ -31,10 +125,8 @@ fn settings(preset: &Preset) -> Vec<Vec<(&'static str, Value)>> {
     for hyper in preset.declaration().hypers.iter().filter(|h| !preset.fixed.contains(&h.name)) {
         let value = match hyper.range {
             Range::Flag => Value::Bool(true),
-            Range::AtLeast(low) => Value::Float(low + 0.1),
             Range::Finite => Value::Float(0.3),
-            Range::From(low, high) | Range::Within(low, high) => Value::Float(low + 0.8 * (high - low)),
-            Range::PairFrom(low, high) => Value::Pair([low + 0.4 * (high - low), low + 0.97 * (high - low)]),
+            _ => inside(hyper.range),
         };
         let one = vec![(hyper.name, value)];
         let mut hypers = preset.hypers();
@@ -42,19 +134,16 @@ fn settings(preset: &Preset) -> Vec<Vec<(&'static str, Value)>> {
             all.push(one);
         }
     }
-    if preset.hypers().get("momentum").is_some() {
-        let momentum = ("momentum", Value::Float(0.9));
-        all.push(vec![momentum]);
-        all.push(vec![momentum, ("nesterov", Value::Bool(true)), ("weight_decay", Value::Float(0.1))]);
-        all.push(vec![momentum, ("dampening", Value::Float(0.5)), ("maximize", Value::Bool(true))]);
-    }
-    if preset.hypers().get("amsgrad").is_some() {
-        all.push(vec![
-            ("amsgrad", Value::Bool(true)),
-            ("weight_decay", Value::Float(0.1)),
-            ("maximize", Value::Bool(true)),
-        ]);
-    }
+    let momentum = ("momentum", Value::Float(0.9));
+    let together = [
+        vec![momentum],
+        vec![momentum, ("nesterov", Value::Bool(true)), ("weight_decay", Value::Float(0.1))],
+        vec![momentum, ("dampening", Value::Float(0.5)), ("maximize", Value::Bool(true))],
+        vec![momentum, ("centered", Value::Bool(true))],
+        vec![("t0", Value::Float(1.0)), ("maximize", Value::Bool(true))],
+        vec![("amsgrad", Value::Bool(true)), ("weight_decay", Value::Float(0.1)), ("maximize", Value::Bool(true))],
+    ];
+    all.extend(together.into_iter().filter(|changes| preset.set("", &mut preset.hypers(), changes).is_ok()));
     all
 }
 
@@ -81,8 +170,7 @@ impl Run {
         let mut optimizer = Optimizer::cpu(self.preset.name, &options).unwrap();
         optimizer.force_cpu(self.isa, self.chunk);
         let split = self.lengths.len() / 2;
-        let infos: Vec<_> =
-            self.lengths.iter().enumerate().map(|(i, &n)| ParamInfo::vector(&i.to_string(), n, dtype)).collect();
+        let infos: Vec<_> = self.lengths.iter().enumerate().map(|(i, &n)| info(self.preset, i, n, dtype)).collect();
         optimizer.add_group(&self.settings, infos[..split].to_vec()).unwrap();
         optimizer.add_group(&[("lr", Value::Float(0.05))], infos[split..].to_vec()).unwrap();
         optimizer
@@ -104,7 +192,7 @@ impl Run {
                 }
                 p.iter().map(|p| p.iter().map(|x| u64::from(x.to_bits())).collect()).collect()
             }
-            Dtype::F64 => {
+            _ => {
                 let mut p = start;
                 for step in 0..self.steps {
                     let g: Vec<Vec<f64>> = (0..p.len()).map(|i| gradient(step, i)).collect();
@@ -114,7 +202,12 @@ impl Run {
             }
         };
         let state = optimizer.state_dict().unwrap().state;
-        let slots = state.into_iter().flat_map(|(i, s)| s.slots.into_iter().map(move |(key, a)| (i, key, a.bytes)));
+        let bytes = |value: &StateValue| match value {
+            StateValue::Array(array) => array.bytes.clone(),
+            StateValue::Number(x) => x.to_le_bytes().to_vec(),
+            other => panic!("{other:?}"),
+        };
+        let slots = state.into_iter().flat_map(|(i, s)| s.slots.into_iter().map(move |(key, a)| (i, key, bytes(&a))));
         (bits, slots.collect())
     }
 }
@@ -124,8 +217,9 @@ where
     F: roptim::real::Real,
 {
     let mut params: Vec<TensorMut<'_>> = p.iter_mut().map(|p| p.as_mut_slice().into()).collect();
+    let preset = optimizer.preset();
     let gradients: Vec<Option<TensorRef<'_>>> =
-        g.iter().enumerate().map(|(i, g)| (!missing(i)).then(|| g.as_slice().into())).collect();
+        g.iter().enumerate().map(|(i, g)| (!missing(i)).then(|| gradient(preset, g))).collect();
     optimizer.step(&mut params, &gradients).unwrap();
 }
 
@@ -193,8 +287,9 @@ fn save_load_step_equals_step() {
 fn a_zero_gradient_without_decay_and_momentum_moves_nothing() {
     for preset in REGISTRY {
         let mut optimizer = Optimizer::cpu(preset.name, &Options::default()).unwrap();
-        let off = [("weight_decay", Value::Float(0.0))];
-        optimizer.add_group(&off, vec![ParamInfo::vector("p", 40, Dtype::F32)]).unwrap();
+        let off = [("weight_decay", Value::Float(0.0)), ("lambd", Value::Float(0.0))];
+        let off: Vec<_> = off.into_iter().filter(|(name, _)| preset.hypers().get(name).is_some()).collect();
+        optimizer.add_group(&off, vec![info(preset, 1, 40, Dtype::F32)]).unwrap();
         let start: Vec<f32> = numbers(5, 40).iter().map(|&x| x as f32).collect();
         let mut p = vec![start.clone()];
         for _ in 0..3 {
@@ -232,6 +327,10 @@ fn strided_law<F: roptim::real::Real>() {
         let (rows, columns) = (37, 13);
         let (n, size) = (rows * columns, F::DTYPE.size() as isize);
         let info = || vec![ParamInfo { name: None, shape: vec![rows, columns], dtype: F::DTYPE, resident: false }];
+        fn takes<'a>(preset: &Preset, g: TensorRef<'a>, rows: usize, columns: usize) -> TensorRef<'a> {
+            let required = preset.declaration().sparse == Sparse::Required;
+            if required { g.of_rows(Rows::new((0..rows).collect(), columns, rows).unwrap()) } else { g }
+        }
         let build = || {
             let mut optimizer = Optimizer::cpu(preset.name, &Options::default()).unwrap();
             optimizer.add_group(settings, info()).unwrap();
@@ -259,11 +358,13 @@ fn strided_law<F: roptim::real::Real>() {
         for step in 0..4 {
             let g = values(step + 9);
             let mut h = scatter(&g);
-            plain.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
+            plain
+                .step(&mut [p.as_mut_slice().into()], &[Some(takes(preset, g.as_slice().into(), rows, columns))])
+                .unwrap();
             // SAFETY: every offset of the layout lies in `q` and `h`, which nothing else touches meanwhile.
             let (tensor, scattered) = unsafe { (TensorMut::from_raw(raw(&mut q)), TensorRef::from_raw(raw(&mut h))) };
             let gradient = if step % 2 == 0 { scattered } else { g.as_slice().into() };
-            strided.step(&mut [tensor], &[Some(gradient)]).unwrap();
+            strided.step(&mut [tensor], &[Some(takes(preset, gradient, rows, columns))]).unwrap();
         }
         let same = |a: F, b: F| a.to_f64().to_bits() == b.to_f64().to_bits();
         assert!((0..n).all(|i| same(q[place(i)], p[i])), "{} {settings:?}", preset.name);
@@ -289,30 +390,21 @@ fn the_last_step_a_count_can_hold_is_refused() {
 fn range_edges_are_accepted_and_refused_with_the_exact_message() {
     for preset in REGISTRY {
         for hyper in preset.declaration().hypers.iter().filter(|h| !preset.fixed.contains(&h.name)) {
-            let refused: Vec<Value> = match hyper.range {
-                Range::AtLeast(low) => {
-                    vec![low - f64::EPSILON, f64::INFINITY, f64::NAN].into_iter().map(Value::Float).collect()
-                }
-                Range::Finite => {
-                    vec![f64::INFINITY, f64::NEG_INFINITY, f64::NAN].into_iter().map(Value::Float).collect()
-                }
-                Range::From(low, high) => vec![low - 1e-9, high, f64::NAN].into_iter().map(Value::Float).collect(),
-                Range::Within(low, high) => {
-                    vec![low - 1e-9, high + 1e-9, f64::NAN].into_iter().map(Value::Float).collect()
-                }
-                Range::PairFrom(low, high) => {
-                    vec![[low - 1e-9, low], [low, high], [f64::NAN, low]].into_iter().map(Value::Pair).collect()
-                }
-                Range::Flag => vec![],
-            };
+            let (allowed, refused) = edges(hyper.range);
             let mut hypers = preset.hypers();
             for value in refused {
                 let error = preset.set(preset.name, &mut hypers, &[(hyper.name, value)]).unwrap_err();
+                let blamed = |numbers: &[f64], range: Range| {
+                    let i = numbers.iter().position(|&x| !fits_one(range, x)).unwrap();
+                    format!("{}: {}[{i}] must be {range}, got {:?}", preset.name, hyper.name, numbers[i])
+                };
                 let message = match (hyper.range, value) {
-                    (Range::PairFrom(low, high), Value::Pair(pair)) => {
-                        let i = usize::from(low <= pair[0] && pair[0] < high);
-                        let range = Range::From(low, high);
-                        format!("{}: {}[{i}] must be {range}, got {:?}", preset.name, hyper.name, pair[i])
+                    (Range::PairFrom(low, high), Value::Pair(pair)) => blamed(&pair, Range::From(low, high)),
+                    (Range::HalfPair(low), Value::Pair(pair)) => blamed(&pair, Range::AtLeast(low)),
+                    (Range::HalfPair(low), Value::HalfPair(b)) => blamed(&[low, b], Range::AtLeast(low)),
+                    (Range::Triple, Value::Triple(three)) => blamed(&three, Range::Finite),
+                    (Range::Whole(..), Value::Float(x)) => {
+                        format!("{}: {} must be {}, got {x}", preset.name, hyper.name, hyper.range)
                     }
                     _ => format!("{}: {} must be {}, got {value}", preset.name, hyper.name, hyper.range),
                 };
@@ -320,13 +412,11 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
                 assert_eq!(error.kind(), ErrorKind::Value);
                 assert_eq!(hypers, preset.hypers(), "a refused value changes nothing");
             }
-            let lowest = match hyper.range {
-                Range::AtLeast(low) | Range::From(low, _) | Range::Within(low, _) => Value::Float(low),
-                Range::PairFrom(low, _) => Value::Pair([low, low]),
-                Range::Finite => Value::Float(f64::MIN),
-                Range::Flag => Value::Bool(false),
-            };
-            assert!(preset.set(preset.name, &mut preset.hypers(), &[(hyper.name, lowest)]).is_ok(), "{}", hyper.name);
+            for value in allowed {
+                let set = preset.set(preset.name, &mut preset.hypers(), &[(hyper.name, value)]);
+                // Nesterov momentum also asks for a momentum.
+                assert!(set.is_ok() || hyper.name == "nesterov", "{} {}: {value}", preset.name, hyper.name);
+            }
             let other = if matches!(hyper.range, Range::Flag) { Value::Float(1.0) } else { Value::Bool(true) };
             let error = preset.set(preset.name, &mut hypers, &[(hyper.name, other)]).unwrap_err();
             assert_eq!(
@@ -335,6 +425,16 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
             );
             assert_eq!(error.kind(), ErrorKind::Type);
         }
+    }
+}
+
+/// What the ranges of single numbers say, in other words.
+fn fits_one(range: Range, x: f64) -> bool {
+    match range {
+        Range::From(low, high) => (low..high).contains(&x),
+        Range::AtLeast(low) => (low..=f64::MAX).contains(&x),
+        Range::Finite => x.is_finite(),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -375,7 +475,7 @@ fn subnormal_state_is_flushed_unless_asked_not_to() {
         let mut p = vec![vec![1.0f32; 20]];
         step_slices(&mut adam, &mut p, &[vec![1e-20f32; 20]], |_| false);
         let state = adam.state_dict().unwrap();
-        let v = &state.state[&0].slots["exp_avg_sq"].bytes;
+        let v = &state.state[&0].slots["exp_avg_sq"].array().unwrap().bytes;
         assert_eq!(v.iter().all(|&b| b == 0), flush, "1e-20 squared, times 1e-3, is subnormal in float32");
     }
 }
@@ -406,4 +506,153 @@ proptest! {
         let other = Run { lengths, chunk, threads, ..Run::new(preset, &[]) };
         prop_assert!(base.outcome(Dtype::F32) == other.outcome(Dtype::F32));
     }
+}
+
+/// One step of one parameter.
+fn one_step(optimizer: &mut Optimizer, p: RawTensor, g: TensorRef<'_>) -> roptim::Result<()> {
+    // SAFETY: the callers' vectors outlive the call and do not overlap.
+    optimizer.step(&mut [unsafe { TensorMut::from_raw(p) }], &[Some(g)])
+}
+
+fn raw<T>(array: &mut [T], dtype: Dtype) -> RawTensor {
+    let per_item = size_of::<T>() / dtype.size();
+    RawTensor { ptr: array.as_mut_ptr().cast(), len: array.len() * per_item, dtype, strides: None }
+}
+
+#[test]
+fn complex_numbers_are_pairs_of_reals() {
+    every(|preset, settings| {
+        let real = info(preset, 1, 60, Dtype::F32);
+        let complex = ParamInfo { dtype: Dtype::C64, ..info(preset, 1, 30, Dtype::F32) };
+        let build = |info: ParamInfo| {
+            let mut optimizer = Optimizer::cpu(preset.name, &Options::default()).unwrap();
+            optimizer.add_group(settings, vec![info]).map(|_| optimizer)
+        };
+        let mut pairs = match build(complex) {
+            Ok(pairs) => pairs,
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Type);
+                assert!(error.to_string().ends_with("must be of real numbers, got complex64"), "{error}");
+                return;
+            }
+        };
+        let mut reals = build(real).unwrap();
+        let values = |seed| numbers(seed, 60).iter().map(|&x| x as f32).collect::<Vec<f32>>();
+        let (mut p, mut q) = (values(1), values(1));
+        for step in 0..3 {
+            let g = values(step + 5);
+            one_step(&mut reals, raw(&mut p, Dtype::F32), gradient(preset, &g)).unwrap();
+            one_step(&mut pairs, raw(&mut q, Dtype::F32), gradient(preset, &g)).unwrap();
+        }
+        assert_eq!(p, q, "{} {settings:?}", preset.name);
+        for (key, value) in &pairs.state_dict().unwrap().state.get(&0).cloned().unwrap_or_default().slots {
+            if let Some(array) = value.array() {
+                assert_eq!((array.dtype, array.shape.as_slice()), (Dtype::C64, &[30][..]), "{} {key}", preset.name);
+                let other = &reals.state_dict().unwrap().state[&0].slots[key];
+                assert_eq!(other.array().unwrap().bytes, array.bytes);
+            }
+        }
+    });
+}
+
+#[test]
+fn half_precision_is_stored_narrow_and_computed_wide() {
+    fn law<H>(dtype: Dtype, narrow: fn(f32) -> H, widen: fn(H) -> f32)
+    where
+        H: Copy + PartialEq + std::fmt::Debug,
+    {
+        every(|preset, settings| {
+            let build = |dtype| {
+                let mut optimizer = Optimizer::cpu(preset.name, &Options::default()).unwrap();
+                optimizer.add_group(settings, vec![info(preset, 1, 600, dtype)]).unwrap();
+                optimizer
+            };
+            if preset.name == "Adafactor" {
+                // Its ε₁ follows the parameter's own dtype.
+                return;
+            }
+            let values = |seed| numbers(seed, 600).iter().map(|&x| narrow(x as f32)).collect::<Vec<H>>();
+            let wide = |x: &[H]| x.iter().map(|&x| widen(x)).collect::<Vec<f32>>();
+            let (mut single, mut own, mut mixed) = (build(Dtype::F32), build(dtype), build(dtype));
+            let (mut p, mut q) = (values(1), values(1));
+            for step in 0..3 {
+                let mut g = values(step + 5);
+                let g32 = wide(&g);
+                let mut want = wide(&p);
+                one_step(&mut single, raw(&mut want, Dtype::F32), taken(preset, 600, g32.as_slice().into())).unwrap();
+                // SAFETY: `g` outlives the call.
+                let narrow_gradient = unsafe { TensorRef::from_raw(raw(&mut g, dtype)) };
+                one_step(&mut own, raw(&mut p, dtype), taken(preset, 600, narrow_gradient)).unwrap();
+                one_step(&mut mixed, raw(&mut q, dtype), taken(preset, 600, g32.as_slice().into())).unwrap();
+                let want: Vec<H> = want.iter().map(|&x| narrow(x)).collect();
+                assert!(p == want && q == want, "{} {settings:?} {dtype}", preset.name);
+            }
+            let (a, b) = (own.state_dict().unwrap().state, single.state_dict().unwrap().state);
+            assert_eq!(a, b, "{}: state is kept in float32", preset.name);
+        });
+    }
+    law(Dtype::F16, half::f16::from_f32, half::f16::to_f32);
+    law(Dtype::BF16, half::bf16::from_f32, half::bf16::to_f32);
+}
+
+#[test]
+fn a_sparse_gradient_is_a_dense_one_with_zeros() {
+    let momentum: &[(&str, Value)] = &[("momentum", Value::Float(0.9))];
+    let start: &[(&str, Value)] = &[("initial_accumulator_value", Value::Float(0.5))];
+    for (name, settings) in [("SGD", &[][..]), ("SGD", momentum), ("Adagrad", &[]), ("Adagrad", start)] {
+        let (rows, width) = (40, 7);
+        let build = || {
+            let mut optimizer = Optimizer::cpu(name, &Options { threads: Some(2), ..Options::default() }).unwrap();
+            let table = ParamInfo { name: None, shape: vec![rows, width], dtype: Dtype::F64, resident: false };
+            optimizer.add_group(settings, vec![table]).unwrap();
+            optimizer.force_cpu(Isa::detect(), 10);
+            optimizer
+        };
+        let (mut dense, mut sparse) = (build(), build());
+        let (mut p, mut q) = (numbers(3, rows * width), numbers(3, rows * width));
+        for (step, touched) in [vec![0, 5, 6, 39], vec![], vec![5, 7], (0..rows).collect()].into_iter().enumerate() {
+            let values = numbers(step as u64 + 50, touched.len() * width);
+            let mut g = vec![0.0; rows * width];
+            for (row, value) in touched.iter().zip(values.chunks(width)) {
+                g[row * width..][..width].copy_from_slice(value);
+            }
+            dense.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
+            let rows = Rows::new(touched, width, rows).unwrap();
+            sparse
+                .step(&mut [q.as_mut_slice().into()], &[Some(TensorRef::from(values.as_slice()).of_rows(rows))])
+                .unwrap();
+            assert_eq!(p, q, "{name} {settings:?} step {step}");
+            assert_eq!(dense.state_dict().unwrap(), sparse.state_dict().unwrap());
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_gradient_rest_in_sparse_adam() {
+    let mut adam = Optimizer::cpu("SparseAdam", &Options::default()).unwrap();
+    let table = ParamInfo { name: None, shape: vec![4, 3], dtype: Dtype::F32, resident: false };
+    adam.add_group(&[], vec![table]).unwrap();
+    let mut p = vec![1.0f32; 12];
+    let g = [0.5f32, -1.0, 2.0];
+    let step = |adam: &mut Optimizer, p: &mut Vec<f32>, rows: Vec<usize>, g: &[f32]| {
+        let rows = Rows::new(rows, 3, 4).unwrap();
+        adam.step(&mut [p.as_mut_slice().into()], &[Some(TensorRef::from(g).of_rows(rows))])
+    };
+    step(&mut adam, &mut p, vec![2], &g).unwrap();
+    assert!((0..12).all(|i| (p[i] == 1.0) == (i / 3 != 2)), "{p:?}");
+    let before = p.clone();
+    step(&mut adam, &mut p, vec![], &[]).unwrap();
+    assert_eq!(p, before);
+    assert_eq!(adam.entries()[0].step, 2, "an empty gradient counts");
+    let refused = |r: roptim::Result<()>| r.unwrap_err().to_string();
+    assert_eq!(
+        refused(adam.step(&mut [p.as_mut_slice().into()], &[Some([0.0f32; 12].as_slice().into())])),
+        "SparseAdam.step: gradient of parameter 0 must be sparse, got a dense one; use Adam for dense gradients"
+    );
+    assert_eq!(
+        refused(step(&mut adam, &mut p, vec![1], &g[..2])),
+        "SparseAdam.step: gradient of parameter 0 must be of 3 elements, got 2"
+    );
+    assert!(Rows::new(vec![1, 1], 3, 4).is_none() && Rows::new(vec![4], 3, 4).is_none());
+    assert_eq!(p, before);
 }

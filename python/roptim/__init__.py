@@ -32,13 +32,32 @@ from roptim._files import load, save
 from roptim._groups import ParamGroup
 from roptim._parameter import Parameter
 from roptim._roptim import __version__
+from roptim._sparse import SparseGrad
 from roptim.optimizer import Optimizer
-from roptim.optimizers import SGD, Adadelta, Adam, Adamax, AdamW, RAdam
+from roptim.optimizers import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
 from roptim.utils import clip_grad_norm_
 
 __all__ = [
+    "ASGD",
     "SGD",
     "Adadelta",
+    "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
@@ -50,6 +69,8 @@ __all__ = [
     "DeviceLostError",
     "ForkedGpuError",
     "InternalError",
+    "Muon",
+    "NAdam",
     "NoAdapterError",
     "NonfiniteError",
     "Optimizer",
@@ -57,11 +78,15 @@ __all__ = [
     "ParamGroup",
     "Parameter",
     "RAdam",
+    "RMSprop",
     "RoptimError",
     "RoptimKeyError",
     "RoptimRuntimeError",
     "RoptimTypeError",
     "RoptimValueError",
+    "Rprop",
+    "SparseAdam",
+    "SparseGrad",
     "TornError",
     "__version__",
     "clip_grad_norm_",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ParamState(MutableMapping[str, Any]):
-    """State of one parameter: ``step`` as an int, slots as arrays under torch's keys.
+    """State of one parameter: ``step`` as an int, slots as arrays or floats under torch's keys.
 
     On the CPU the arrays are the optimizer's own memory, writeable, and never move until the state is
     reset or loaded; on a GPU they are read-only copies. Empty before the first update.
@@ -38,6 +38,7 @@ class ParamState(MutableMapping[str, Any]):
 
     def _write(self, changes: dict[str, Any]) -> None:
         checked = []
+        numbers = {}
         keys = self._engine.state_keys(self._index)
         for key, value in changes.items():
             if key not in keys:
@@ -50,6 +51,12 @@ class ParamState(MutableMapping[str, Any]):
                 continue
             slot = self._engine.slot(self._index, key)
             assert slot is not None  # state_keys named it
+            if isinstance(slot, float):
+                real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+                if not real or not np.isfinite(value):
+                    raise refuse(RoptimValueError, "state", key, "a finite number", repr(value))
+                numbers[key] = float(value)
+                continue
             if not slot.flags.writeable:
                 remedy = "change it through load_state_dict"
                 raise refuse(RoptimTypeError, "state", key, "read only on a GPU", "an assignment", remedy)
@@ -62,6 +69,8 @@ class ParamState(MutableMapping[str, Any]):
             checked.append((slot, new))
         for slot, new in checked:
             slot[...] = new
+        for key, number in numbers.items():
+            self._engine.set_scalar(self._index, key, number)
         if "step" in changes:
             self._engine.set_step_of(self._index, int(changes["step"]))
 

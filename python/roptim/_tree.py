@@ -69,6 +69,9 @@ def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None
                 leaves.extend(array for _, array in node)
                 names.extend(path + name for name, _ in node)
                 return Spec("pairs", tuple(name for name, _ in node), (LEAF,) * len(node))
+            if any(is_pair(item) for item in node):
+                got = f"item {next(i for i, item in enumerate(node) if not is_pair(item))} without a name"
+                raise refuse(RoptimValueError, place, "params", "all named or all without names", got)
             items = list(enumerate(node))
         else:
             leaves.append(node)

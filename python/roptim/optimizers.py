@@ -356,5 +356,440 @@ class RAdam(Optimizer):
         self._construct(locals())
 
 
-for _cls in (SGD, Adam, AdamW, Adadelta, Adamax, RAdam):
+class Adagrad(Optimizer):
+    r"""Adagrad: steps scaled by the root of the sum of all squared gradients.
+
+    .. math::
+        s_0 = \tau, \quad s_t = s_{t-1} + g_t^2, \quad
+        \theta_t = \theta_{t-1} - \frac{lr}{1 + (t - 1) \eta} \cdot \frac{g_t}{\sqrt{s_t} + \epsilon}
+
+    State: ``step`` (int), ``sum`` (like the parameter), from the first update on. It takes a
+    :class:`~roptim.SparseGrad`. Source: Duchi, Hazan, Singer, *Adaptive subgradient methods for online learning
+    and stochastic optimization*, JMLR 12, 2011; the decaying rate is torch's.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    lr_decay : float
+        Decay :math:`\eta` of the learning rate, >= 0.
+    weight_decay : float
+        L2 penalty :math:`\lambda`, >= 0: :math:`g \leftarrow g + \lambda\theta`.
+    initial_accumulator_value : float
+        What the sum begins with, :math:`\tau` >= 0.
+    eps : float
+        Term added to the denominator, >= 0.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "Adagrad"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class ASGD(Optimizer):
+    r"""Averaged stochastic gradient descent.
+
+    .. math::
+        \eta_t = \frac{lr}{(1 + \lambda\, lr\, (t - 1))^\alpha}, \quad \mu_t = \frac{1}{\max(1, t - 1 - t_0)}, \quad
+        \theta_t = (1 - \lambda \eta_t) \theta_{t-1} - \eta_t g_t, \quad
+        x_t = x_{t-1} + \mu_t (\theta_t - x_{t-1})
+
+    State: ``step`` (int), ``eta`` and ``mu`` (float, of the next update), ``ax`` (the average :math:`x`, like the
+    parameter): ``opt.state[p]["ax"]`` is what to evaluate with. A changed learning rate counts at once. Source:
+    Polyak, Juditsky, *Acceleration of stochastic approximation by averaging*, SIAM J. Control Optim. 30, 1992.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    lambd : float
+        Decay :math:`\lambda`, finite.
+    alpha : float
+        Power :math:`\alpha` of the decaying rate, finite.
+    t0 : float
+        Update :math:`t_0` after which the average begins, >= 0; may be infinite.
+    weight_decay : float
+        L2 penalty :math:`\lambda`, >= 0: :math:`g \leftarrow g + \lambda\theta`.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "ASGD"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class NAdam(Optimizer):
+    r"""NAdam: Adam with Nesterov momentum.
+
+    .. math::
+        \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \quad P_t = \mu_1 \cdots \mu_t, \quad
+        a_t = \sqrt{v_t / (1 - \beta_2^t)} + \epsilon
+
+    .. math::
+        \theta_t = \theta_{t-1} - lr \frac{1 - \mu_t}{1 - P_t} \cdot \frac{g_t}{a_t}
+        - lr \frac{\mu_{t+1}}{1 - P_t \mu_{t+1}} \cdot \frac{m_t}{a_t}
+
+    with the moments of :class:`Adam`. State: ``step`` (int), ``mu_product`` (float), ``exp_avg``, ``exp_avg_sq``
+    (like the parameter). Source: Dozat, *Incorporating Nesterov momentum into Adam*, ICLR 2016 workshop.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    betas : (float, float)
+        Decay rates of the two moments, each in [0, 1).
+    eps : float
+        Term added to the denominator, >= 0.
+    weight_decay : float
+        L2 penalty or, decoupled, decay of the parameter itself, >= 0.
+    momentum_decay : float
+        How fast the momentum grows to :math:`\beta_1`, :math:`\psi` >= 0.
+    decoupled_weight_decay : bool
+        Decay the parameter itself, as :class:`AdamW` does.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "NAdam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class RMSprop(Optimizer):
+    r"""RMSprop: steps scaled by a running root mean square of the gradients.
+
+    .. math::
+        v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \quad a_t = \sqrt{v_t} + \epsilon, \quad
+        b_t = \mu b_{t-1} + g_t / a_t, \quad \theta_t = \theta_{t-1} - lr \cdot b_t
+
+    With ``centered`` :math:`a_t = \sqrt{v_t - \bar g_t^2} + \epsilon` with the running average :math:`\bar g` of
+    gradients. State: ``step`` (int), ``square_avg``, with momentum ``momentum_buffer``, if centered ``grad_avg``
+    (like the parameter). Source: Tieleman, Hinton, *Lecture 6.5: rmsprop*, 2012; centered: Graves, *Generating
+    sequences with recurrent neural networks*, 2013.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    alpha : float
+        Decay rate :math:`\alpha` of the averages, >= 0.
+    eps : float
+        Term added to the denominator, >= 0.
+    weight_decay : float
+        L2 penalty :math:`\lambda`, >= 0: :math:`g \leftarrow g + \lambda\theta`.
+    momentum : float
+        :math:`\mu`, >= 0.
+    centered : bool
+        Divide by the standard deviation of the gradient.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "RMSprop"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class Rprop(Optimizer):
+    r"""Rprop: steps whose size depends on the signs of the gradient alone.
+
+    .. math::
+        \Delta_t = \mathrm{clamp}(\Delta_{t-1} f_t), \quad
+        \theta_t = \theta_{t-1} - \mathrm{sign}(g_t) \Delta_t
+
+    :math:`f_t` is :math:`\eta^+` where the gradient kept its sign, :math:`\eta^-` where it turned (there the
+    gradient then counts as zero), else 1. For full batches. State: ``step`` (int), ``prev``, ``step_size`` (like
+    the parameter). Source: Riedmiller, Braun, *A direct adaptive method for faster backpropagation learning: the
+    RPROP algorithm*, ICNN 1993, without weight-backtracking.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        What the step sizes begin with, :math:`\Delta_0` >= 0. Changing it later changes only parameters
+        without state.
+    etas : (float, float)
+        Factors :math:`0 < \eta^- < 1 < \eta^+`.
+    step_sizes : (float, float)
+        Smallest and largest step size.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "Rprop"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class SparseAdam(Optimizer):
+    r"""Adam for gradients that touch some rows only: the moments of the other rows rest.
+
+    .. math::
+        m_t = m_{t-1} + (1 - \beta_1)(g_t - m_{t-1}), \quad v_t = v_{t-1} + (1 - \beta_2)(g_t^2 - v_{t-1}), \quad
+        \theta_t = \theta_{t-1} - lr \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \cdot \frac{m_t}{\sqrt{v_t} + \epsilon}
+
+    in the rows of a :class:`~roptim.SparseGrad` or a scipy.sparse array; every update of the parameter counts in
+    :math:`t`. Dense gradients are refused. On the CPU only. State: ``step`` (int), ``exp_avg``, ``exp_avg_sq``
+    (dense, like the parameter). Source: Kingma, Ba, *Adam: a method for stochastic optimization*, ICLR 2015, in
+    the lazy form torch runs.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, > 0.
+    betas : (float, float)
+        Decay rates of the two moments, each in [0, 1).
+    eps : float
+        Term added to the root of the uncorrected second moment, > 0.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "SparseAdam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class Adafactor(Optimizer):
+    r"""Adafactor: second moments from their row and column means; little state.
+
+    .. math::
+        \rho_t = \min(lr, 1/\sqrt t), \quad \alpha_t = \max(\epsilon_2, \mathrm{RMS}(\theta_{t-1}))\, \rho_t, \quad
+        U_t = g_t / \sqrt{\max(\hat V_t, \epsilon_1^2)}, \quad
+        \theta_t = (1 - lr \lambda) \theta_{t-1} - \alpha_t \frac{U_t}{\max(1, \mathrm{RMS}(U_t)/d)}
+
+    :math:`\hat V` is the product of the averaged row and column means of :math:`g^2` over the last two axes, the
+    averaged :math:`g^2` itself where there are fewer; the averages decay with :math:`1 - t^c`. On the CPU only, real
+    numbers only. State: ``step`` (int), ``row_var`` and ``col_var`` (the parameter's shape with its last, its last
+    but one axis of length 1) or ``variance``. Source: Shazeer, Stern, *Adafactor: adaptive learning rates with
+    sublinear memory cost*, ICML 2018.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    beta2_decay : float
+        Power :math:`c` <= 0.
+    eps : (float or None, float)
+        :math:`\epsilon_1, \epsilon_2` >= 0; None is the machine epsilon of the parameter.
+    d : float
+        Clipping threshold :math:`d` >= 1.
+    weight_decay : float
+        Decay :math:`\lambda` of the parameter itself, >= 0; with the unadjusted learning rate.
+    maximize : bool
+        Ascend instead of descend.
+    {common}
+    """
+
+    _engine_name = "Adafactor"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class Muon(Optimizer):
+    r"""Muon: momentum whose direction is made nearly orthogonal. Matrices only.
+
+    .. math::
+        B_t = B_{t-1} + (1 - \mu)(G_t - B_{t-1}), \quad
+        \theta_t = (1 - lr \lambda) \theta_{t-1} - lr \cdot s \cdot \mathrm{NewtonSchulz}(U_t)
+
+    with :math:`U_t = G_t + \mu (B_t - G_t)` (nesterov) or :math:`B_t`, and :math:`s = \sqrt{\max(1, rows/columns)}`,
+    or :math:`0.2 \sqrt{\max(rows, columns)}` with ``adjust_lr_fn="match_rms_adamw"``. Give it the hidden layers'
+    matrices and the rest of the model to :class:`AdamW`::
+
+        muon, rest = roptim.Muon([W1, W2], lr=0.02), roptim.AdamW([b1, b2, embedding])
+
+    On the CPU only, real numbers only. The iteration runs in the parameter's own precision (torch's in
+    bfloat16). State: ``momentum_buffer`` (like the parameter). Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024;
+    ``match_rms_adamw``: Liu et al., *Muon is scalable for LLM training*, 2025.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Learning rate, >= 0.
+    weight_decay : float
+        Decay :math:`\lambda` of the parameter itself, >= 0; with the unadjusted learning rate.
+    momentum : float
+        :math:`\mu`, >= 0.
+    nesterov : bool
+        Look ahead along the momentum.
+    ns_coefficients : (float, float, float)
+        Coefficients of the iteration.
+    eps : float
+        Lower bound of the norm that the matrix is divided by, >= 0.
+    ns_steps : int
+        How often the iteration runs, 0 to 99.
+    adjust_lr_fn : str, optional
+        ``"original"`` (also None) or ``"match_rms_adamw"``.
+    {common}
+    """
+
+    _engine_name = "Muon"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+for _cls in (
+    SGD, Adam, AdamW, Adadelta, Adagrad, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, SparseAdam, Adafactor, Muon
+):
     _document(_cls)

@@ -10,7 +10,10 @@
 use std::sync::Arc;
 
 use numpy::npyffi::flags::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE};
-use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods, dtype};
+use numpy::{
+    Complex32, Complex64, PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray,
+    PyUntypedArrayMethods, dtype,
+};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use roptim::tensor::{Buffer, RawTensor, Strides};
@@ -39,8 +42,10 @@ pub(crate) struct Context<'a> {
 /// An array as last seen.
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
-    /// What the engine gets.
+    /// What the engine gets: of complex arrays their parts.
     pub(crate) raw: RawTensor,
+    /// What the array stores.
+    pub(crate) dtype: Dtype,
     shape: Vec<usize>,
     strides: Vec<isize>,
     descr: *mut std::ffi::c_void,
@@ -122,15 +127,31 @@ fn overlaps_itself(strides: &Strides, item: usize) -> bool {
 fn engine_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<Dtype> {
     let py = array.py();
     let descr = array.dtype();
-    [(dtype::<f32>(py), Dtype::F32), (dtype::<f64>(py), Dtype::F64)]
-        .into_iter()
-        .find_map(|(known, engine)| descr.is_equiv_to(&known).then_some(engine))
+    let known = [
+        (dtype::<f32>(py), Dtype::F32),
+        (dtype::<f64>(py), Dtype::F64),
+        (dtype::<Complex32>(py), Dtype::C64),
+        (dtype::<Complex64>(py), Dtype::C128),
+    ];
+    let found = known.into_iter().find_map(|(known, engine)| descr.is_equiv_to(&known).then_some(engine));
+    found.or_else(|| half_dtype(&descr))
+}
+
+/// NumPy's own half precision, or the bfloat16 that the ml_dtypes package adds to it.
+fn half_dtype(descr: &Bound<'_, PyArrayDescr>) -> Option<Dtype> {
+    let name: String = descr.getattr("name").ok()?.extract().ok()?;
+    let native = descr.itemsize() == 2 && descr.is_native_byteorder() != Some(false);
+    match name.as_str() {
+        "float16" if native && descr.kind() == b'f' => Some(Dtype::F16),
+        "bfloat16" if native && descr.kind() == b'V' => Some(Dtype::BF16),
+        _ => None,
+    }
 }
 
 /// Name of a dtype that the engine does not have in any byte order.
 pub(crate) fn foreign_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<String> {
     let name: String = array.dtype().getattr("name").ok()?.extract().ok()?;
-    [Dtype::F32, Dtype::F64].iter().all(|d| d.name() != name).then_some(name)
+    Dtype::ALL.iter().all(|d| d.name() != name).then_some(name)
 }
 
 /// What a message says was given in place of an array.
@@ -180,7 +201,8 @@ pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: C
             return no(ErrorKind::Value, "in native byte order", format!("dtype {descr}"), remedy);
         }
         let remedy = "convert it with .astype(numpy.float32)";
-        return no(ErrorKind::Type, "float32 or float64", descr.to_string(), remedy);
+        let allowed = "float32, float64, complex64, complex128, float16 or bfloat16";
+        return no(ErrorKind::Type, allowed, descr.to_string(), remedy);
     };
     if head.flags & NPY_ARRAY_ALIGNED == 0 {
         return no(ErrorKind::Value, "aligned", "a misaligned array".into(), "copy it with .copy()");
@@ -191,13 +213,21 @@ pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: C
     let shape = array.shape().to_vec();
     let strides = array.strides().to_vec();
     let in_order = head.flags & NPY_ARRAY_C_CONTIGUOUS != 0 || array.len() == 0;
-    let layout = (!in_order).then(|| Arc::new(Strides { shape: shape.clone(), bytes: strides.clone() }));
+    let layout = (!in_order).then(|| Strides { shape: shape.clone(), bytes: strides.clone() });
     if access == Access::Write && layout.as_ref().is_some_and(|s| overlaps_itself(s, dtype.size())) {
         let got = format!("strides {strides:?} that visit memory twice");
         return no(ErrorKind::Value, "without elements that share memory", got, "copy it with .copy()");
     }
-    let raw = RawTensor { ptr: head.data, len: array.len(), dtype, strides: layout };
-    Ok(Seen { raw, shape, strides, descr: head.descr })
+    let part = dtype.part();
+    let layout = layout.map(|mut layout| {
+        if dtype.is_complex() {
+            layout.shape.push(2);
+            layout.bytes.push(part.size() as isize);
+        }
+        Arc::new(layout)
+    });
+    let raw = RawTensor { ptr: head.data, len: array.len() * dtype.parts(), dtype: part, strides: layout };
+    Ok(Seen { raw, dtype, shape, strides, descr: head.descr })
 }
 
 impl Seen {
@@ -246,7 +276,12 @@ struct BufferOwner {
 }
 
 /// An array that shows the engine's buffer without a copy.
-pub(crate) fn view<'py>(py: Python<'py>, buffer: &Arc<Buffer>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn view<'py>(
+    py: Python<'py>,
+    buffer: &Arc<Buffer>,
+    shape: &[usize],
+    dtype: Dtype,
+) -> PyResult<Bound<'py, PyAny>> {
     fn of<'py, T: numpy::Element>(owner: Bound<'py, PyAny>, raw: &RawTensor) -> Bound<'py, PyArray1<T>> {
         // SAFETY: the buffer is allocated, aligned, initialized and never moves; the owner keeps it alive.
         unsafe {
@@ -257,10 +292,12 @@ pub(crate) fn view<'py>(py: Python<'py>, buffer: &Arc<Buffer>, shape: &[usize]) 
     let raw = buffer.raw();
     let owner = Bound::new(py, BufferOwner { buffer: Arc::clone(buffer) })?.into_any();
     debug_assert!(owner.cast::<BufferOwner>().is_ok_and(|o| Arc::ptr_eq(&o.get().buffer, buffer)));
-    match raw.dtype {
-        Dtype::F32 => Ok(of::<f32>(owner, &raw).reshape(shape.to_vec())?.into_any()),
-        Dtype::F64 => Ok(of::<f64>(owner, &raw).reshape(shape.to_vec())?.into_any()),
-    }
+    let flat = match raw.dtype {
+        Dtype::F64 => of::<f64>(owner, &raw).into_any(),
+        _ => of::<f32>(owner, &raw).into_any(),
+    };
+    let flat = if dtype.is_complex() { flat.call_method1("view", (dtype.name(),))? } else { flat };
+    flat.call_method1("reshape", (shape.to_vec(),))
 }
 
 /// A new array with a copy of the bytes.

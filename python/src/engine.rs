@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use numpy::{PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
@@ -16,6 +16,7 @@ use crate::files;
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
 use crate::shared::{Home, Shared};
+use crate::sparse::{self, Gradient};
 use crate::values;
 
 /// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
@@ -137,9 +138,9 @@ impl Engine {
                 let allowed = format!("of shape {want} as registered");
                 return Err(refuse(py, ErrorKind::Value, place, &registered.label, allowed, got, None));
             }
-            if seen.raw.dtype != registered.seen.raw.dtype {
-                let allowed = format!("{} as registered", registered.seen.raw.dtype);
-                return Err(refuse(py, ErrorKind::Type, place, &registered.label, allowed, seen.raw.dtype, None));
+            if seen.dtype != registered.seen.dtype {
+                let allowed = format!("{} as registered", registered.seen.dtype);
+                return Err(refuse(py, ErrorKind::Type, place, &registered.label, allowed, seen.dtype, None));
             }
             registered.array = array.unbind();
             registered.seen = seen;
@@ -156,7 +157,7 @@ impl Engine {
         table: &Table,
         gradients: Option<&Bound<'py, PyList>>,
         place: &str,
-    ) -> PyResult<Vec<Option<Bound<'py, PyUntypedArray>>>> {
+    ) -> PyResult<Vec<Option<Gradient<'py>>>> {
         let count = table.params.len();
         if let Some(list) = gradients
             && list.len() != count
@@ -181,10 +182,14 @@ impl Engine {
             };
             let Some(object) = object else { return Ok(None) };
             if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
-                return Ok(Some(array.clone()));
+                return Ok(Some(Gradient { array: array.clone(), touched: None }));
             }
             let label = format!("gradient of {}", registered.label);
-            as_array(&object, Access::Read, Context { place, label: &label }).map(Some)
+            let context = Context { place, label: &label };
+            if let Some(sparse) = sparse::of_rows(&object, registered.seen.shape(), context)? {
+                return Ok(Some(sparse));
+            }
+            as_array(&object, Access::Read, context).map(|array| Some(Gradient { array, touched: None }))
         };
         table.params.iter().enumerate().map(one).collect()
     }
@@ -195,32 +200,39 @@ impl Engine {
         py: Python<'_>,
         table: &Table,
         index: usize,
-        array: &Bound<'_, PyUntypedArray>,
+        Gradient { array, touched }: &Gradient<'_>,
         place: &str,
     ) -> PyResult<RawTensor> {
         let want = &table.params[index].seen;
         let label = || format!("gradient of {}", table.params[index].label);
-        let raw = match want.glance(array) {
+        let raw = match want.glance(array).filter(|_| touched.is_none()) {
             Some(raw) => raw,
             None => {
                 let label = label();
                 let context = Context { place, label: &label };
                 let got = array.shape();
-                if got != want.shape() {
+                // The shape of a sparse gradient was compared when its rows were read.
+                if got != want.shape() && touched.is_none() {
                     let allowed = format!("of shape {}", shape_text(want.shape()));
                     return Err(refuse(py, ErrorKind::Value, place, &label, allowed, shape_text(got), None));
                 }
                 let seen = look(array, Access::Read, context);
-                let dtype = match &seen {
-                    Ok(seen) => Some(seen.raw.dtype.to_string()),
+                let wrong = match &seen {
+                    Ok(seen) => (!want.dtype.takes(seen.dtype)).then(|| seen.dtype.to_string()),
                     Err(_) => arrays::foreign_dtype(array),
                 };
-                if let Some(dtype) = dtype.filter(|name| name != want.raw.dtype.name()) {
-                    let remedy = match want.raw.dtype {
-                        Dtype::F32 => "cast it with .astype(numpy.float32)",
-                        Dtype::F64 => "cast it with .astype(numpy.float64)",
+                if let Some(dtype) = wrong {
+                    let allowed = match want.dtype.of_state() {
+                        own if own == want.dtype => own.to_string(),
+                        wide => format!("{} or {wide}", want.dtype),
                     };
-                    return Err(refuse(py, ErrorKind::Type, place, &label, want.raw.dtype, dtype, Some(remedy)));
+                    let remedy = match want.dtype.of_state() {
+                        Dtype::F64 => "cast it with .astype(numpy.float64)",
+                        Dtype::C64 => "cast it with .astype(numpy.complex64)",
+                        Dtype::C128 => "cast it with .astype(numpy.complex128)",
+                        _ => "cast it with .astype(numpy.float32)",
+                    };
+                    return Err(refuse(py, ErrorKind::Type, place, &label, allowed, dtype, Some(remedy)));
                 }
                 seen?.raw
             }
@@ -306,7 +318,7 @@ impl Engine {
         let infos = added.iter().enumerate().map(|(i, r)| ParamInfo {
             name: names.as_ref().map(|n| n[i].clone()),
             shape: r.seen.shape().to_vec(),
-            dtype: r.seen.raw.dtype,
+            dtype: r.seen.dtype,
             resident: r.parameter.is_some(),
         });
         let infos = infos.collect();
@@ -379,9 +391,14 @@ impl Engine {
                 None => None,
             };
             elements += raw.as_ref().map_or(0, |raw| raw.len);
+            let touched = array.as_ref().and_then(|gradient| gradient.touched.clone());
             // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
             // just now, and `arrays` holds the array until the step is over.
-            tensors.push(raw.map(|raw| unsafe { TensorRef::from_raw(raw) }));
+            let tensor = raw.map(|raw| unsafe { TensorRef::from_raw(raw) });
+            tensors.push(match touched {
+                Some(rows) => tensor.map(|tensor| tensor.of_rows(rows)),
+                None => tensor,
+            });
         }
         // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
         let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
@@ -399,8 +416,10 @@ impl Engine {
         if !optimizer.has_state(index) {
             return Ok(Vec::new());
         }
-        let step = optimizer.preset().declaration().shows_step.then_some("step");
-        Ok(step.into_iter().chain(optimizer.slot_keys(index)).collect())
+        let declaration = optimizer.preset().declaration();
+        let step = declaration.shows_step.then_some("step");
+        let scalars = declaration.scalars.iter().map(|s| s.name);
+        Ok(step.into_iter().chain(scalars).chain(optimizer.slot_keys(index)).collect())
     }
 
     /// Updates applied to a parameter.
@@ -414,21 +433,31 @@ impl Engine {
         Ok(())
     }
 
-    /// One slot: a view on the CPU, a read-only copy on a GPU; None where it does not exist.
+    /// One slot: a view on the CPU, a read-only copy on a GPU, a float where it is a number; None where it
+    /// does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
         let found = self.shared.try_use().and_then(|optimizer| {
-            let buffer = optimizer.slot(index, key);
+            let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
-            Ok((buffer, copy, optimizer.entries()[index].info.shape.clone()))
+            Ok((buffer, copy, optimizer.scalar(index, key)))
         });
-        let (buffer, copy, shape) = found.or_raise(py)?;
-        if let Some(buffer) = buffer {
-            return arrays::view(py, &buffer, &shape).map(Some);
+        let (buffer, copy, scalar) = found.or_raise(py)?;
+        if let Some(x) = scalar {
+            return Ok(Some(PyFloat::new(py, x).into_any()));
+        }
+        if let Some((buffer, (shape, dtype))) = buffer {
+            return arrays::view(py, &buffer, &shape, dtype).map(Some);
         }
         let Some(copy) = copy else { return Ok(None) };
         let array = arrays::from_bytes(py, copy.dtype.name(), &copy.shape, &copy.bytes)?;
         array.call_method1("setflags", (false,))?;
         Ok(Some(array))
+    }
+
+    /// Sets a slot that is a number.
+    fn set_scalar(&self, py: Python<'_>, index: usize, key: &str, value: f64) -> PyResult<()> {
+        self.shared.try_use().or_raise(py)?.set_scalar(index, key, value);
+        Ok(())
     }
 
     /// Returns a parameter to step 0 without state.

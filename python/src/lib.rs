@@ -12,6 +12,7 @@ mod parameter;
 mod registry;
 mod schedules;
 mod shared;
+mod sparse;
 mod values;
 
 use pyo3::prelude::*;

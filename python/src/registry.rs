@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use roptim::REGISTRY;
+use roptim::rule::Sparse;
 
 use crate::values;
 
@@ -22,6 +23,10 @@ pub(crate) fn registry(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         }
         entry.set_item("ranges", ranges)?;
         entry.set_item("slots", preset.declaration().slots.iter().map(|s| s.name).collect::<Vec<_>>())?;
+        entry.set_item("scalars", preset.declaration().scalars.iter().map(|s| s.name).collect::<Vec<_>>())?;
+        entry.set_item("takes_sparse", preset.declaration().sparse != Sparse::Refused)?;
+        entry.set_item("needs_sparse", preset.declaration().sparse == Sparse::Required)?;
+        entry.set_item("backends", if preset.has_shader() { vec!["cpu", "gpu"] } else { vec!["cpu"] })?;
         entry.set_item("shows_step", preset.declaration().shows_step)?;
         out.append(entry)?;
     }

@@ -1,14 +1,15 @@
 //! Hyperparameters between Python and the engine. Ranges are the engine's business; here only types.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict};
-use roptim::{ErrorKind, Hypers, Value};
+use pyo3::types::{PyBool, PyDict, PyString};
+use roptim::hyper::Choice;
+use roptim::{ErrorKind, Hypers, Range, Value};
 
 use crate::errors::refuse;
 
 /// A number: a Python or NumPy number, or an array of one element. A bool is none.
 fn number(object: &Bound<'_, PyAny>) -> Option<f64> {
-    if object.is_instance_of::<PyBool>() || object.is_instance_of::<pyo3::types::PyString>() {
+    if object.is_instance_of::<PyBool>() || object.is_instance_of::<PyString>() {
         return None;
     }
     if let Ok(x) = object.extract::<f64>() {
@@ -26,30 +27,67 @@ fn switch(object: &Bound<'_, PyAny>) -> Option<bool> {
     (name == "bool" || name == "bool_").then(|| object.is_truthy().ok()).flatten()
 }
 
-fn pair(object: &Bound<'_, PyAny>) -> Option<[f64; 2]> {
-    let items: Vec<Bound<'_, PyAny>> = object.try_iter().ok()?.collect::<PyResult<_>>().ok()?;
-    match items.as_slice() {
-        [a, b] => Some([number(a)?, number(b)?]),
-        _ => None,
+fn items<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
+    if object.is_instance_of::<PyString>() {
+        return None;
+    }
+    object.try_iter().ok()?.collect::<PyResult<_>>().ok()
+}
+
+fn numbers<const N: usize>(object: &Bound<'_, PyAny>) -> Option<[f64; N]> {
+    let items: Vec<f64> = items(object)?.iter().map(number).collect::<Option<_>>()?;
+    items.try_into().ok()
+}
+
+fn whole(object: &Bound<'_, PyAny>) -> Option<i64> {
+    if object.is_instance_of::<PyBool>() {
+        return None;
+    }
+    let index = object.call_method0("__index__").ok();
+    index.and_then(|n| n.extract().ok()).or_else(|| number(object).filter(|x| x.fract() == 0.0).map(|x| x as i64))
+}
+
+/// The value of an object in the type that a range asks for; `None` where it has another type.
+fn value(object: &Bound<'_, PyAny>, range: &Range) -> Option<Value> {
+    match range {
+        Range::Flag => switch(object).map(Value::Bool),
+        Range::PairFrom(..) | Range::PairAround(..) | Range::PairOrdered(_) => numbers(object).map(Value::Pair),
+        Range::HalfPair(_) => match items(object)?.as_slice() {
+            [first, second] if first.is_none() => number(second).map(Value::HalfPair),
+            _ => numbers(object).map(Value::Pair),
+        },
+        Range::Triple => numbers(object).map(Value::Triple),
+        Range::Whole(..) => whole(object).map(Value::Int),
+        Range::OrNone(_) if object.is_none() => Some(Value::None),
+        Range::OrNone(range) => value(object, range),
+        Range::OneOf(_) => Choice::find(&object.extract::<String>().ok()?).map(Value::Choice),
+        _ => number(object).map(Value::Float),
     }
 }
 
-/// The engine's values of a dict of hyperparameters; the declared default gives the wanted type.
+/// Whether a word was given where one of some words is wanted: another one is a wrong value, not a wrong type.
+fn is_word(object: &Bound<'_, PyAny>, range: &Range) -> bool {
+    match range {
+        Range::OrNone(range) => is_word(object, range),
+        Range::OneOf(_) => object.is_instance_of::<PyString>(),
+        _ => false,
+    }
+}
+
+/// The engine's values of a dict of hyperparameters; the declared range gives the wanted type.
 pub(crate) fn hypers(given: &Bound<'_, PyDict>, known: &Hypers, place: &str) -> PyResult<Vec<(String, Value)>> {
     let mut out = Vec::with_capacity(given.len());
     for (name, object) in given.iter() {
         let name: String = name.extract()?;
         let declared = known.declared().iter().find(|h| h.name == name);
-        let value = match declared.map(|h| h.default) {
-            Some(Value::Bool(_)) => switch(&object).map(Value::Bool),
-            Some(Value::Pair(_)) => pair(&object).map(Value::Pair),
-            // An unknown name goes on as a number: the engine refuses it by name.
-            _ => number(&object).map(Value::Float).or_else(|| declared.is_none().then_some(Value::Float(0.0))),
-        };
+        // An unknown name goes on with any value: the engine refuses it by name.
+        let value = declared.map_or(Some(Value::None), |h| value(&object, &h.range));
         let Some(value) = value else {
             let got = object.repr().map_or_else(|_| "something unprintable".into(), |r| r.to_string());
             let allowed = declared.map(|h| h.range.to_string()).unwrap_or_default();
-            return Err(refuse(given.py(), ErrorKind::Type, place, &name, allowed, got, None));
+            let word = declared.is_some_and(|h| is_word(&object, &h.range));
+            let kind = if word { ErrorKind::Value } else { ErrorKind::Type };
+            return Err(refuse(given.py(), kind, place, &name, allowed, got, None));
         };
         out.push((name, value));
     }
@@ -64,9 +102,14 @@ pub(crate) fn to_dict<'py>(
     let out = PyDict::new(py);
     for (name, value) in values {
         match value {
+            Value::None => out.set_item(name, py.None())?,
             Value::Bool(b) => out.set_item(name, b)?,
+            Value::Int(n) => out.set_item(name, n)?,
             Value::Float(x) => out.set_item(name, x)?,
             Value::Pair([a, b]) => out.set_item(name, (a, b))?,
+            Value::HalfPair(b) => out.set_item(name, (py.None(), b))?,
+            Value::Triple([a, b, c]) => out.set_item(name, (a, b, c))?,
+            Value::Choice(choice) => out.set_item(name, choice.name())?,
         }
     }
     Ok(out)

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::path::Path;
 use super::tree::{DataType, Key, TensorData, Tree};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hyper::{Hyper, Value};
-use crate::store::{Array, GroupState, ParamState, STATE_FORMAT, StateDict};
+use crate::hyper::{Choice, Hyper, Value};
+use crate::store::{Array, GroupState, ParamState, STATE_FORMAT, StateDict, StateValue};
 
 /// Starts every message.
 const PLACE: &str = "state_dict";
@@ -26,7 +26,7 @@ impl StateDict {
         let steps = self.state.iter().map(|(&i, state)| (index_key(i), state.step.into())).collect();
         let state = self.state.into_iter().map(|(i, state)| {
             let step = shows_step.then(|| (Key::from("step"), Tree::from(state.step)));
-            let slots = state.slots.into_iter().map(|(key, array)| (Key::Str(key), Tree::Tensor(array.into())));
+            let slots = state.slots.into_iter().map(|(key, value)| (Key::Str(key), value.into()));
             (index_key(i), Tree::Dict(step.into_iter().chain(slots).collect()))
         });
         let state = Tree::Dict(state.collect());
@@ -97,15 +97,32 @@ impl From<Array> for TensorData {
 impl From<Value> for Tree {
     fn from(value: Value) -> Self {
         match value {
+            Value::None => Self::None,
             Value::Bool(x) => Self::Bool(x),
+            Value::Int(x) => Self::Int(x),
             Value::Float(x) => Self::Float(x),
             Value::Pair(pair) => Self::Tuple(pair.map(Self::Float).into()),
+            Value::HalfPair(x) => Self::Tuple(vec![Self::None, Self::Float(x)]),
+            Value::Triple(three) => Self::Tuple(three.map(Self::Float).into()),
+            Value::Choice(choice) => Self::Str(choice.name().into()),
         }
     }
 }
 
-/// Slots by key, and the step where the state has one.
-type ReadState = (Option<u64>, BTreeMap<String, Array>);
+impl From<StateValue> for Tree {
+    fn from(value: StateValue) -> Self {
+        match value {
+            StateValue::None => Self::None,
+            StateValue::Count(n) => n.into(),
+            StateValue::Number(x) => Self::Float(x),
+            StateValue::Array(array) => Self::Tensor(array.into()),
+            StateValue::List(items) => Self::List(items.into_iter().map(Self::from).collect()),
+        }
+    }
+}
+
+/// Values by key, and the step where the state has one.
+type ReadState = (Option<u64>, BTreeMap<String, StateValue>);
 
 /// What the key `"roptim"` holds.
 #[derive(Default)]
@@ -259,16 +276,29 @@ fn read_state(at: &Path<'_>, tree: Tree) -> Result<ReadState> {
         let Key::Str(name) = &key else {
             return refuse(ErrorKind::Value, format!("a key of {at}"), "a string", path);
         };
-        match value {
-            value if name == "step" => step = Some(count(&path, &value)?),
-            Tree::None => {}
-            Tree::Tensor(tensor) | Tree::Scalar(tensor) => {
-                slots.insert(name.clone(), array(&path, tensor)?);
-            }
-            other => return wrong_type(&path, "an array", &other),
+        if name == "step" {
+            step = Some(count(&path, &value)?);
+        } else if !matches!(value, Tree::None) {
+            slots.insert(name.clone(), state_value(&path, value)?);
         }
     }
     Ok((step, slots))
+}
+
+fn state_value(path: &Path<'_>, tree: Tree) -> Result<StateValue> {
+    Ok(match tree {
+        Tree::None => StateValue::None,
+        Tree::Int(n) if n >= 0 => StateValue::Count(n.unsigned_abs()),
+        Tree::UInt(n) => StateValue::Count(n),
+        Tree::Int(n) => StateValue::Number(n as f64),
+        Tree::Float(x) => StateValue::Number(x),
+        Tree::Tensor(tensor) | Tree::Scalar(tensor) => StateValue::Array(array(path, tensor)?),
+        Tree::List(items) | Tree::Tuple(items) => {
+            let items = items.into_iter().enumerate().map(|(i, item)| state_value(&path.item(i), item));
+            StateValue::List(items.collect::<Result<_>>()?)
+        }
+        other => return wrong_type(path, "an array or a number", &other),
+    })
 }
 
 fn array(path: &Path<'_>, tensor: TensorData) -> Result<Array> {
@@ -334,12 +364,17 @@ fn hyper_value(tree: &Tree) -> Option<Value> {
         _ => None,
     };
     match tree {
+        Tree::None => Some(Value::None),
+        Tree::Str(name) => Choice::find(name).map(Value::Choice),
         Tree::List(items) | Tree::Tuple(items) => match &items[..] {
+            [Tree::None, b] => Some(Value::HalfPair(number(b)?)),
             [a, b] => Some(Value::Pair([number(a)?, number(b)?])),
+            [a, b, c] => Some(Value::Triple([number(a)?, number(b)?, number(c)?])),
             _ => None,
         },
         other => match plain(other)? {
             Tree::Bool(x) => Some(Value::Bool(x)),
+            Tree::Int(x) => Some(Value::Int(x)),
             _ => number(other).map(Value::Float),
         },
     }
@@ -392,14 +427,14 @@ mod tests {
             ),
             (state("step", Tree::Int(-1)), "state[0].step must be an integer from 0 to 2^64 - 1, got the integer -1"),
             (state("step", "5".into()), "state[0].step must be an integer from 0 to 2^64 - 1, got a string"),
-            (state("exp_avg", "x".into()), "state[0].exp_avg must be an array, got a string"),
+            (state("exp_avg", "x".into()), "state[0].exp_avg must be an array or a number, got a string"),
             (
                 state("exp_avg", number(DataType::Int64, &[0; 8])),
-                "state[0].exp_avg must be an array of float32 or float64, got int64",
+                "state[0].exp_avg must be an array of float16 or bfloat16 or float32 or float64 or complex64 or complex128, got int64",
             ),
             (
-                message(torch(Tree::dict([]), vec![("lr".into(), Tree::None)])),
-                "param_groups[0].lr must be a finite number >= 0, got None",
+                message(torch(Tree::dict([]), vec![("lr".into(), "fast".into())])),
+                "param_groups[0].lr must be a finite number >= 0, got a string",
             ),
             (message(Tree::Int(1)), "tree must be a dict, got the integer 1"),
             (message(Tree::dict([])), "state must be present, got no such key"),
@@ -438,7 +473,7 @@ mod tests {
             |declared| StateDict::from_tree(torch(Tree::dict([]), group()), declared).unwrap().groups.remove(0).hypers;
         assert_eq!(hypers(Some(&[LR])), BTreeMap::from([("lr".to_owned(), Value::Float(0.5))]));
         let all = hypers(None);
-        assert_eq!(all.keys().collect::<Vec<_>>(), ["betas", "initial_lr", "lr"]);
+        assert_eq!(all.keys().collect::<Vec<_>>(), ["betas", "fused", "initial_lr", "lr"]);
         assert_eq!(all["betas"], Value::Pair([0.0, 0.5]));
     }
 }

@@ -153,12 +153,8 @@ impl DataType {
     }
 
     /// The type of the engine's arrays with these bits, if the engine has it.
-    pub const fn engine(self) -> Option<Dtype> {
-        match self {
-            Self::Float32 => Some(Dtype::F32),
-            Self::Float64 => Some(Dtype::F64),
-            _ => None,
-        }
+    pub fn engine(self) -> Option<Dtype> {
+        Dtype::ALL.into_iter().find(|&dtype| Self::from(dtype) == self)
     }
 }
 
@@ -171,8 +167,12 @@ impl fmt::Display for DataType {
 impl From<Dtype> for DataType {
     fn from(dtype: Dtype) -> Self {
         match dtype {
+            Dtype::F16 => Self::Float16,
+            Dtype::BF16 => Self::BFloat16,
             Dtype::F32 => Self::Float32,
             Dtype::F64 => Self::Float64,
+            Dtype::C64 => Self::Complex64,
+            Dtype::C128 => Self::Complex128,
         }
     }
 }

@@ -3,8 +3,8 @@
 //! An array in C order is a slice for the time of one sweep. Every other layout and storage type is
 //! copied element by element into local blocks and back, so that all take the same arithmetic.
 
-use crate::real::{Element, Real};
-use crate::tensor::{RawTensor, Strides};
+use crate::real::{Element, Real, StorageVisitor, with_storage};
+use crate::tensor::{RawTensor, Rows, Strides};
 
 /// Elements per block of the copying path.
 pub(super) const BLOCK: usize = 256;
@@ -33,50 +33,104 @@ fn walk(strides: &Strides, start: usize, n: usize, mut visit: impl FnMut(usize, 
     }
 }
 
-/// Copies elements `start..start + n` into the block, widened.
+/// Calls `visit(k, address)` for the elements `start..start + n`, counted among `rows` if given, else in C
+/// order.
 ///
 /// # Safety
-/// The range lies within the tensor, which stores `E` in allocated, aligned memory.
+/// The elements lie within the tensor, which stores `E` in allocated memory.
 #[inline(always)]
-pub(super) unsafe fn load<E: Element<F>, F: Real>(from: &RawTensor, start: usize, n: usize, block: &mut [F; BLOCK]) {
-    debug_assert!(n <= BLOCK && start + n <= from.len);
-    match &from.strides {
-        None => {
-            // SAFETY: start + n ≤ len.
-            let source = unsafe { from.ptr.cast::<E>().add(start) };
-            for (k, value) in block[..n].iter_mut().enumerate() {
-                // SAFETY: k < n.
-                *value = unsafe { source.add(k).read() }.widen();
+unsafe fn addresses<E>(
+    of: &RawTensor,
+    rows: Option<&Rows>,
+    start: usize,
+    n: usize,
+    mut visit: impl FnMut(usize, *mut E),
+) {
+    debug_assert!(start + n <= rows.map_or(of.len, Rows::len));
+    match (&of.strides, rows) {
+        (None, None) => {
+            for k in 0..n {
+                // SAFETY: start + n ≤ len.
+                visit(k, unsafe { of.ptr.cast::<E>().add(start + k) });
             }
         }
-        Some(strides) => walk(strides, start, n, |k, offset| {
-            // SAFETY: the offset belongs to an element of the tensor.
-            block[k] = unsafe { from.ptr.offset(offset).cast::<E>().read() }.widen();
+        // SAFETY: the rows lie within the tensor.
+        (None, Some(rows)) => rows.walk(start, n, |k, at| visit(k, unsafe { of.ptr.cast::<E>().add(at) })),
+        // SAFETY: the offset belongs to an element of the tensor.
+        (Some(strides), None) => {
+            walk(strides, start, n, |k, offset| visit(k, unsafe { of.ptr.offset(offset) }.cast()));
+        }
+        (Some(strides), Some(rows)) => rows.walk(start, n, |k, at| {
+            // SAFETY: as above.
+            walk(strides, at, 1, |_, offset| visit(k, unsafe { of.ptr.offset(offset) }.cast()));
         }),
     }
 }
 
-/// Copies the block to elements `start..start + n`, narrowed.
+/// Copies the elements from `start` on into the block, widened.
+///
+/// # Safety
+/// They lie within the tensor, which stores `E` in allocated, aligned memory.
+#[inline(always)]
+pub(super) unsafe fn load<E: Element<F>, F: Real>(from: &RawTensor, start: usize, block: &mut [F]) {
+    // SAFETY: the caller's duty.
+    unsafe { load_rows::<E, F>(from, None, start, block) };
+}
+
+/// [`load`], of elements counted among `rows` if given.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+pub(super) unsafe fn load_rows<E: Element<F>, F: Real>(
+    from: &RawTensor,
+    rows: Option<&Rows>,
+    start: usize,
+    block: &mut [F],
+) {
+    // SAFETY: the caller's duty; the address is an element's.
+    unsafe { addresses::<E>(from, rows, start, block.len(), |k, element| block[k] = element.read().widen()) };
+}
+
+/// Copies the block to the elements from `start` on, counted among `rows` if given, narrowed.
 ///
 /// # Safety
 /// As for [`load`], and the memory is writable and touched by no other thread of the step.
 #[inline(always)]
-pub(super) unsafe fn store<E: Element<F>, F: Real>(to: &RawTensor, start: usize, n: usize, block: &[F; BLOCK]) {
-    debug_assert!(n <= BLOCK && start + n <= to.len);
-    match &to.strides {
-        None => {
-            // SAFETY: start + n ≤ len.
-            let target = unsafe { to.ptr.cast::<E>().add(start) };
-            for (k, &value) in block[..n].iter().enumerate() {
-                // SAFETY: k < n.
-                unsafe { target.add(k).write(E::narrow(value)) };
+pub(super) unsafe fn store_rows<E: Element<F>, F: Real>(
+    to: &RawTensor,
+    rows: Option<&Rows>,
+    start: usize,
+    block: &[F],
+) {
+    // SAFETY: the caller's duty; the address is an element's.
+    unsafe { addresses::<E>(to, rows, start, block.len(), |k, element| element.write(E::narrow(block[k]))) };
+}
+
+/// Writes the values of rows to their places.
+///
+/// # Safety
+/// `from` holds as many elements as the rows, which lie within `to`; both are allocated, aligned and of the
+/// same dtype, and `to` is writable and overlaps nothing.
+pub(crate) unsafe fn scatter(from: &RawTensor, rows: &Rows, to: &RawTensor) {
+    struct Scatter<'a>(&'a RawTensor, &'a Rows, &'a RawTensor);
+
+    impl StorageVisitor for Scatter<'_> {
+        type Out = ();
+
+        fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
+            let mut block = [F::ZERO; BLOCK];
+            for start in (0..self.1.len()).step_by(BLOCK) {
+                let block = &mut block[..BLOCK.min(self.1.len() - start)];
+                // SAFETY: the duty of `scatter`'s caller.
+                unsafe {
+                    load::<E, F>(self.0, start, block);
+                    store_rows::<E, F>(self.2, Some(self.1), start, block);
+                }
             }
         }
-        Some(strides) => walk(strides, start, n, |k, offset| {
-            // SAFETY: the offset belongs to an element of the tensor.
-            unsafe { to.ptr.offset(offset).cast::<E>().write(E::narrow(block[k])) };
-        }),
     }
+    with_storage(from.dtype, from.dtype, Scatter(from, rows, to));
 }
 
 /// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.

@@ -2,7 +2,8 @@
 //!
 //! [`plan`] cuts the tensors into pieces and packs small ones together, `run` is the shared loop that
 //! any rule's kernel goes through, `memory` is its only access to arrays, [`pool`] the private
-//! threads, [`reduce`] the sums whose bits do not depend on threads or chunks.
+//! threads, [`reduce`] the sums whose bits do not depend on threads or chunks. Tensor rules go through
+//! `whole`, one tensor at a time.
 
 pub mod isa;
 pub(crate) mod memory;
@@ -10,18 +11,23 @@ pub mod plan;
 pub mod pool;
 pub mod reduce;
 mod run;
+mod whole;
+
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
-use crate::tensor::RawTensor;
+use crate::rules::TensorRuleId;
+use crate::tensor::{RawTensor, Rows};
 pub use isa::Isa;
 use plan::{Piece, Plan};
 pub use pool::Threads;
 #[cfg(feature = "gpu")]
 pub(crate) use run::Frame;
 pub use run::PassFn;
+pub use whole::TensorJob;
 
 /// Fewer elements than this run on the calling thread: waking the pool costs more than it saves.
 pub const INLINE_ELEMENTS: usize = 32 * 1024;
@@ -32,11 +38,18 @@ pub type SlotPointers = [*mut u8; MAX_SLOTS];
 /// One parameter's part in a step.
 #[derive(Debug, Clone)]
 pub struct Job {
-    pass: PassFn,
-    row: usize,
-    p: RawTensor,
-    g: RawTensor,
-    slots: SlotPointers,
+    /// The kernel's loop.
+    pub pass: PassFn,
+    /// Which coefficient row.
+    pub row: usize,
+    /// The parameter.
+    pub p: RawTensor,
+    /// The gradient; with `rows`, theirs alone.
+    pub g: RawTensor,
+    /// The kernel's slots, in its order.
+    pub slots: SlotPointers,
+    /// Rows of the parameter that the step is confined to.
+    pub rows: Option<Arc<Rows>>,
 }
 
 // SAFETY: the pointers are addresses; `Executor::execute` lists the caller's duties for the memory.
@@ -44,9 +57,10 @@ unsafe impl Send for Job {}
 // SAFETY: as above.
 unsafe impl Sync for Job {}
 
-/// Picks the compiled loop of a kernel for a dtype and instruction set.
+/// Picks the compiled loop of a kernel for dtypes and instruction set.
 struct Select {
-    dtype: Dtype,
+    parameter: Dtype,
+    gradient: Dtype,
     isa: Isa,
 }
 
@@ -54,7 +68,7 @@ impl KernelVisitor for Select {
     type Out = PassFn;
 
     fn visit<K: Kernel>(self) -> PassFn {
-        run::select::<K>(self.dtype, self.isa)
+        run::select::<K>(self.parameter, self.gradient, self.isa)
     }
 }
 
@@ -88,27 +102,28 @@ impl Executor {
     }
 
     /// Picks the loop of the kernel it is shown.
-    pub fn select(&self, dtype: Dtype) -> impl KernelVisitor<Out = PassFn> + use<> {
-        Select { dtype, isa: self.isa }
+    pub fn select(&self, parameter: Dtype, gradient: Dtype) -> impl KernelVisitor<Out = PassFn> + use<> {
+        Select { parameter, gradient, isa: self.isa }
     }
 
     /// Adds one parameter to the coming step.
-    pub fn push(&mut self, pass: PassFn, row: usize, p: RawTensor, g: RawTensor, slots: SlotPointers) {
-        self.jobs.push(Job { pass, row, p, g, slots });
+    pub fn push(&mut self, job: Job) {
+        self.jobs.push(job);
     }
 
     /// Runs the jobs pushed since [`Executor::clear`].
     ///
     /// # Safety
-    /// Each job's tensors must be allocated and aligned for its dtype, of equal length, the parameter
-    /// and the slots writable, and nothing written by one job may overlap anything of another.
+    /// Each job's tensors must be allocated and aligned for the dtypes its loop was picked for, of equal
+    /// length or the gradient as long as the rows, which lie within the parameter; parameter and slots
+    /// must be writable, and nothing written by one job may overlap anything of another.
     pub unsafe fn execute(&mut self, rows: &[Row]) {
-        self.plan.update(self.chunk, self.jobs.iter().map(|j| j.p.len));
+        self.plan.update(self.chunk, self.jobs.iter().map(|j| j.g.len));
         let jobs = &self.jobs;
         let run = |piece: &Piece| {
             let job = &jobs[piece.tensor];
             // SAFETY: the caller's duty; pieces of one tensor are disjoint and within its length.
-            unsafe { (job.pass.pass)(job.pass.isa, &rows[job.row], &job.p, &job.g, &job.slots, piece.start, piece.len) }
+            unsafe { (job.pass.pass)(job.pass.isa, &rows[job.row], job, piece.start, piece.len) }
         };
         let plan = &self.plan;
         match self.threads.pool(plan.elements() >= INLINE_ELEMENTS) {
@@ -116,6 +131,20 @@ impl Executor {
                 plan.tasks().par_iter().for_each(|task| plan.pieces(task).iter().for_each(run));
             }),
             None => plan.all().iter().for_each(run),
+        }
+    }
+
+    /// Runs a tensor rule, several tensors at a time.
+    ///
+    /// # Safety
+    /// As for [`Executor::execute`]; a job's slots have the lengths it says.
+    pub unsafe fn execute_tensors(&mut self, rule: TensorRuleId, jobs: &mut [TensorJob<'_>]) {
+        let elements = jobs.iter().map(|job| job.p.len).sum::<usize>();
+        // SAFETY: the caller's duty.
+        let run = |parallel: bool, job: &mut TensorJob<'_>| unsafe { whole::run(rule, job, parallel) };
+        match self.threads.pool(elements >= INLINE_ELEMENTS) {
+            Some(pool) => pool.install(|| jobs.par_iter_mut().for_each(|job| run(true, job))),
+            None => jobs.iter_mut().for_each(|job| run(false, job)),
         }
     }
 }

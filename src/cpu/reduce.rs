@@ -1,79 +1,59 @@
 //! Sums whose bits do not depend on threads, chunks or instruction sets.
 //!
-//! A tensor is cut into blocks of 4096 elements in C order; a block is summed in f64 in 16 fixed lanes
-//! and a fixed tree over them; the blocks are added by a fixed tree (neighbours first). Squares of
-//! finite f32 numbers cannot overflow in f64; for f64 arrays whose squares do, the sum is taken again
-//! over scaled values.
-
-use rayon::prelude::*;
+//! They have the shape of [`crate::linear`]'s. Squares of finite f32 numbers cannot overflow in f64; for f64
+//! arrays whose squares do, the sum is taken again over scaled values.
 
 use super::memory::{BLOCK, load};
 use super::pool::Threads;
-use crate::real::{Dtype, Element, Real};
+use crate::linear::{SUM_BLOCK, lanes, map, tree};
+use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
-const SUM_BLOCK: usize = 4096;
-const LANES: usize = 16;
-
-/// # Safety
-/// The range lies within the tensor, which stores `E`.
-unsafe fn sum_block<E: Element<F>, F: Real>(x: &RawTensor, start: usize, len: usize, scale: f64) -> f64 {
-    let mut lanes = [0.0f64; LANES];
-    let mut block = [F::ZERO; BLOCK];
-    let mut done = 0;
-    while done < len {
-        let n = BLOCK.min(len - done);
-        // SAFETY: the caller's duty.
-        unsafe { load::<E, F>(x, start + done, n, &mut block) };
-        block[n..].fill(F::ZERO);
-        for group in block.chunks_exact(LANES) {
-            for (sum, &value) in lanes.iter_mut().zip(group) {
-                let value = value.to_f64() * scale;
-                *sum += value * value;
-            }
-        }
-        done += n;
-    }
-    tree(&mut lanes)
+/// Sum of the squares of elements `start..start + len`, each scaled first.
+struct Squares<'a> {
+    x: &'a RawTensor,
+    start: usize,
+    len: usize,
+    scale: f64,
 }
 
-fn tree(values: &mut [f64]) -> f64 {
-    let mut n = values.len();
-    while n > 1 {
-        let half = n.div_ceil(2);
-        for i in 0..n / 2 {
-            values[i] = values[2 * i] + values[2 * i + 1];
+impl StorageVisitor for Squares<'_> {
+    type Out = f64;
+
+    fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
+        let mut buffer = [F::ZERO; SUM_BLOCK];
+        for (i, part) in buffer[..self.len].chunks_mut(BLOCK).enumerate() {
+            // SAFETY: the caller keeps the range within the tensor, whose type E is.
+            unsafe { load::<E, F>(self.x, self.start + i * BLOCK, part) };
         }
-        if n % 2 == 1 {
-            values[half - 1] = values[n - 1];
-        }
-        n = half;
+        lanes(self.len, |i| {
+            let value = buffer[i].to_f64() * self.scale;
+            value * value
+        })
     }
-    values.first().copied().unwrap_or(0.0)
 }
 
 /// The largest magnitude of a tensor, NaN where an element is NaN.
-fn largest_of(x: &RawTensor) -> f64 {
-    /// # Safety
-    /// The tensor stores `E`.
-    unsafe fn of<E: Element<F>, F: Real>(x: &RawTensor) -> f64 {
+struct Largest<'a>(&'a RawTensor);
+
+impl StorageVisitor for Largest<'_> {
+    type Out = f64;
+
+    fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
         let mut block = [F::ZERO; BLOCK];
         let mut found = F::ZERO;
-        for start in (0..x.len).step_by(BLOCK) {
-            let n = BLOCK.min(x.len - start);
-            // SAFETY: the range lies within the tensor; the caller knows its type.
-            unsafe { load::<E, F>(x, start, n, &mut block) };
-            found = block[..n].iter().fold(found, |a, b| a.max_nan(b.abs()));
+        for start in (0..self.0.len).step_by(BLOCK) {
+            let block = &mut block[..BLOCK.min(self.0.len - start)];
+            // SAFETY: the range lies within the tensor, whose type E is.
+            unsafe { load::<E, F>(self.0, start, block) };
+            found = block.iter().fold(found, |a, b| a.max_nan(b.abs()));
         }
         found.to_f64()
     }
-    // SAFETY: the type is the tensor's own.
-    unsafe {
-        match x.dtype {
-            Dtype::F32 => of::<f32, f32>(x),
-            Dtype::F64 => of::<f64, f64>(x),
-        }
-    }
+}
+
+fn largest_of(x: &RawTensor) -> f64 {
+    with_storage(x.dtype, x.dtype, Largest(x))
 }
 
 /// The largest magnitude of all elements of all tensors; NaN where an element is NaN, 0 without elements.
@@ -85,17 +65,11 @@ fn sum_of_squares(x: &RawTensor, scale: f64, threads: &mut Threads) -> f64 {
     let blocks = x.len.div_ceil(SUM_BLOCK);
     let of_block = |i: usize| {
         let (start, len) = (i * SUM_BLOCK, SUM_BLOCK.min(x.len - i * SUM_BLOCK));
-        // SAFETY: the range lies within the tensor; the dtype matches.
-        unsafe {
-            match x.dtype {
-                Dtype::F32 => sum_block::<f32, f32>(x, start, len, scale),
-                Dtype::F64 => sum_block::<f64, f64>(x, start, len, scale),
-            }
-        }
+        with_storage(x.dtype, x.dtype, Squares { x, start, len, scale })
     };
     let mut sums: Vec<f64> = match threads.pool(x.len >= super::INLINE_ELEMENTS) {
-        Some(pool) => pool.install(|| (0..blocks).into_par_iter().map(of_block).collect()),
-        None => (0..blocks).map(of_block).collect(),
+        Some(pool) => pool.install(|| map(true, blocks, of_block)),
+        None => map(false, blocks, of_block),
     };
     tree(&mut sums)
 }
@@ -111,7 +85,7 @@ pub fn norm(tensors: &[TensorRef<'_>], threads: &mut Threads) -> f64 {
     };
     let plain = total(1.0, threads);
     let trustworthy = (1e-280..=1e300).contains(&plain);
-    if trustworthy || plain.is_nan() || tensors.iter().all(|t| t.raw.dtype == Dtype::F32) {
+    if trustworthy || plain.is_nan() || tensors.iter().all(|t| t.raw.dtype != Dtype::F64) {
         return libm::sqrt(plain);
     }
     let peak = tensors.iter().filter(|t| t.raw.dtype == Dtype::F64).map(|t| largest_of(&t.raw)).fold(0.0, f64::max);

@@ -10,22 +10,25 @@
 //!
 //! [`sweep`] is that loop over plain slices, compiled once per kernel, compute type and instruction set.
 //! Nothing in it fuses or reorders operations, so every level gives the same bits. [`pass`] feeds it:
-//! arrays in C order are swept where they lie, every other layout and storage type goes block by block
-//! through local arrays, with the same arithmetic.
+//! arrays in C order are swept where they lie, every other layout and storage type and the rows of a
+//! sparse gradient go block by block through local arrays, with the same arithmetic.
 
+use std::marker::PhantomData;
+
+use super::Job;
 use super::isa::Isa;
-use super::memory::{BLOCK, load, store, whole, whole_mut};
-use crate::real::{Dtype, Element, Real};
+use super::memory::{BLOCK, load, load_rows, store_rows, whole, whole_mut};
+use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
 use crate::tensor::RawTensor;
 
-/// One kernel over elements `start..start + len` of a parameter.
+/// One kernel over elements `start..start + len` of a job's gradient.
 ///
 /// # Safety
-/// The range lies within the tensors and slots, which are allocated, aligned and of the dtype the
+/// The range lies within the tensors and slots (of a parameter with rows, within these), which are allocated, aligned and of the dtype the
 /// function was selected for; parameter and slots are writable and touched by no other thread of the
 /// step; the machine has the instruction set.
-pub(super) type Pass = unsafe fn(Isa, &Row, &RawTensor, &RawTensor, &[*mut u8; MAX_SLOTS], usize, usize);
+pub(super) type Pass = unsafe fn(Isa, &Row, &Job, usize, usize);
 
 /// A selected loop and the instruction set it runs with.
 #[derive(Debug, Clone, Copy)]
@@ -135,12 +138,10 @@ fn at_level<K: Kernel, F: Real>(isa: Isa) -> Sweep<K, F> {
 
 /// # Safety
 /// See [`Pass`].
-unsafe fn pass<K: Kernel, E: Element<F>, F: Real>(
+unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(
     isa: Isa,
     row: &Row,
-    p: &RawTensor,
-    g: &RawTensor,
-    slots: &[*mut u8; MAX_SLOTS],
+    job: &Job,
     start: usize,
     len: usize,
 ) {
@@ -148,33 +149,55 @@ unsafe fn pass<K: Kernel, E: Element<F>, F: Real>(
     let frame = Frame::new(&row.shared);
     let sweep = at_level::<K, F>(isa);
     let count = <K::S<F> as SlotValues<F>>::COUNT;
-    let in_place = p.strides.is_none() && g.strides.is_none() && E::IS_COMPUTE_TYPE;
-    let step = if in_place { len } else { BLOCK };
-    let (mut p_block, mut g_block) = ([F::ZERO; BLOCK], [F::ZERO; BLOCK]);
-    for at in (start..start + len).step_by(step.max(1)) {
-        let n = step.min(start + len - at);
-        let slot = |k: usize| if k < count { (slots[k], n) } else { (std::ptr::null_mut(), 0) };
+    let Job { p, g, slots, rows, .. } = job;
+    let plain = p.strides.is_none() && g.strides.is_none() && rows.is_none();
+    if plain && E::IS_COMPUTE_TYPE && G::IS_COMPUTE_TYPE {
+        let slot = |k: usize| if k < count { (slots[k], len) } else { (std::ptr::null_mut(), 0) };
         // SAFETY: the caller keeps start + len within tensors and slots, and other threads of the step
         // away; slots store the compute type.
         unsafe {
-            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, at, slot(k).1));
-            if in_place {
-                sweep(&c, &frame, whole_mut(p.ptr, at, n), whole(g.ptr, at, n), s0, s1, s2, s3);
-            } else {
-                load::<E, F>(p, at, n, &mut p_block);
-                load::<E, F>(g, at, n, &mut g_block);
-                sweep(&c, &frame, &mut p_block[..n], &g_block[..n], s0, s1, s2, s3);
-                store::<E, F>(p, at, n, &p_block);
+            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, start, slot(k).1));
+            sweep(&c, &frame, whole_mut(p.ptr, start, len), whole(g.ptr, start, len), s0, s1, s2, s3);
+        }
+        return;
+    }
+    let rows = rows.as_deref();
+    let state = |k: usize| RawTensor { ptr: slots[k], len: p.len, dtype: F::DTYPE, strides: None };
+    let (mut p_block, mut g_block) = ([F::ZERO; BLOCK], [F::ZERO; BLOCK]);
+    let mut blocks = [[F::ZERO; BLOCK]; MAX_SLOTS];
+    for at in (start..start + len).step_by(BLOCK) {
+        let n = BLOCK.min(start + len - at);
+        // SAFETY: as above; the rows lie within the parameter, whose length the slots have.
+        unsafe {
+            load_rows::<E, F>(p, rows, at, &mut p_block[..n]);
+            load::<G, F>(g, at, &mut g_block[..n]);
+            for (k, block) in blocks[..count].iter_mut().enumerate() {
+                load_rows::<F, F>(&state(k), rows, at, &mut block[..n]);
+            }
+            let [s0, s1, s2, s3] = &mut blocks;
+            let own = |k: usize| if k < count { n } else { 0 };
+            let (s0, s1, s2, s3) = (&mut s0[..own(0)], &mut s1[..own(1)], &mut s2[..own(2)], &mut s3[..own(3)]);
+            sweep(&c, &frame, &mut p_block[..n], &g_block[..n], s0, s1, s2, s3);
+            store_rows::<E, F>(p, rows, at, &p_block[..n]);
+            for (k, block) in blocks[..count].iter().enumerate() {
+                store_rows::<F, F>(&state(k), rows, at, &block[..n]);
             }
         }
     }
 }
 
-/// The compiled loop of a kernel. `isa` must not exceed what the machine has.
-pub(super) fn select<K: Kernel>(dtype: Dtype, isa: Isa) -> PassFn {
-    let pass: Pass = match dtype {
-        Dtype::F32 => pass::<K, f32, f32>,
-        Dtype::F64 => pass::<K, f64, f64>,
-    };
-    PassFn { pass, isa }
+/// The compiled loop of a kernel.
+struct Select<K>(PhantomData<K>);
+
+impl<K: Kernel> StorageVisitor for Select<K> {
+    type Out = Pass;
+
+    fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> Pass {
+        pass::<K, E, G, F>
+    }
+}
+
+/// The compiled loop of a kernel for a parameter and a gradient. `isa` must not exceed what the machine has.
+pub(super) fn select<K: Kernel>(parameter: Dtype, gradient: Dtype, isa: Isa) -> PassFn {
+    PassFn { pass: with_storage(parameter, gradient, Select::<K>(PhantomData)), isa }
 }

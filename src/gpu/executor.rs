@@ -22,7 +22,7 @@ use super::staging::{BLOCK_BYTES, Download, Source, Staging, Upload, submit};
 use crate::cpu::{Frame, memory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
-use crate::rule::{KernelFacts, Row};
+use crate::rule::{KernelFacts, Row, SlotSet};
 use crate::rules::RuleId;
 use crate::shader::{CHUNK_WORDS, FIRST_SLOT_BINDING, FLUSH_SUBNORMALS, L2, ROW_WORDS};
 use crate::store::ParamInfo;
@@ -41,18 +41,18 @@ pub struct Job {
     /// The kernel.
     pub kernel: KernelFacts,
     /// Slots that [`Executor::missing`] reported.
-    pub fresh: u8,
+    pub fresh: SlotSet,
 }
 
-/// What is known of one parameter's copies. Bits of slots: bit k is slot k.
+/// What is known of one parameter's copies.
 #[derive(Debug, Clone, Copy, Default)]
 struct Param {
     len: usize,
     resident: bool,
     /// Slots that exist.
-    present: u8,
+    present: SlotSet,
     /// Slots whose memory was ever written: it is cleared before it counts as zero again.
-    used: u8,
+    used: SlotSet,
     /// The host's value must be uploaded before the next step. Of a resident parameter.
     host_newer: bool,
     /// The device's value is ahead of the host's. Of a resident parameter.
@@ -137,11 +137,12 @@ impl Executor {
         let mut total = inner.arena.layout.total();
         for (i, info) in params.iter().enumerate() {
             let label = || info.label(self.params.len() + i);
-            if info.dtype != Dtype::F32 {
-                return Err(Error::refuse(ErrorKind::Type, place, label(), "float32 on the GPU", info.dtype)
+            if info.dtype.part() != Dtype::F32 {
+                let allowed = "float32 or complex64 on the GPU";
+                return Err(Error::refuse(ErrorKind::Type, place, label(), allowed, info.dtype)
                     .with_remedy(format!("use backend=\"cpu\" for {}", info.dtype)));
             }
-            let elements = info.shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis));
+            let elements = info.shape.iter().try_fold(info.dtype.parts(), |n, &axis| n.checked_mul(axis));
             let sum = elements.and_then(|n| n.checked_next_multiple_of(ALIGN)).and_then(|n| n.checked_add(total));
             total = sum.filter(|&n| n <= isize::MAX as usize / 4).ok_or_else(|| {
                 Error::refuse(
@@ -154,27 +155,32 @@ impl Executor {
             })?;
         }
         for info in params {
-            inner.arena.layout.push(info.len());
-            self.params.push(Param { len: info.len(), resident: info.resident, host_newer: true, ..Param::default() });
+            inner.arena.layout.push(info.reals());
+            self.params.push(Param {
+                len: info.reals(),
+                resident: info.resident,
+                host_newer: true,
+                ..Param::default()
+            });
         }
         Ok(())
     }
 
-    /// Of the first `count` slots those that a parameter does not have: they begin as zeros in the step
-    /// whose job names them fresh.
-    pub fn missing(&self, index: usize, count: usize) -> u8 {
-        ((1u16 << count) - 1) as u8 & !self.params[index].present
+    /// Of the wanted slots those that a parameter does not have: they begin as zeros in the step whose job
+    /// names them fresh.
+    pub fn missing(&self, index: usize, wanted: SlotSet) -> SlotSet {
+        wanted.without(self.params[index].present)
     }
 
     /// Whether slot k of a parameter exists.
     pub fn has_slot(&self, index: usize, k: usize) -> bool {
-        self.params[index].present & (1 << k) != 0
+        self.params[index].present.has(k)
     }
 
     /// Forgets a parameter's slots.
     pub fn clear_slots(&mut self, index: usize) -> Result<()> {
         self.inner.get(self.place)?;
-        self.params[index].present = 0;
+        self.params[index].present = SlotSet::EMPTY;
         Ok(())
     }
 
@@ -225,8 +231,9 @@ impl Executor {
         let encoder = unsafe { staging.upload(context, place, &uploads, encoder) }?;
         submit(context, place, encoder)?;
         for (param, slots) in self.params.iter_mut().zip(slots) {
-            param.present = slots.iter().enumerate().fold(0, |bits, (k, slot)| bits | u8::from(slot.is_some()) << k);
-            param.used |= param.present;
+            let given = slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
+            param.present = given.fold(SlotSet::EMPTY, |set, (k, _)| set.with(k));
+            param.used = param.used.union(param.present);
         }
         Ok(())
     }
@@ -307,8 +314,7 @@ impl Executor {
         // `float32` compared; segments lie within the parameter.
         let mut encoder = unsafe { staging.upload(context, place, &uploads, encoder) }?;
         for job in jobs {
-            let stale = job.fresh & self.params[job.index].used;
-            for k in (0..job.kernel.slots).filter(|k| stale & (1 << k) != 0) {
+            for k in job.fresh.intersection(self.params[job.index].used).iter() {
                 for segment in arena.layout.segments(job.index, usize::MAX) {
                     let buffer = arena.buffer(place, Role::Slot(k), segment.window)?;
                     encoder.clear_buffer(buffer, offset(segment), Some(padded(segment) as u64));
@@ -323,8 +329,8 @@ impl Executor {
         })?;
         for job in jobs {
             let param = &mut self.params[job.index];
-            param.present |= job.fresh;
-            param.used |= job.fresh;
+            param.present = param.present.union(job.fresh);
+            param.used = param.used.union(job.fresh);
             param.host_newer = !param.resident;
             param.device_newer = param.resident;
         }
@@ -348,7 +354,7 @@ impl Inner {
         for job in jobs {
             for segment in arena.layout.segments(job.index, usize::MAX) {
                 wanted.extend([Role::Parameter, Role::Gradient].map(|role| (role, segment.window)));
-                wanted.extend((0..job.kernel.slots).map(|k| (Role::Slot(k), segment.window)));
+                wanted.extend(job.kernel.slots.iter().map(|&k| (Role::Slot(k), segment.window)));
                 let key = (job.kernel.entry, segment.window);
                 let (_, table) = tables.entry(key).or_insert_with(|| (job.kernel, Vec::new()));
                 for start in (0..segment.len).step_by(chunk) {
@@ -371,7 +377,7 @@ impl Inner {
             let pipeline = context.pipeline(place, rule, kernel)?;
             let roles = [Role::Parameter, Role::Gradient];
             let [parameters, gradients] = roles.map(|role| arena.buffer(place, role, *window));
-            let slots = (0..kernel.slots).map(|k| arena.buffer(place, Role::Slot(k), *window));
+            let slots = kernel.slots.iter().map(|&k| arena.buffer(place, Role::Slot(k), *window));
             let slots = slots.collect::<Result<Vec<_>>>()?;
             let (parameters, gradients, rows) = (parameters?, gradients?, row_buffer.as_ref());
             plan.dispatches.push(context.scoped(place, || {
@@ -502,7 +508,7 @@ mod tests {
         for (value, name) in coefficients.iter_mut().zip(RuleId::Adam.kernels()[0].coefficients) {
             *value = if *name == "eps" { 0.0 } else { 1.0 };
         }
-        let fresh = executor.missing(0, 2);
+        let fresh = executor.missing(0, SlotSet::of(&[0, 1]));
         let job = Job { index: 0, row: 0, kernel: RuleId::Adam.kernels()[0], fresh };
         let mut params = [w.as_mut_slice().into()];
         executor.step(&[Row { shared, coefficients }], &[job], &mut params, &[Some(g.as_slice().into())])

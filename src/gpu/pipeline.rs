@@ -21,7 +21,7 @@ impl Pipeline {
             source: wgpu::ShaderSource::Wgsl(shader::module(rule, kernel).into()),
         });
         let writable = |binding: u32| binding == 0 || binding >= shader::FIRST_SLOT_BINDING;
-        let entries: Vec<_> = (0..shader::FIRST_SLOT_BINDING + kernel.slots as u32)
+        let entries: Vec<_> = (0..shader::FIRST_SLOT_BINDING + kernel.slots.len() as u32)
             .map(|binding| wgpu::BindGroupLayoutEntry {
                 binding,
                 visibility: wgpu::ShaderStages::COMPUTE,

@@ -20,9 +20,7 @@
 use super::common::{MAXIMIZE, WEIGHT_DECAY, eps, lr};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::real::Real;
-use crate::rule::{
-    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
-};
+use crate::rule::{Declaration, Kernel, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, Slot, coefficients, only_kernel};
 
 /// The rule.
 #[derive(Debug)]
@@ -80,20 +78,14 @@ impl Rule for Adadelta {
             Slot { name: "square_avg", doc: "running average v of squared gradients" },
             Slot { name: "acc_delta", doc: "running average a of squared steps" },
         ],
-        shows_step: true,
         paper: "Zeiler 2012, ADADELTA: an adaptive learning rate method",
+        ..Declaration::COMMON
     };
 
-    fn coefficients(h: &Hypers, _at: Moment) -> [f64; MAX_COEFFICIENTS] {
+    fn coefficients(h: &Hypers, _: Moment, _: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS] {
         let rho = h.float("rho");
         Scalars { rho, one_minus_rho: 1.0 - rho, eps: h.float("eps"), neg_lr: -h.float("lr") }.into_row()
     }
 
-    fn with_kernel<V: KernelVisitor>(_h: &Hypers, visitor: V) -> V::Out {
-        visitor.visit::<Plain>()
-    }
-
-    fn each_kernel(visit: &mut dyn FnMut(KernelFacts)) {
-        visit(KernelFacts::of::<Plain>());
-    }
+    only_kernel!(Plain);
 }

@@ -26,7 +26,7 @@ use super::common::{BETAS, DECOUPLED, MAXIMIZE, WEIGHT_DECAY, eps, lr, moments, 
 use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
-    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
+    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, Slot, coefficients,
     one_minus_power,
 };
 
@@ -112,11 +112,11 @@ impl Rule for Adam {
             Slot { name: "exp_avg_sq", doc: "second moment v" },
             Slot { name: "max_exp_avg_sq", doc: "largest v so far, with amsgrad" },
         ],
-        shows_step: true,
         paper: "Kingma, Ba 2015, Adam: a method for stochastic optimization",
+        ..Declaration::COMMON
     };
 
-    fn coefficients(h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS] {
+    fn coefficients(h: &Hypers, at: Moment, _: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS] {
         let [beta1, beta2] = h.pair("betas");
         Scalars {
             one_minus_beta1: 1.0 - beta1,

@@ -21,8 +21,7 @@ use super::common::{BETAS, MAXIMIZE, WEIGHT_DECAY, eps, lr};
 use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
-    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
-    one_minus_power,
+    Declaration, Kernel, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, Slot, coefficients, one_minus_power, only_kernel,
 };
 
 /// The rule.
@@ -69,11 +68,11 @@ impl Rule for Adamax {
             Slot { name: "exp_avg", doc: "first moment m" },
             Slot { name: "exp_inf", doc: "decayed infinity norm u" },
         ],
-        shows_step: true,
         paper: "Kingma, Ba 2015, Adam: a method for stochastic optimization",
+        ..Declaration::COMMON
     };
 
-    fn coefficients(h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS] {
+    fn coefficients(h: &Hypers, at: Moment, _: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS] {
         let [beta1, beta2] = h.pair("betas");
         Scalars {
             one_minus_beta1: 1.0 - beta1,
@@ -84,11 +83,5 @@ impl Rule for Adamax {
         .into_row()
     }
 
-    fn with_kernel<V: KernelVisitor>(_h: &Hypers, visitor: V) -> V::Out {
-        visitor.visit::<Plain>()
-    }
-
-    fn each_kernel(visit: &mut dyn FnMut(KernelFacts)) {
-        visit(KernelFacts::of::<Plain>());
-    }
+    only_kernel!(Plain);
 }

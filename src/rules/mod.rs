@@ -3,15 +3,36 @@
 //! Whatever needs "all optimizers" iterates [`REGISTRY`].
 
 pub mod adadelta;
+pub mod adafactor;
+pub mod adagrad;
 pub mod adam;
 pub mod adamax;
+pub mod asgd;
 mod common;
+pub mod muon;
+pub mod nadam;
 pub mod radam;
+pub mod rmsprop;
+pub mod rprop;
 pub mod sgd;
+pub mod sparse_adam;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hypers, Value};
-use crate::rule::{Decay, Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule};
+use crate::real::{Dtype, Real};
+use crate::rule::{
+    Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, SlotSet, TensorRule,
+    Work,
+};
+
+/// The two kinds of rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// An update of each element by itself.
+    Elementwise(RuleId),
+    /// An update that sees the whole tensor.
+    Tensor(TensorRuleId),
+}
 
 /// A named optimizer: a rule with its own defaults and fixed choices.
 #[derive(Debug)]
@@ -19,7 +40,7 @@ pub struct Preset {
     /// torch's class name.
     pub name: &'static str,
     /// The rule.
-    pub rule: RuleId,
+    pub method: Method,
     /// Defaults that differ from the rule's.
     pub defaults: &'static [(&'static str, Value)],
     /// Hyperparameters that this preset fixes: users cannot set them.
@@ -30,22 +51,29 @@ pub struct Preset {
 
 /// Every optimizer, in the order of the documentation.
 pub static REGISTRY: &[Preset] = &[
-    Preset { name: "SGD", rule: RuleId::Sgd, defaults: &[], fixed: &[], paper: None },
-    Preset { name: "Adam", rule: RuleId::Adam, defaults: &[], fixed: &[], paper: None },
+    Preset::of("SGD", Method::Elementwise(RuleId::Sgd)),
+    Preset::of("Adam", Method::Elementwise(RuleId::Adam)),
     Preset {
-        name: "AdamW",
-        rule: RuleId::Adam,
         defaults: &[("weight_decay", Value::Float(1e-2)), ("decoupled_weight_decay", Value::Bool(true))],
         fixed: &["decoupled_weight_decay"],
         paper: Some("Loshchilov, Hutter 2019, Decoupled weight decay regularization"),
+        ..Preset::of("AdamW", Method::Elementwise(RuleId::Adam))
     },
-    Preset { name: "Adadelta", rule: RuleId::Adadelta, defaults: &[], fixed: &[], paper: None },
-    Preset { name: "Adamax", rule: RuleId::Adamax, defaults: &[], fixed: &[], paper: None },
-    Preset { name: "RAdam", rule: RuleId::RAdam, defaults: &[], fixed: &[], paper: None },
+    Preset::of("Adadelta", Method::Elementwise(RuleId::Adadelta)),
+    Preset::of("Adagrad", Method::Elementwise(RuleId::Adagrad)),
+    Preset::of("Adamax", Method::Elementwise(RuleId::Adamax)),
+    Preset::of("ASGD", Method::Elementwise(RuleId::Asgd)),
+    Preset::of("NAdam", Method::Elementwise(RuleId::NAdam)),
+    Preset::of("RAdam", Method::Elementwise(RuleId::RAdam)),
+    Preset::of("RMSprop", Method::Elementwise(RuleId::RmsProp)),
+    Preset::of("Rprop", Method::Elementwise(RuleId::Rprop)),
+    Preset::of("SparseAdam", Method::Elementwise(RuleId::SparseAdam)),
+    Preset::of("Adafactor", Method::Tensor(TensorRuleId::Adafactor)),
+    Preset::of("Muon", Method::Tensor(TensorRuleId::Muon)),
 ];
 
 macro_rules! rules {
-    ($($id:ident => $rule:ty, $shader:literal;)+) => {
+    ($($id:ident => $rule:ty $(, $shader:literal)?;)+) => {
         /// Names a rule.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[allow(missing_docs, reason = "the variants are the rules' own names")]
@@ -60,9 +88,9 @@ macro_rules! rules {
                 match self { $(Self::$id => const { &<$rule>::DECLARATION }),+ }
             }
 
-            /// The rule's text for the GPU.
-            pub fn shader(self) -> &'static str {
-                match self { $(Self::$id => include_str!(concat!("../../shaders/rules/", $shader))),+ }
+            /// The rule's text for the GPU, if it has one.
+            pub fn shader(self) -> Option<&'static str> {
+                match self { $(Self::$id => [$(include_str!(concat!("../../shaders/rules/", $shader)))?].first().copied()),+ }
             }
 
             /// Conditions between hyperparameters.
@@ -70,14 +98,11 @@ macro_rules! rules {
                 match self { $(Self::$id => <$rule>::validate(place, h)),+ }
             }
 
-            /// The coefficients of one update.
-            pub fn coefficients(self, h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS] {
-                match self { $(Self::$id => <$rule>::coefficients(h, at)),+ }
-            }
-
-            /// How weight decay enters.
-            pub fn decay(self, h: &Hypers) -> Decay {
-                match self { $(Self::$id => <$rule>::decay(h)),+ }
+            /// The coefficients of one update, and the scalar slots after it.
+            pub fn coefficients(
+                self, h: &Hypers, at: Moment, scalars: &mut ScalarSlots,
+            ) -> [f64; MAX_COEFFICIENTS] {
+                match self { $(Self::$id => <$rule>::coefficients(h, at, scalars)),+ }
             }
 
             /// Hands the variant's kernel to the visitor.
@@ -99,11 +124,60 @@ rules! {
     Sgd => sgd::Sgd, "sgd.wgsl";
     Adam => adam::Adam, "adam.wgsl";
     Adadelta => adadelta::Adadelta, "adadelta.wgsl";
+    Adagrad => adagrad::Adagrad, "adagrad.wgsl";
     Adamax => adamax::Adamax, "adamax.wgsl";
+    Asgd => asgd::Asgd, "asgd.wgsl";
+    NAdam => nadam::NAdam, "nadam.wgsl";
     RAdam => radam::RAdam, "radam.wgsl";
+    RmsProp => rmsprop::RmsProp, "rmsprop.wgsl";
+    Rprop => rprop::Rprop, "rprop.wgsl";
+    SparseAdam => sparse_adam::SparseAdam;
+}
+
+macro_rules! tensor_rules {
+    ($($id:ident => $rule:ty;)+) => {
+        /// Names a tensor rule.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[allow(missing_docs, reason = "the variants are the rules' own names")]
+        pub enum TensorRuleId { $($id),+ }
+
+        impl TensorRuleId {
+            /// Every tensor rule.
+            pub const ALL: &'static [Self] = &[$(Self::$id),+];
+
+            /// What the rule declares.
+            pub fn declaration(self) -> &'static Declaration {
+                match self { $(Self::$id => const { &<$rule>::DECLARATION }),+ }
+            }
+
+            /// Whether a parameter may be given to it.
+            pub fn accept(self, place: &str, label: &str, shape: &[usize], dtype: Dtype) -> Result<()> {
+                match self { $(Self::$id => <$rule>::accept(place, label, shape, dtype)),+ }
+            }
+
+            /// Shape of slot k of a parameter; `None` where it has no such slot.
+            pub fn slot_shape(self, k: usize, shape: &[usize]) -> Option<Vec<usize>> {
+                match self { $(Self::$id => <$rule>::slot_shape(k, shape)),+ }
+            }
+
+            /// One update of one tensor.
+            pub fn update<F: Real>(self, h: &Hypers, at: Moment, work: Work<'_, F>) {
+                match self { $(Self::$id => <$rule>::update(h, at, work)),+ }
+            }
+        }
+    };
+}
+
+tensor_rules! {
+    Adafactor => adafactor::Adafactor;
+    Muon => muon::Muon;
 }
 
 impl Preset {
+    const fn of(name: &'static str, method: Method) -> Self {
+        Self { name, method, defaults: &[], fixed: &[], paper: None }
+    }
+
     /// Looks an optimizer up by its class name.
     pub fn find(name: &str) -> Result<&'static Self> {
         REGISTRY.iter().find(|p| p.name == name).ok_or_else(|| {
@@ -114,7 +188,15 @@ impl Preset {
 
     /// The rule's declaration.
     pub fn declaration(&self) -> &'static Declaration {
-        self.rule.declaration()
+        match self.method {
+            Method::Elementwise(rule) => rule.declaration(),
+            Method::Tensor(rule) => rule.declaration(),
+        }
+    }
+
+    /// Whether it runs on a GPU.
+    pub fn has_shader(&self) -> bool {
+        matches!(self.method, Method::Elementwise(rule) if rule.shader().is_some())
     }
 
     /// Where it comes from.
@@ -131,9 +213,45 @@ impl Preset {
         hypers
     }
 
-    /// The slots that these hyperparameters need: the first few of the declared ones.
-    pub fn slot_count(&self, h: &Hypers) -> usize {
-        self.rule.with_kernel(h, Facts).slots
+    /// The slots that a parameter of this shape needs under these hyperparameters.
+    pub fn needed_slots(&self, h: &Hypers, shape: &[usize]) -> SlotSet {
+        match self.method {
+            Method::Elementwise(rule) => SlotSet::of(rule.with_kernel(h, Facts).slots),
+            Method::Tensor(_) => self.possible_slots(shape),
+        }
+    }
+
+    /// The slots that a parameter of this shape needs under any hyperparameters.
+    pub fn certain_slots(&self, shape: &[usize]) -> SlotSet {
+        match self.method {
+            Method::Elementwise(rule) => {
+                let all = rule.kernels().into_iter().map(|k| SlotSet::of(k.slots));
+                all.reduce(SlotSet::intersection).unwrap_or_default()
+            }
+            Method::Tensor(_) => self.possible_slots(shape),
+        }
+    }
+
+    fn possible_slots(&self, shape: &[usize]) -> SlotSet {
+        let slots = 0..self.declaration().slots.len();
+        slots.filter(|&k| self.slot_shape(k, shape).is_some()).fold(SlotSet::EMPTY, SlotSet::with)
+    }
+
+    /// Shape of slot k of a parameter; `None` where it has no such slot.
+    pub fn slot_shape(&self, k: usize, shape: &[usize]) -> Option<Vec<usize>> {
+        match self.method {
+            Method::Elementwise(_) => Some(shape.to_vec()),
+            Method::Tensor(rule) => rule.slot_shape(k, shape),
+        }
+    }
+
+    /// Scalar slots before the first update.
+    pub fn first_scalars(&self) -> ScalarSlots {
+        let mut scalars = ScalarSlots::default();
+        for (value, declared) in scalars.iter_mut().zip(self.declaration().scalars) {
+            *value = declared.start;
+        }
+        scalars
     }
 
     /// Sets hyperparameters with every check; on an error the old values stay.
@@ -146,7 +264,9 @@ impl Preset {
             }
             changed.set(place, name, value)?;
         }
-        self.rule.validate(place, &changed)?;
+        if let Method::Elementwise(rule) = self.method {
+            rule.validate(place, &changed)?;
+        }
         *hypers = changed;
         Ok(())
     }

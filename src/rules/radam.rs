@@ -24,8 +24,7 @@ use super::common::{BETAS, DECOUPLED, MAXIMIZE, WEIGHT_DECAY, eps, lr, moments};
 use crate::hyper::Hypers;
 use crate::real::Real;
 use crate::rule::{
-    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
-    one_minus_power,
+    Declaration, Kernel, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, Slot, coefficients, one_minus_power, only_kernel,
 };
 
 /// The rule.
@@ -79,11 +78,11 @@ impl Rule for RAdam {
         stem: "radam",
         hypers: &[lr(1e-3), BETAS, eps(1e-8), WEIGHT_DECAY, MAXIMIZE, DECOUPLED],
         slots: &[Slot { name: "exp_avg", doc: "first moment m" }, Slot { name: "exp_avg_sq", doc: "second moment v" }],
-        shows_step: true,
         paper: "Liu, Jiang, He, Chen, Liu, Gao, Han 2020, On the variance of the adaptive learning rate and beyond",
+        ..Declaration::COMMON
     };
 
-    fn coefficients(h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS] {
+    fn coefficients(h: &Hypers, at: Moment, _: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS] {
         let [beta1, beta2] = h.pair("betas");
         let correction2 = one_minus_power(beta2, at.step);
         let rho_inf = 2.0 / (1.0 - beta2) - 1.0;
@@ -106,11 +105,5 @@ impl Rule for RAdam {
         .into_row()
     }
 
-    fn with_kernel<V: KernelVisitor>(_h: &Hypers, visitor: V) -> V::Out {
-        visitor.visit::<Plain>()
-    }
-
-    fn each_kernel(visit: &mut dyn FnMut(KernelFacts)) {
-        visit(KernelFacts::of::<Plain>());
-    }
+    only_kernel!(Plain);
 }

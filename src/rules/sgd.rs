@@ -24,7 +24,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::real::Real;
 use crate::rule::{
-    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, Slot, coefficients,
+    Declaration, Kernel, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, Slot, Sparse,
+    coefficients,
 };
 
 /// The rule.
@@ -56,6 +57,7 @@ impl Kernel for Plain {
     const COEFFICIENTS: &'static [&'static str] = Scalars::NAMES;
     type C<F: Real> = Scalars<F>;
     type S<F: Real> = [F; 0];
+    const RESTS: bool = true;
 
     #[inline(always)]
     fn update<F: Real>(c: &Scalars<F>, p: F, g: F, _: &mut [F; 0]) -> F {
@@ -100,8 +102,10 @@ impl Rule for Sgd {
             MAXIMIZE,
         ],
         slots: &[Slot { name: "momentum_buffer", doc: "running direction b" }],
+        sparse: Sparse::Accepted,
         shows_step: false,
         paper: "Sutskever, Martens, Dahl, Hinton 2013, On the importance of initialization and momentum in deep learning",
+        ..Declaration::COMMON
     };
 
     fn validate(place: &str, h: &Hypers) -> Result<()> {
@@ -117,12 +121,12 @@ impl Rule for Sgd {
         Ok(())
     }
 
-    fn coefficients(h: &Hypers, at: Moment) -> [f64; MAX_COEFFICIENTS] {
+    fn coefficients(h: &Hypers, at: Moment, _: &mut ScalarSlots) -> [f64; MAX_COEFFICIENTS] {
         Scalars {
             neg_lr: -h.float("lr"),
             momentum: h.float("momentum"),
             one_minus_dampening: 1.0 - h.float("dampening"),
-            first: f64::from(at.fresh & 1),
+            first: f64::from(u8::from(at.fresh.has(0))),
             nesterov: f64::from(u8::from(h.flag("nesterov"))),
         }
         .into_row()

@@ -1,6 +1,7 @@
 //! An optimizer: a preset, its groups, the store, and an executor.
 
-use std::collections::BTreeMap;
+mod state;
+
 use std::sync::Arc;
 
 use crate::cpu;
@@ -8,11 +9,10 @@ use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
-#[cfg(feature = "gpu")]
-use crate::rule::Facts;
-use crate::rule::{Moment, Row, Shared};
-use crate::rules::Preset;
-use crate::store::{Array, Entry, GroupState, ParamInfo, ParamState, STATE_FORMAT, StateDict};
+use crate::real::Dtype;
+use crate::rule::{Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
+use crate::rules::{Method, Preset, RuleId, TensorRuleId};
+use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
 
 /// Where and how steps run; the same for all groups.
@@ -65,37 +65,49 @@ pub struct Optimizer {
     scratch: Scratch,
 }
 
-/// Checked state of one parameter: its step and its slots in declaration order.
-type Loaded<'s> = (u64, Vec<Option<&'s Array>>);
-
 /// Reused from step to step.
 #[derive(Debug, Default)]
 struct Scratch {
     rows: Vec<Row>,
-    /// By group: the last moment asked for and its row.
-    latest: Vec<Option<(Moment, usize)>>,
-    fresh: Vec<u8>,
+    /// By row: scalar slots after the update.
+    scalars: Vec<ScalarSlots>,
+    /// By group: the last moment and scalar slots asked for and their row.
+    latest: Vec<Option<(Moment, ScalarSlots, usize)>>,
+    /// By parameter: its row in this step.
+    row_of: Vec<Option<usize>>,
+    /// By parameter: slots allocated for this step.
+    fresh: Vec<SlotSet>,
+    /// Sparse gradients of rules whose other rows do not rest, with zeros in these.
+    dense: Vec<Buffer>,
 }
 
 impl Scratch {
-    fn clear(&mut self, groups: usize) {
+    fn clear(&mut self, groups: usize, entries: usize) {
         self.rows.clear();
+        self.scalars.clear();
         self.fresh.clear();
+        self.dense.clear();
         self.latest.clear();
         self.latest.resize(groups, None);
+        self.row_of.clear();
+        self.row_of.resize(entries, None);
     }
 
-    /// Index of the coefficient row of a group at a moment. Parameters of a group mostly are at the same
-    /// moment; where they alternate a row may stand twice.
-    fn row(&mut self, group: usize, at: Moment, compute: impl FnOnce() -> Row) -> usize {
-        if let Some((known, index)) = self.latest[group]
-            && known == at
-        {
-            return index;
-        }
-        self.rows.push(compute());
-        self.latest[group] = Some((at, self.rows.len() - 1));
-        self.rows.len() - 1
+    /// Index of the coefficient row of a parameter. Parameters of a group mostly are at the same moment;
+    /// where they alternate a row may stand twice.
+    fn row(&mut self, index: usize, entry: &Entry, at: Moment, compute: impl FnOnce(&mut ScalarSlots) -> Row) -> usize {
+        let row = match self.latest[entry.group] {
+            Some((moment, scalars, row)) if moment == at && scalars == entry.scalars => row,
+            _ => {
+                let mut scalars = entry.scalars;
+                self.rows.push(compute(&mut scalars));
+                self.scalars.push(scalars);
+                self.latest[entry.group] = Some((at, entry.scalars, self.rows.len() - 1));
+                self.rows.len() - 1
+            }
+        };
+        self.row_of[index] = Some(row);
+        row
     }
 }
 
@@ -110,7 +122,11 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
-        let executor = gpu::Executor::new(preset.name, preset.rule, device)?;
+        let Method::Elementwise(rule) = preset.method else { return Err(cpu_only(preset)) };
+        if !preset.has_shader() {
+            return Err(cpu_only(preset));
+        }
+        let executor = gpu::Executor::new(preset.name, rule, device)?;
         Ok(Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options))
     }
 
@@ -206,12 +222,24 @@ impl Optimizer {
         let mut checked = self.preset.hypers();
         let place = if group == 0 { self.preset.name.into() } else { format!("{} group {group}", self.preset.name) };
         self.preset.set(&place, &mut checked, hypers)?;
+        if let Method::Tensor(rule) = self.preset.method {
+            for (i, info) in params.iter().enumerate() {
+                let label = info.label(self.entries.len() + i);
+                rule.accept(self.preset.name, &label, &info.shape, info.dtype)?;
+            }
+        }
+        if let (Sparse::Required, Some((i, info))) =
+            (self.preset.declaration().sparse, params.iter().enumerate().find(|(_, info)| info.dtype.is_complex()))
+        {
+            let label = info.label(self.entries.len() + i);
+            return Err(Error::refuse(ErrorKind::Type, self.preset.name, label, "of real numbers", info.dtype));
+        }
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
             executor.add(&params)?;
         }
-        let slots = self.preset.declaration().slots.len();
-        self.entries.extend(params.into_iter().map(|info| Entry { info, group, step: 0, slots: vec![None; slots] }));
+        let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
+        self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
         self.groups.push(checked);
         Ok(group)
     }
@@ -253,11 +281,56 @@ impl Optimizer {
                     entry.step.to_string(),
                 );
             }
-            let arrays = [("", Some(&p.raw)), ("gradient of ", g.as_ref().map(|g| &g.raw))];
-            for (what, raw) in arrays.into_iter().filter_map(|(what, raw)| Some((what, raw?))) {
-                let label = || format!("{what}{}", entry.info.label(i));
-                fits(&place, label, &entry.info, raw)?;
+            fits(&place, || entry.info.label(i), &entry.info, &p.raw)?;
+            if let Some(g) = g {
+                self.check_gradient(&place, i, g)?;
             }
+        }
+        Ok(())
+    }
+
+    fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
+        let Entry { info, group, .. } = &self.entries[i];
+        let label = || format!("gradient of {}", info.label(i));
+        let declared = self.preset.declaration().sparse;
+        let elements = match (&g.rows, declared) {
+            (None, Sparse::Required) => {
+                return Err(Error::refuse(ErrorKind::Type, place, label(), "sparse", "a dense one")
+                    .with_remedy("use Adam for dense gradients"));
+            }
+            (None, _) => info.reals(),
+            (Some(_), Sparse::Refused) => {
+                return Err(Error::refuse(ErrorKind::Type, place, label(), "dense", "a sparse one")
+                    .with_remedy("use SparseAdam, SGD or Adagrad for sparse gradients"));
+            }
+            (Some(rows), _) => {
+                if let Some(Value::Float(decay)) = self.groups[*group].get("weight_decay")
+                    && decay != 0.0
+                {
+                    return Err(Error::refuse(
+                        ErrorKind::Value,
+                        place,
+                        "weight_decay",
+                        "0 with sparse gradients",
+                        Value::Float(decay),
+                    ));
+                }
+                if rows.end() > info.reals() {
+                    let allowed = format!("within the {} elements", info.reals());
+                    return Err(Error::refuse(ErrorKind::Value, place, label(), allowed, rows.end()));
+                }
+                rows.len()
+            }
+        };
+        if !info.dtype.part().takes(g.raw.dtype) {
+            let allowed = match info.dtype.of_state() {
+                own if own == info.dtype => own.to_string(),
+                wide => format!("{} or {wide}", info.dtype),
+            };
+            return Err(Error::refuse(ErrorKind::Type, place, label(), allowed, g.raw.dtype));
+        }
+        if g.raw.len != elements {
+            return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {elements} elements"), g.raw.len));
         }
         Ok(())
     }
@@ -272,32 +345,40 @@ impl Optimizer {
             return Ok(());
         }
         self.torn = true;
-        let outcome = match &self.backend {
-            Backend::Cpu(_) => self.step_cpu(params, gradients),
+        self.scratch.clear(self.groups.len(), self.entries.len());
+        let outcome = match (&self.backend, self.preset.method) {
+            (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients),
+            (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => self.step_gpu(params, gradients),
+            (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
         outcome?;
-        for (entry, _) in self.entries.iter_mut().zip(gradients).filter(|(_, g)| g.is_some()) {
+        for ((entry, _), row) in
+            self.entries.iter_mut().zip(gradients).zip(&self.scratch.row_of).filter(|((_, g), _)| g.is_some())
+        {
             entry.step += 1;
+            if let Some(row) = row {
+                entry.scalars = self.scratch.scalars[*row];
+            }
         }
         self.update_count += 1;
         Ok(())
     }
 
-    fn step_cpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        let Self { preset, groups, entries, backend, scratch, flush_subnormals, allocations, .. } = self;
-        #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
-        let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
-        scratch.clear(groups.len());
-        let active = |i: usize| gradients[i].is_some();
+    /// Allocates the slots that the step needs. On an error none is left behind.
+    fn allocate(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        let Self { preset, groups, entries, scratch, allocations, .. } = self;
         for i in 0..entries.len() {
-            let count = if active(i) { preset.slot_count(&groups[entries[i].group]) } else { 0 };
-            match entries[i].ensure(count) {
+            let entry = &mut entries[i];
+            let wanted = match gradients[i] {
+                Some(_) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
+                None => SlotSet::EMPTY,
+            };
+            let shape = entry.info.shape.clone();
+            match entry.ensure(wanted, |k| preset.slot_shape(k, &shape)) {
                 Ok(fresh) => scratch.fresh.push(fresh),
                 Err(error) => {
-                    // A half-allocated entry holds only zeros; an unallocated one reads the same later.
                     for (entry, &fresh) in entries.iter_mut().zip(&scratch.fresh) {
                         entry.release(fresh);
                     }
@@ -305,24 +386,78 @@ impl Optimizer {
                 }
             }
         }
-        *allocations += u64::from(scratch.fresh.iter().any(|&fresh| fresh != 0));
+        *allocations += u64::from(scratch.fresh.iter().any(|fresh| !fresh.is_empty()));
+        Ok(())
+    }
+
+    fn step_cpu(
+        &mut self,
+        rule: RuleId,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<()> {
+        self.allocate(gradients)?;
+        let Self { groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
+        let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
         executor.clear();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
             let hypers = &groups[entry.group];
             let at = Moment { step: entry.step + 1, fresh: scratch.fresh[i] };
-            let row = scratch.row(entry.group, at, || row(preset, hypers, at, *flush_subnormals));
-            let pass = preset.rule.with_kernel(hypers, executor.select(entry.info.dtype));
-            let mut slots = [std::ptr::null_mut(); crate::rule::MAX_SLOTS];
-            for (pointer, slot) in slots.iter_mut().zip(entry.slots.iter().flatten()) {
-                *pointer = slot.raw().ptr;
+            let row = scratch.row(i, entry, at, |scalars| row(rule, hypers, at, scalars, *flush_subnormals));
+            let facts = rule.with_kernel(hypers, Facts);
+            let mut slots = [std::ptr::null_mut(); MAX_SLOTS];
+            for (pointer, &k) in slots.iter_mut().zip(facts.slots) {
+                *pointer = entry.slots[k].as_ref().map_or(std::ptr::null_mut(), |slot| slot.raw().ptr);
             }
-            executor.push(pass, row, params[i].raw.clone(), gradient.raw.clone(), slots);
+            let (mut g, mut rows) = (gradient.raw.clone(), gradient.rows.clone());
+            if let Some(touched) = rows.take_if(|_| !facts.rests || !at.fresh.is_empty()) {
+                let dense = Buffer::zeroed(entry.info.reals(), g.dtype)?;
+                // SAFETY: `check` compared the rows with gradient and parameter, whose length the buffer has.
+                unsafe { cpu::memory::scatter(&g, &touched, &dense.raw()) };
+                g = dense.raw();
+                scratch.dense.push(dense);
+            }
+            let pass = rule.with_kernel(hypers, executor.select(entry.info.dtype, g.dtype));
+            executor.push(cpu::Job { pass, row, p: params[i].raw.clone(), g, slots, rows });
         }
-        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths
-        // and dtypes, and the slots were allocated for exactly these.
+        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
+        // rows and dtypes, and the slots were allocated for exactly these.
         unsafe { executor.execute(&scratch.rows) };
         executor.clear();
+        Ok(())
+    }
+
+    fn step_tensors(
+        &mut self,
+        rule: TensorRuleId,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<()> {
+        self.allocate(gradients)?;
+        let Self { groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
+        let Backend::Cpu(executor) = backend else { unreachable!("tensor rules run on the CPU") };
+        let mut jobs = Vec::new();
+        for (i, entry) in entries.iter().enumerate() {
+            let Some(gradient) = &gradients[i] else { continue };
+            let hypers = &groups[entry.group];
+            let slot = |k: usize| entry.slots.get(k)?.as_ref().map(|slot| slot.raw());
+            jobs.push(cpu::TensorJob {
+                hypers,
+                at: Moment { step: entry.step + 1, fresh: scratch.fresh[i] },
+                shared: shared(hypers, *flush_subnormals),
+                shape: &entry.info.shape,
+                dtype: entry.info.dtype,
+                p: params[i].raw.clone(),
+                g: gradient.raw.clone(),
+                slots: std::array::from_fn(|k| slot(k).map_or(std::ptr::null_mut(), |raw| raw.ptr)),
+                lengths: std::array::from_fn(|k| slot(k).map_or(0, |raw| raw.len)),
+            });
+        }
+        // SAFETY: as in `step_cpu`.
+        unsafe { executor.execute_tensors(rule, &mut jobs) };
         Ok(())
     }
 
@@ -330,14 +465,26 @@ impl Optimizer {
     fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
-        scratch.clear(groups.len());
+        let Method::Elementwise(rule) = preset.method else { unreachable!("`gpu` refused the others") };
         let mut jobs = Vec::new();
-        for (index, entry) in entries.iter().enumerate().filter(|(i, _)| gradients[*i].is_some()) {
+        for (index, entry) in entries.iter().enumerate() {
+            let Some(gradient) = &gradients[index] else { continue };
+            if gradient.rows.is_some() {
+                let label = format!("gradient of {}", entry.info.label(index));
+                return Err(Error::refuse(
+                    ErrorKind::Type,
+                    format!("{}.step", preset.name),
+                    label,
+                    "dense on the GPU",
+                    "a sparse one",
+                )
+                .with_remedy("use backend=\"cpu\", or give it with zeros"));
+            }
             let hypers = &groups[entry.group];
-            let kernel = preset.rule.with_kernel(hypers, Facts);
-            let fresh = executor.missing(index, kernel.slots);
+            let kernel = rule.with_kernel(hypers, Facts);
+            let fresh = executor.missing(index, SlotSet::of(kernel.slots));
             let at = Moment { step: entry.step + 1, fresh };
-            let row = scratch.row(entry.group, at, || row(preset, hypers, at, *flush_subnormals));
+            let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, *flush_subnormals));
             jobs.push(gpu::Job { index, row, kernel, fresh });
         }
         executor.step(&scratch.rows, &jobs, params, gradients)
@@ -396,9 +543,9 @@ impl Optimizer {
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.read_slots(wanted)?,
         };
-        let array = |(&(index, _), bytes): (&(usize, usize), Option<Vec<u8>>)| {
-            let info = &self.entries[index].info;
-            Some(Array { dtype: info.dtype, shape: info.shape.clone(), bytes: bytes? })
+        let array = |(&(index, k), bytes): (&(usize, usize), Option<Vec<u8>>)| {
+            let (shape, dtype) = self.slot_layout(index, k);
+            Some(Array { dtype, shape, bytes: bytes? })
         };
         Ok(wanted.iter().zip::<Vec<_>>(bytes).map(array).collect())
     }
@@ -408,6 +555,30 @@ impl Optimizer {
         match self.slot_index(key) {
             Some(k) if index < self.entries.len() => Ok(self.read_slots(&[(index, k)])?.pop().flatten()),
             _ => Ok(None),
+        }
+    }
+
+    /// Shape and dtype of slot k of a parameter, as its state shows it.
+    fn slot_layout(&self, index: usize, k: usize) -> (Vec<usize>, Dtype) {
+        let info = &self.entries[index].info;
+        (self.preset.slot_shape(k, &info.shape).unwrap_or_default(), info.dtype.of_state())
+    }
+
+    /// Shape and dtype of a slot by torch's key, as its state shows it.
+    pub fn slot_form(&self, index: usize, key: &str) -> Option<(Vec<usize>, Dtype)> {
+        Some(self.slot_layout(index, self.slot_index(key)?))
+    }
+
+    /// A scalar slot by torch's key.
+    pub fn scalar(&self, index: usize, key: &str) -> Option<f64> {
+        let k = self.preset.declaration().scalars.iter().position(|s| s.name == key)?;
+        Some(self.entries.get(index)?.scalars[k])
+    }
+
+    /// Sets a scalar slot by torch's key; one that does not exist stays so.
+    pub fn set_scalar(&mut self, index: usize, key: &str, value: f64) {
+        if let Some(k) = self.preset.declaration().scalars.iter().position(|s| s.name == key) {
+            self.entries[index].scalars[k] = value;
         }
     }
 
@@ -435,6 +606,7 @@ impl Optimizer {
         }
         self.entries[index].step = 0;
         self.entries[index].slots.fill(None);
+        self.entries[index].scalars = self.preset.first_scalars();
         Ok(())
     }
 
@@ -443,214 +615,32 @@ impl Optimizer {
     pub fn has_state(&self, index: usize) -> bool {
         self.entries[index].step > 0 && (self.preset.declaration().shows_step || !self.slot_keys(index).is_empty())
     }
-
-    /// A copy of everything but the parameters' values.
-    pub fn state_dict(&self) -> Result<StateDict> {
-        let declared = self.preset.declaration().slots;
-        let known: Vec<usize> = (0..self.entries.len()).filter(|&i| self.has_state(i)).collect();
-        let wanted: Vec<_> = known.iter().flat_map(|&i| (0..declared.len()).map(move |k| (i, k))).collect();
-        let mut arrays = self.read_slots(&wanted)?.into_iter();
-        let mut state = BTreeMap::new();
-        for i in known {
-            let present =
-                declared.iter().zip(arrays.by_ref()).filter_map(|(s, array)| Some((s.name.to_owned(), array?)));
-            state.insert(i, ParamState { step: self.entries[i].step, slots: present.collect() });
-        }
-        let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
-            let members = || self.entries.iter().enumerate().filter(move |(_, e)| e.group == g);
-            GroupState {
-                hypers: hypers.iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-                params: members().map(|(i, _)| i).collect(),
-                param_names: members().map(|(_, e)| e.info.name.clone()).collect(),
-            }
-        });
-        Ok(StateDict {
-            optimizer: Some(self.preset.name.to_owned()),
-            format: STATE_FORMAT,
-            update_count: self.update_count,
-            groups: groups.collect(),
-            state,
-        })
-    }
-
-    /// Replaces hyperparameters, steps and slots by those of `saved`, matched by name where both sides
-    /// have names, else by position. Everything is checked before anything is written: class, groups,
-    /// names, slots, shapes, dtypes and ranges.
-    pub fn load_state_dict(&mut self, saved: &StateDict) -> Result<()> {
-        let place = format!("{}.load_state_dict", self.preset.name);
-        let refuse =
-            |kind, name: &str, allowed: String, got: String| Err(Error::refuse(kind, &place, name, allowed, got));
-        if let Some(class) = &saved.optimizer
-            && class != self.preset.name
-        {
-            return refuse(ErrorKind::Value, "state", format!("of {}", self.preset.name), format!("of {class}"));
-        }
-        if saved.format != STATE_FORMAT {
-            return refuse(ErrorKind::Value, "format version", STATE_FORMAT.to_string(), saved.format.to_string());
-        }
-        if saved.groups.len() != self.groups.len() {
-            let (want, got) = (self.groups.len(), saved.groups.len());
-            return refuse(ErrorKind::Value, "number of parameter groups", want.to_string(), got.to_string());
-        }
-        let mut groups = self.groups.clone();
-        let mut loaded: Vec<Option<Loaded<'_>>> = vec![None; self.entries.len()];
-        for (g, from) in saved.groups.iter().enumerate() {
-            let changes: Vec<_> = from.hypers.iter().map(|(name, &value)| (name.as_str(), value)).collect();
-            self.preset.set(&format!("{place}: group {g}"), &mut groups[g], &changes)?;
-            for (i, source) in self.sources(g, from, &place)? {
-                if let Some(state) = saved.state.get(&source) {
-                    // Where the step means nothing it may be unknown, 0: what has state was updated.
-                    loaded[i] = Some((state.step.max(1), self.check_state(i, state, &place)?));
-                }
-            }
-        }
-        let mut known = std::collections::BTreeSet::new();
-        if let Some(twice) = saved.groups.iter().flat_map(|g| &g.params).find(|source| !known.insert(**source)) {
-            return refuse(ErrorKind::Value, "indices of parameters", "different".into(), format!("{twice} twice"));
-        }
-        if let Some(stray) = saved.state.keys().find(|source| !known.contains(source)) {
-            return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
-        }
-        self.write_state(&loaded)?;
-        self.groups = groups;
-        self.update_count = saved.update_count;
-        self.torn = false;
-        Ok(())
-    }
-
-    /// For each parameter of group `g`, the index it has in the saved state.
-    fn sources(&self, g: usize, from: &GroupState, place: &str) -> Result<Vec<(usize, usize)>> {
-        let members: Vec<usize> = (0..self.entries.len()).filter(|&i| self.entries[i].group == g).collect();
-        let refuse =
-            |name: String, allowed: String, got: String| Error::refuse(ErrorKind::Value, place, name, allowed, got);
-        if from.params.len() != members.len() {
-            let (want, got) = (members.len(), from.params.len());
-            return Err(refuse(format!("number of parameters in group {g}"), want.to_string(), got.to_string()));
-        }
-        let names: Option<Vec<&str>> = members.iter().map(|&i| self.entries[i].info.name.as_deref()).collect();
-        let (Some(ours), Some(theirs)) = (names, &from.param_names) else {
-            return Ok(members.into_iter().zip(from.params.iter().copied()).collect());
-        };
-        if theirs.len() != from.params.len() {
-            return Err(refuse(
-                format!("param_names of group {g}"),
-                from.params.len().to_string(),
-                theirs.len().to_string(),
-            ));
-        }
-        let by_name: BTreeMap<&str, usize> =
-            theirs.iter().map(String::as_str).zip(from.params.iter().copied()).collect();
-        members
-            .into_iter()
-            .zip(ours)
-            .map(|(i, name)| match by_name.get(name) {
-                Some(&source) => Ok((i, source)),
-                None => {
-                    let (want, got) = (format!("named {}", theirs.join(", ")), format!("one named {name}"));
-                    Err(refuse(format!("parameters of group {g}"), want, got))
-                }
-            })
-            .collect()
-    }
-
-    fn check_state<'s>(&self, i: usize, state: &'s ParamState, place: &str) -> Result<Vec<Option<&'s Array>>> {
-        let info = &self.entries[i].info;
-        let declared = self.preset.declaration().slots;
-        for (key, array) in &state.slots {
-            let label = format!("{key} of {}", info.label(i));
-            if !declared.iter().any(|s| s.name == key) {
-                let known: Vec<_> = declared.iter().map(|s| s.name).collect();
-                let allowed =
-                    if known.is_empty() { "absent".to_owned() } else { format!("one of {}", known.join(", ")) };
-                return Err(Error::refuse(
-                    ErrorKind::Value,
-                    place,
-                    format!("state key of {}", info.label(i)),
-                    allowed,
-                    key,
-                ));
-            }
-            if array.shape != info.shape {
-                let (want, got) = (format!("of shape {:?}", info.shape), format!("{:?}", array.shape));
-                return Err(Error::refuse(ErrorKind::Value, place, label, want, got));
-            }
-            if array.dtype != info.dtype {
-                return Err(Error::refuse(ErrorKind::Type, place, label, info.dtype, array.dtype));
-            }
-        }
-        // What every variant of the rule uses must be there; the rest starts at zero when it is needed.
-        let needed = self.preset.rule.kernels().iter().map(|k| k.slots).min().unwrap_or(0);
-        if let Some(slot) = declared[..needed].iter().find(|s| !state.slots.contains_key(s.name)) {
-            let label = format!("{} of {}", slot.name, info.label(i));
-            return Err(Error::refuse(ErrorKind::Value, place, label, "present", "none"));
-        }
-        if self.preset.declaration().shows_step && state.step == 0 {
-            let label = format!("step of {}", info.label(i));
-            return Err(Error::refuse(ErrorKind::Value, place, label, "present and >= 1", "none or 0"));
-        }
-        Ok(declared.iter().map(|s| state.slots.get(s.name)).collect())
-    }
-
-    /// Writes checked state. New buffers are allocated first, so that running out of memory changes
-    /// nothing; views of old buffers keep what they show.
-    fn write_state(&mut self, loaded: &[Option<Loaded<'_>>]) -> Result<()> {
-        #[cfg(feature = "gpu")]
-        if let Backend::Gpu(executor) = &mut self.backend {
-            let declared = self.preset.declaration().slots.len();
-            let mut slots: Vec<Vec<Option<&[u8]>>> = vec![vec![None; declared]; loaded.len()];
-            for (slots, (_, arrays)) in slots.iter_mut().zip(loaded).filter_map(|(s, state)| Some((s, state.as_ref()?)))
-            {
-                *slots = arrays.iter().map(|array| Some(array.as_ref()?.bytes.as_slice())).collect();
-            }
-            let outcome = executor.replace_slots(&slots);
-            self.torn |= matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
-            outcome?;
-            for (entry, state) in self.entries.iter_mut().zip(loaded) {
-                entry.step = state.as_ref().map_or(0, |(step, _)| *step);
-            }
-            return Ok(());
-        }
-        let mut fresh = Vec::with_capacity(loaded.len());
-        for (entry, state) in self.entries.iter().zip(loaded) {
-            let mut slots = vec![None; entry.slots.len()];
-            for (slot, array) in slots.iter_mut().zip(state.iter().flat_map(|(_, arrays)| arrays)) {
-                if let Some(array) = array {
-                    let buffer = Buffer::zeroed(entry.info.len(), entry.info.dtype)?;
-                    buffer.copy_from(&array.bytes);
-                    *slot = Some(Arc::new(buffer));
-                }
-            }
-            fresh.push((state.as_ref().map_or(0, |(step, _)| *step), slots));
-        }
-        self.allocations += 1;
-        for (entry, (step, slots)) in self.entries.iter_mut().zip(fresh) {
-            entry.step = step;
-            entry.slots = slots;
-        }
-        Ok(())
-    }
 }
 
 /// Whether an array is what was registered.
 fn fits(place: &str, label: impl Fn() -> String, info: &ParamInfo, raw: &RawTensor) -> Result<()> {
-    if raw.dtype != info.dtype {
-        return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype, raw.dtype));
+    if raw.dtype != info.dtype.part() {
+        return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype.part(), raw.dtype));
     }
-    if raw.len != info.len() {
-        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {} elements", info.len()), raw.len));
+    if raw.len != info.reals() {
+        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {} elements", info.reals()), raw.len));
     }
     Ok(())
 }
 
-/// The coefficients of one group at one moment.
-fn row(preset: &Preset, hypers: &Hypers, at: Moment, flush_subnormals: bool) -> Row {
-    let shared = Shared {
-        gradient_scale: 1.0,
-        maximize: hypers.flag("maximize"),
-        decay: preset.rule.decay(hypers),
-        flush_subnormals,
-    };
-    Row { shared, coefficients: preset.rule.coefficients(hypers, at) }
+#[cfg(feature = "gpu")]
+fn cpu_only(preset: &Preset) -> Error {
+    Error::refuse(ErrorKind::Value, preset.name, "backend", "\"cpu\"", "\"gpu\"")
+        .with_remedy("this optimizer has no GPU form")
+}
+
+fn shared(hypers: &Hypers, flush_subnormals: bool) -> Shared {
+    Shared { gradient_scale: 1.0, maximize: hypers.flag("maximize"), decay: decay(hypers), flush_subnormals }
+}
+
+/// The coefficients of one group at one moment; the scalar slots are brought to after the update.
+fn row(rule: RuleId, hypers: &Hypers, at: Moment, scalars: &mut ScalarSlots, flush_subnormals: bool) -> Row {
+    Row { shared: shared(hypers, flush_subnormals), coefficients: rule.coefficients(hypers, at, scalars) }
 }
 
 #[cfg(test)]

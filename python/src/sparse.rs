@@ -1,0 +1,50 @@
+//! Gradients as steps take them: an array, or the values of some rows.
+
+use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use roptim::ErrorKind;
+use roptim::tensor::Rows;
+
+use crate::arrays::{Access, Context, as_array, shape_text};
+use crate::errors::refuse;
+
+/// A gradient: dense, or what it is in the rows it touches.
+pub(crate) struct Gradient<'py> {
+    /// The numbers.
+    pub(crate) array: Bound<'py, PyUntypedArray>,
+    /// The rows they belong to, counted in real numbers.
+    pub(crate) touched: Option<Rows>,
+}
+
+/// The sparse gradient that an object is: a `SparseGrad`, or a scipy.sparse array. `None` for anything else.
+pub(crate) fn of_rows<'py>(
+    object: &Bound<'py, PyAny>,
+    shape: &[usize],
+    context: Context<'_>,
+) -> PyResult<Option<Gradient<'py>>> {
+    let py = object.py();
+    let parts = py.import("roptim._sparse")?.call_method1("parts", (object,))?;
+    if parts.is_none() {
+        return Ok(None);
+    }
+    let (index, values, dense): (PyReadonlyArray1<'_, i64>, Bound<'_, PyAny>, Vec<usize>) = parts.extract()?;
+    if dense != shape {
+        let (want, got) = (format!("of shape {}", shape_text(shape)), shape_text(&dense));
+        return Err(refuse(py, ErrorKind::Value, context.place, context.label, want, got, None));
+    }
+    let array = as_array(&values, Access::Read, context)?;
+    let index = index.as_array().iter().map(|&row| usize::try_from(row)).collect::<Result<Vec<_>, _>>().ok();
+    let (per_row, rows) = (array.shape().get(1..).unwrap_or_default(), array.shape().first());
+    let width: usize = per_row.iter().product();
+    let elements: usize = shape.iter().product();
+    let parts = if values.getattr("dtype")?.getattr("kind")?.eq("c")? { 2 } else { 1 };
+    let touched = index.filter(|index| Some(&index.len()) == rows).and_then(|index| {
+        let total = elements.checked_div(width).unwrap_or(usize::MAX);
+        Rows::new(index, width * parts, total)
+    });
+    let Some(touched) = touched else {
+        let allowed = "sparse with ascending rows of the parameter";
+        return Err(refuse(py, ErrorKind::Value, context.place, context.label, allowed, "others", None));
+    };
+    Ok(Some(Gradient { array, touched: Some(touched) }))
+}

@@ -1,0 +1,192 @@
+//! Adafactor: Adam's second moments from their row and column means, without first moments.
+//!
+//! Shazeer, Stern: *Adafactor: adaptive learning rates with sublinear memory cost*, ICML 2018, Algorithms
+//! 4 and 5; for each matrix G of the last two axes:
+//!
+//! ```text
+//! ρₜ = min(lr, 1/√t),   αₜ = max(ε₂, RMS(θₜ₋₁))·ρₜ,   wₜ = 1 − β̂₂ₜ = t^c
+//! Rₜ = Rₜ₋₁ + wₜ·(row means of G² − Rₜ₋₁),   Cₜ = Cₜ₋₁ + wₜ·(column means of G² − Cₜ₋₁)
+//! V̂ₜ = Rₜ·Cₜ/max(mean(Rₜ), ε₁)                      fewer than two axes: V̂ₜ averages G² itself
+//! Uₜ = G/√max(V̂ₜ, ε₁²)
+//! θₜ = (1 − lr·λ)·θₜ₋₁ − αₜ·Uₜ/max(1, RMS(Uₜ)/d)
+//! ```
+//!
+//! | symbol | argument |
+//! |---|---|
+//! | c | `beta2_decay` |
+//! | ε₁, ε₂ | `eps`; ε₁ = None: the machine epsilon of the parameter's dtype |
+//! | d | `d` |
+//! | λ | `weight_decay` |
+//! | R, C, V̂ | state `row_var`, `col_var`, `variance` |
+//!
+//! Deviations from the paper, torch's: ε₁ bounds the estimates from below where the paper adds it to G²,
+//! and the decay is decoupled. Means and norms are summed in f64. ε₁ = None follows each parameter's own
+//! dtype, where torch takes the first one's of a group.
+
+use super::common::{MAXIMIZE, WEIGHT_DECAY, lr};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hyper::{Hyper, Hypers, Range, Value};
+use crate::linear::{SUM_BLOCK, each_row, lanes, map, sum_of_squares, tree};
+use crate::real::{Dtype, Real};
+use crate::rule::{Declaration, Moment, Slot, TensorRule, Work};
+
+/// The rule.
+#[derive(Debug)]
+pub struct Adafactor;
+
+/// Rows whose squares are added to one partial sum of the columns.
+const BAND: usize = 64;
+
+/// The last two axes.
+fn matrix(shape: &[usize]) -> Option<(usize, usize)> {
+    match shape {
+        [.., rows, columns] => Some((*rows, *columns)),
+        _ => None,
+    }
+}
+
+/// V̂ of a tensor and how it is bounded.
+struct Estimate<'a, F> {
+    row: &'a [F],
+    column: &'a [F],
+    variance: &'a [F],
+    /// By matrix: max(mean(R), ε₁).
+    floors: Vec<F>,
+    columns: usize,
+    rows: usize,
+    smallest: F,
+}
+
+impl<F: Real> Estimate<'_, F> {
+    /// U of element k of row i (of all matrices' rows), or of a block of a tensor without rows.
+    #[inline(always)]
+    fn update(&self, i: usize, k: usize, g: F) -> F {
+        let v = if self.floors.is_empty() {
+            self.variance[i * self.columns + k]
+        } else {
+            let matrix = i / self.rows;
+            (self.row[i] * self.column[matrix * self.columns + k]) / self.floors[matrix]
+        };
+        let v = if v < self.smallest { self.smallest } else { v };
+        (F::ONE / v.sqrt()) * g
+    }
+}
+
+/// Means of the squares of each column of one matrix.
+fn column_means<F: Real>(parallel: bool, g: &[F], columns: usize) -> Vec<f64> {
+    let rows = g.len() / columns;
+    let bands = map(parallel, rows.div_ceil(BAND), |band| {
+        let mut sums = vec![0.0f64; columns];
+        for row in g[band * BAND * columns..].chunks_exact(columns).take(BAND) {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum += x.to_f64() * x.to_f64();
+            }
+        }
+        sums
+    });
+    (0..columns).map(|k| tree(&mut bands.iter().map(|band| band[k]).collect::<Vec<_>>()) / rows as f64).collect()
+}
+
+impl TensorRule for Adafactor {
+    const DECLARATION: Declaration = Declaration {
+        stem: "adafactor",
+        hypers: &[
+            lr(1e-2),
+            Hyper {
+                name: "beta2_decay",
+                default: Value::Float(-0.8),
+                range: Range::AtMost(0.0),
+                doc: "power c of the growing decay rate",
+            },
+            Hyper {
+                name: "eps",
+                default: Value::HalfPair(1e-3),
+                range: Range::HalfPair(0.0),
+                doc: "lower bounds ε₁ of the estimates and ε₂ of the parameter's size",
+            },
+            Hyper { name: "d", default: Value::Float(1.0), range: Range::AtLeast(1.0), doc: "clipping threshold d" },
+            WEIGHT_DECAY,
+            MAXIMIZE,
+        ],
+        slots: &[
+            Slot { name: "row_var", doc: "row means R, with two axes or more" },
+            Slot { name: "col_var", doc: "column means C, with two axes or more" },
+            Slot { name: "variance", doc: "second moment, with fewer axes" },
+        ],
+        paper: "Shazeer, Stern 2018, Adafactor: adaptive learning rates with sublinear memory cost",
+        ..Declaration::COMMON
+    };
+
+    fn accept(place: &str, label: &str, _: &[usize], dtype: Dtype) -> Result<()> {
+        if dtype.is_complex() {
+            return Err(Error::refuse(ErrorKind::Type, place, label, "of real numbers", dtype));
+        }
+        Ok(())
+    }
+
+    fn slot_shape(k: usize, shape: &[usize]) -> Option<Vec<usize>> {
+        let last = shape.len().wrapping_sub(1);
+        let mut slot = shape.to_vec();
+        match (k, matrix(shape)) {
+            (0, Some(_)) => slot[last] = 1,
+            (1, Some(_)) => slot[last - 1] = 1,
+            (2, None) => {}
+            _ => return None,
+        }
+        Some(slot)
+    }
+
+    fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>) {
+        let Work { shape, dtype, p, g, slots: [row, column, variance, _], parallel } = work;
+        let (eps1, eps2) = match h.get("eps") {
+            Some(Value::Pair([eps1, eps2])) => (eps1, eps2),
+            Some(Value::HalfPair(eps2)) => (dtype.epsilon(), eps2),
+            other => unreachable!("eps is declared as a pair, found {other:?}"),
+        };
+        let (n, t, lr) = (p.len() as f64, at.step as f64, h.float("lr"));
+        let weight = F::from_f64(libm::pow(t, h.float("beta2_decay")));
+        let size = libm::sqrt(sum_of_squares(parallel, p) / n);
+        // A size that is not a number makes the update so.
+        let size = if size < eps2 { eps2 } else { size };
+        let alpha = size * lr.min(1.0 / libm::sqrt(t));
+
+        let mut floors = Vec::new();
+        let (rows, columns) = matrix(shape).unwrap_or((1, SUM_BLOCK));
+        if matrix(shape).is_some() {
+            let squares = |i: usize| sum_of_squares(false, &g[i * columns..][..columns]) / columns as f64;
+            for (r, mean) in row.iter_mut().zip(map(parallel, g.len() / columns, squares)) {
+                *r = F::lerp(*r, F::from_f64(mean), weight);
+            }
+            for (g, column) in g.chunks_exact(rows * columns).zip(column.chunks_exact_mut(columns)) {
+                for (c, mean) in column.iter_mut().zip(column_means(parallel, g, columns)) {
+                    *c = F::lerp(*c, F::from_f64(mean), weight);
+                }
+            }
+            floors.extend(row.chunks_exact(rows).map(|row| {
+                let mean = lanes(rows, |i| row[i].to_f64()) / rows as f64;
+                F::from_f64(if mean < eps1 { eps1 } else { mean })
+            }));
+        } else {
+            for (v, &g) in variance.iter_mut().zip(g) {
+                *v = F::lerp(*v, g * g, weight);
+            }
+        }
+        let smallest = F::from_f64(eps1 * eps1);
+        let estimate = Estimate { row, column, variance, floors, columns, rows, smallest };
+        let squares = map(parallel, g.len().div_ceil(columns), |i| {
+            let g = &g[i * columns..((i + 1) * columns).min(g.len())];
+            lanes(g.len(), |k| {
+                let u = estimate.update(i, k, g[k]).to_f64();
+                u * u
+            })
+        });
+        let clipping = libm::sqrt(tree(&mut { squares }) / n) / h.float("d");
+        let factor = F::from_f64(-alpha / if clipping < 1.0 { 1.0 } else { clipping });
+        let shrink = F::from_f64(1.0 - lr * h.float("weight_decay"));
+        each_row(parallel, p, columns, |i, p| {
+            for (k, p) in p.iter_mut().enumerate() {
+                *p = *p * shrink + factor * estimate.update(i, k, g[i * columns + k]);
+            }
+        });
+    }
+}
