@@ -20,8 +20,8 @@ class Case:
 
     Gradients do not depend on the parameters. Column 0 of parameter 0 has the gradient zero in
     every step (an array of zeros, not a missing gradient), so the moments there stay zero and
-    0 / (√0 + ε) is met. A parameter may have no gradient in a step (parameter 2, the 0-d one, in
-    steps 4, 5 and 10): it does not move then, and its own step count stays.
+    0 / (√0 + ε) is met. A parameter may have no gradient in a step (parameter 2, in steps 4, 5 and
+    10): it does not move then, and its own step count stays.
 
     Arrays are in the case's dtype and read-only: copy what an optimizer is to update.
     """
@@ -60,7 +60,8 @@ class Case:
     def state(self, checkpoint: int) -> list[dict[str, np.ndarray]]:
         """For each parameter its state after step `checkpoint`, torch's key → array, in torch's order.
 
-        `step` is a 0-d float32 array whatever the dtype. A parameter without state has an empty dict.
+        `step`, NAdam's `mu_product`, ASGD's `eta` and `mu` are 0-d float32 arrays whatever the dtype. A
+        parameter without state has an empty dict.
         """
         if checkpoint not in self.checkpoints:
             raise KeyError(f"{self.name}: checkpoint must be one of {self.checkpoints}, got {checkpoint}")

@@ -13,7 +13,7 @@ One module per optimizer, with one public function::
     the start, one array of any shape; taken as float64.
 ``grads``
     one entry per step: an array shaped like ``p0``, or None for "no gradient in this step":
-    nothing moves and the step is not counted.
+    nothing moves and the step is not counted. `sparse_adam.py` takes pairs (rows, values).
 ``hyper``
     torch's names and defaults, keyword-only.
 ``parameters``
@@ -39,7 +39,7 @@ def reference(name: str) -> Callable[..., Any]:
 
     Raises LookupError, naming the file to write, when that optimizer has no reference.
     """
-    stem = name.lower()
+    stem = "sparse_adam" if name == "SparseAdam" else name.lower()
     try:
         module = import_module(f"{__name__}.{stem}")
     except ModuleNotFoundError as error:

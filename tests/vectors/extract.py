@@ -17,7 +17,24 @@ from pathlib import Path
 import numpy as np
 
 # torch's class name -> stem of the rule, the reference and the vector file.
-OPTIMIZERS = {name: name.lower() for name in ("SGD", "Adam", "AdamW", "Adadelta", "Adamax", "RAdam")}
+OPTIMIZERS = {
+    name: name.lower()
+    for name in (
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Adadelta",
+        "Adamax",
+        "RAdam",
+        "RMSprop",
+        "Adagrad",
+        "Rprop",
+        "NAdam",
+        "ASGD",
+        "Adafactor",
+        "Muon",
+    )
+}
 SCHEDULERS = ("StepLR", "CosineAnnealingLR", "ReduceLROnPlateau")
 
 
