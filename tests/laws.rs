@@ -96,13 +96,13 @@ fn edges(range: Range) -> (Vec<Value>, Vec<Value>) {
 fn info(preset: &Preset, i: usize, n: usize, dtype: Dtype) -> ParamInfo {
     let vector = ParamInfo::vector(&i.to_string(), n, dtype);
     let takes_vectors = match preset.method {
-        Method::Tensor(rule) => i % 2 == 0 && rule.accept("", "", &[n], dtype).is_ok(),
+        Method::Tensor(rule) => i.is_multiple_of(2) && rule.accept("", "", &[n], dtype).is_ok(),
         Method::Elementwise(_) => true,
     };
     if takes_vectors {
         return vector;
     }
-    let rows = (1..=n).take_while(|r| r * r <= n).filter(|r| n % r == 0).last().unwrap_or(0);
+    let rows = (1..=n).take_while(|r| r * r <= n).filter(|r| n.is_multiple_of(*r)).last().unwrap_or(0);
     ParamInfo { shape: vec![rows, n.checked_div(rows).unwrap_or(3)], ..vector }
 }
 

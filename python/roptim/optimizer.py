@@ -420,6 +420,10 @@ class Optimizer:
     def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
         assert self._engine is not None
         known = self._hypers | {"params", "param_names"}
+        about = state_dict.get("roptim")
+        saved_by = about.get("optimizer") if isinstance(about, Mapping) else None
+        if isinstance(saved_by, str) and saved_by != self._engine_name:
+            raise refuse(RoptimValueError, place, "state", f"of {self._engine_name}", f"of {saved_by}")
         groups = []
         for group in state_dict["param_groups"]:
             check_switches(place, **{key: group[key] for key in group if key in SWITCHES - known})

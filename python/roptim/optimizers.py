@@ -790,6 +790,19 @@ class Muon(Optimizer):
 
 
 for _cls in (
-    SGD, Adam, AdamW, Adadelta, Adagrad, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, SparseAdam, Adafactor, Muon
+    SGD,
+    Adam,
+    AdamW,
+    Adadelta,
+    Adagrad,
+    Adamax,
+    ASGD,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+    Adafactor,
+    Muon,
 ):
     _document(_cls)

@@ -56,10 +56,10 @@ unsafe fn addresses<E>(
         }
         // SAFETY: the rows lie within the tensor.
         (None, Some(rows)) => rows.walk(start, n, |k, at| visit(k, unsafe { of.ptr.cast::<E>().add(at) })),
-        // SAFETY: the offset belongs to an element of the tensor.
-        (Some(strides), None) => {
-            walk(strides, start, n, |k, offset| visit(k, unsafe { of.ptr.offset(offset) }.cast()));
-        }
+        (Some(strides), None) => walk(strides, start, n, |k, offset| {
+            // SAFETY: the offset belongs to an element of the tensor.
+            visit(k, unsafe { of.ptr.offset(offset) }.cast());
+        }),
         (Some(strides), Some(rows)) => rows.walk(start, n, |k, at| {
             // SAFETY: as above.
             walk(strides, at, 1, |_, offset| visit(k, unsafe { of.ptr.offset(offset) }.cast()));

@@ -15,6 +15,7 @@ import pytest
 
 import roptim
 from roptim import SGD, Adam, AdamW, Parameter
+from roptim.optimizer import REGISTRY
 
 ON_GPU: dict[str, Any] = {"backend": "gpu", "allow_software": True}
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -35,6 +36,13 @@ def agree(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("kwargs", [{}, {"weight_decay": 0.1, "maximize": True}])
 def test_cpu_and_gpu_agree(optimizer_class: Any, kwargs: dict[str, Any]) -> None:
+    entry = REGISTRY[optimizer_class.__name__]
+    if "gpu" not in entry["backends"]:
+        allowed = f'{optimizer_class.__name__}: backend must be "cpu", got "gpu"; this optimizer has no GPU form'
+        with pytest.raises(ValueError, match=allowed):
+            optimizer_class([np.zeros((2, 2), np.float32)], **ON_GPU)
+        return
+    kwargs = {name: value for name, value in kwargs.items() if name in entry["defaults"]}
     if optimizer_class is SGD:
         kwargs = {**kwargs, "momentum": 0.9, "nesterov": True}
     rng = np.random.default_rng(0)

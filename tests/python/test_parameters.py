@@ -155,6 +155,9 @@ def read_only() -> Any:
     return x
 
 
+DTYPES = "float32, float64, complex64, complex128, float16 or bfloat16"
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
@@ -165,9 +168,9 @@ def read_only() -> Any:
             TypeError,
             "SGD: parameter 0 must be a numpy.ndarray, got an object of type numpy.float32",
         ),
-        (lambda: [np.ones(2, np.int64)], TypeError, "SGD: parameter 0 must be float32 or float64, got int64"),
-        (lambda: [np.array([object()])], TypeError, "SGD: parameter 0 must be float32 or float64, got object"),
-        (lambda: [np.ones(2, np.float16)], TypeError, "SGD: parameter 0 must be float32 or float64, got float16"),
+        (lambda: [np.ones(2, np.int64)], TypeError, f"SGD: parameter 0 must be {DTYPES}, got int64"),
+        (lambda: [np.array([object()])], TypeError, f"SGD: parameter 0 must be {DTYPES}, got object"),
+        (lambda: [np.ones(2, np.uint16)], TypeError, f"SGD: parameter 0 must be {DTYPES}, got uint16"),
         (lambda: [np.ma.ones(2, np.float32)], TypeError, "SGD: parameter 0 must be a numpy.ndarray"),
         (lambda: [read_only()], ValueError, "SGD: parameter 0 must be writeable, got a read-only array"),
         (lambda: [np.broadcast_to(np.float32(1), (3,))], ValueError, "SGD: parameter 0 must be writeable"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import roptim
+from roptim.__main__ import state_bytes
 from roptim.optimizer import REGISTRY
 
 EXTRAS = {"backend", "allow_software", "threads", "flush_denormals"}
@@ -22,6 +23,25 @@ POSITIONAL = {
     "Adam": ["lr", "betas", "eps", "weight_decay", "amsgrad"],
     "AdamW": ["lr", "betas", "eps", "weight_decay", "amsgrad"],
     "Adadelta": ["lr", "rho", "eps", "weight_decay", "foreach"],
+    "Adafactor": ["lr", "beta2_decay", "eps", "d", "weight_decay"],
+    "Adagrad": ["lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "foreach"],
+    "ASGD": ["lr", "lambd", "alpha", "t0", "weight_decay", "foreach", "maximize", "differentiable", "capturable"],
+    "Muon": ["lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"],
+    "NAdam": ["lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay"],
+    "RMSprop": [
+        "lr",
+        "alpha",
+        "eps",
+        "weight_decay",
+        "momentum",
+        "centered",
+        "capturable",
+        "foreach",
+        "maximize",
+        "differentiable",
+    ],
+    "Rprop": ["lr", "etas", "step_sizes"],
+    "SparseAdam": ["lr", "betas", "eps", "maximize"],
     "Adamax": ["lr", "betas", "eps", "weight_decay", "foreach"],
     "RAdam": ["lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"],
 }
@@ -40,7 +60,7 @@ def test_signature_is_torchs_with_the_registrys_defaults(optimizer_class: Any) -
 
 
 def test_defaults_and_group_keys_are_complete(optimizer_class: Any) -> None:
-    opt = optimizer_class([np.zeros(2, np.float32)])
+    opt = optimizer_class([np.zeros((2, 2), np.float32)])
     assert set(opt.defaults) == set(REGISTRY[optimizer_class.__name__]["defaults"])
     assert set(opt.param_groups[0]) == {"params", *opt.defaults}
     assert not EXTRAS & set(opt.defaults)
@@ -51,7 +71,7 @@ def test_the_declared_ranges_are_what_messages_say(optimizer_class: Any) -> None
     for name, default in entry["defaults"].items():
         if name in entry["fixed"]:
             continue
-        wrong = {bool: "yes", tuple: "yes", float: float("nan")}[type(default)]
+        wrong: Any = float("nan") if type(default) is float else "yes"
         shown = "NaN" if type(default) is float else "'yes'"
         with pytest.raises(roptim.RoptimError) as raised:
             optimizer_class([np.zeros(1, np.float32)], **{name: wrong})
@@ -64,7 +84,7 @@ def test_docstring_names_every_argument_and_slot(optimizer_class: Any) -> None:
     doc = optimizer_class.__doc__
     for name in inspect.signature(optimizer_class).parameters:
         assert name in doc, name
-    for slot in entry["slots"]:
+    for slot in entry["slots"] + entry["scalars"]:
         assert slot in doc, slot
     assert "{common}" not in doc
 
@@ -80,6 +100,8 @@ def test_command_line_lists_every_optimizer() -> None:
     for name, entry in REGISTRY.items():
         line = next(line for line in done.stdout.splitlines() if line.startswith(name + " "))
         assert entry["paper"] in line
+        assert ", ".join(entry["backends"]) in line
+        assert f" {state_bytes(name):.3g} " in line
 
 
 def test_the_readmes_table_is_the_registry() -> None:
@@ -89,7 +111,13 @@ def test_the_readmes_table_is_the_registry() -> None:
         tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines() if line[:1] == "|"
     ]
     want = [
-        (name, ", ".join(["step"] * entry["shows_step"] + entry["slots"]), entry["paper"])
+        (
+            name,
+            ", ".join(entry["backends"]),
+            f"{state_bytes(name):.3g}",
+            ", ".join(["step"] * entry["shows_step"] + entry["scalars"] + entry["slots"]),
+            entry["paper"],
+        )
         for name, entry in REGISTRY.items()
     ]
     assert rows[2:] == want
