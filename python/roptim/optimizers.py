@@ -741,7 +741,8 @@ class Muon(Optimizer):
         muon, rest = roptim.Muon([W1, W2], lr=0.02), roptim.AdamW([b1, b2, embedding])
 
     On the CPU only, real numbers only. The iteration runs in the parameter's own precision (torch's in
-    bfloat16). State: ``momentum_buffer`` (like the parameter). Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024;
+    bfloat16). State: ``momentum_buffer`` (like the parameter).
+    Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024;
     ``match_rms_adamw``: Liu et al., *Muon is scalable for LLM training*, 2025.
 
     Parameters

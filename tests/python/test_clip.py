@@ -111,7 +111,8 @@ def test_large_and_nonfinite_gradients() -> None:
         ),
         (
             ([np.ones(2, int)], 1.0),
-            "gradient 0 must be float32, float64, complex64, complex128, float16 or bfloat16, got int64; convert it with .astype(numpy.float32)",
+            "gradient 0 must be float32, float64, complex64, complex128, float16 or bfloat16, got int64; "
+            "convert it with .astype(numpy.float32)",
         ),
         (([np.broadcast_to(1.0, 3)], 1.0), "gradient 0 must be writeable, got a read-only array; copy it with .copy()"),
         ((3, 1.0), "parameters must be Parameters or arrays, got 3"),

@@ -100,7 +100,7 @@ def test_sparse_gradients_where_they_do_not_fit() -> None:
         if not entry["takes_sparse"]:
             with pytest.raises(TypeError, match=f"^{name}.step: gradient of parameter 0 must be dense, got a sparse"):
                 opt.step([g])
-    with pytest.raises(ValueError, match="weight_decay must be 0 with sparse gradients, got 0.1"):
+    with pytest.raises(ValueError, match=r"weight_decay must be 0 with sparse gradients, got 0\.1"):
         roptim.SGD([p], weight_decay=0.1).step([g])
     with pytest.raises(ValueError, match=r"gradient of parameter 0 must be of shape \(4, 2\), got \(5, 2\)"):
         roptim.SGD([p]).step([SparseGrad([1], np.ones((1, 2), np.float32), (5, 2))])
@@ -159,7 +159,7 @@ def test_half_precision_parameters_with_single_precision_state(dtype: Any) -> No
     assert p.dtype == q.dtype == dtype
     assert p.tobytes() == q.tobytes() == wide.astype(dtype).tobytes()
     assert own.state[0]["exp_avg"].dtype == np.float32
-    with pytest.raises(TypeError, match="gradient of parameter 0 must be .*float16 or float32, got float64"):
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 must be .*float16 or float32, got float64"):
         own.step([np.ones((3, 2))])
     # torch keeps state in half precision: it is widened.
     saved = own.state_dict()
