@@ -15,6 +15,7 @@ const USES: &[(&str, &[&str])] = &[
     ("cpu", &["real", "rule", "tensor"]),
     ("shader", &["rule", "rules"]),
     ("gpu", &["cpu", "error", "real", "rule", "rules", "shader", "store", "tensor"]),
+    ("closure", &["error", "real"]),
     ("schedule", &["error"]),
     ("checkpoint", &["error", "hyper", "real", "store"]),
     ("optimizer", &["cpu", "error", "gpu", "hyper", "rule", "rules", "store", "tensor"]),
