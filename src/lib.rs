@@ -18,10 +18,12 @@
 //! | [`cpu`] | plan, shared loop, private threads, fixed-shape sums |
 //! | [`shader`] | the text of a kernel's GPU module |
 //! | `gpu` | with that feature: adapters, arenas, one dispatch for all tensors |
+//! | [`closure`] | methods that evaluate several times in a step |
 //! | [`schedule`] | learning-rate transitions |
 //! | [`optimizer`] | a preset with groups, store and executor |
 
 pub mod checkpoint;
+pub mod closure;
 pub mod cpu;
 pub mod error;
 #[cfg(feature = "gpu")]

@@ -16,6 +16,7 @@ const USES: &[(&str, &[&str])] = &[
     ("cpu", &["hyper", "linear", "real", "rule", "rules", "tensor"]),
     ("shader", &["rule", "rules"]),
     ("gpu", &["cpu", "error", "real", "rule", "rules", "shader", "store", "tensor"]),
+    ("closure", &["error", "real"]),
     ("schedule", &["error"]),
     ("checkpoint", &["error", "hyper", "real", "store"]),
     ("optimizer", &["cpu", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),

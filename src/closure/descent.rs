@@ -1,0 +1,366 @@
+//! One optimizer step of a method that goes downhill along directions, and what outlives it.
+//!
+//! ```text
+//! evaluate at x; stop if max|g| ≤ tolerance_grad
+//! repeat up to max_iter times:
+//!     d, t ← the method's direction and first trial step
+//!     stop if g·d > −tolerance_change
+//!     x ← x + t·d, t by line search or as it is; g ← ∇f(x)
+//!     stop if evaluations ≥ max_eval, max|g| ≤ tolerance_grad, max|t·d| ≤ tolerance_change,
+//!             or |f − f₋₁| < tolerance_change
+//! ```
+//!
+//! This is the loop of torch's LBFGS, for conjugate gradients too. Deviations, all for numbers that are
+//! not finite or steps that cannot move:
+//!
+//! - A first evaluation that is not finite ends the step where it began; only `func_evals` counts it.
+//! - A direction without a finite slope is replaced by −g, and the method's memory is emptied.
+//! - Without line search, a point that is not finite is taken back and a tenth of the step tried, within
+//!   `max_eval`. The last iteration moves without evaluating, as torch does, so its loss is unknown.
+//! - A line search with a first step of 0 (lr = 0) makes no trials.
+//! - Its smallest bracket is torch's fixed 1e-9, or `tolerance_change` where that is larger.
+//! - Scalars are f64 where torch has them in the parameters' type.
+
+use std::fmt::Debug;
+use std::mem;
+use std::sync::Arc;
+
+use super::wolfe::{Rules, Search, Trial};
+use super::{Ask, Machine, axpy, dot, largest, negative, sum_abs};
+use crate::error::{Error, ErrorKind, Result};
+use crate::real::Real;
+
+/// c₁ of the line search.
+const DECREASE: f64 = 1e-4;
+/// torch's smallest change of an element within a bracket.
+const MIN_CHANGE: f64 = 1e-9;
+
+/// What a step may cost and when it ends; defaults as torch's LBFGS.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings<O> {
+    /// The first trial step of a method that has no better guess.
+    pub lr: f64,
+    /// Iterations in one step.
+    pub max_iter: u64,
+    /// Evaluations after which no further iteration begins. A line search may make one more, so a step
+    /// evaluates at most `max_eval` + 1 times; torch counts so.
+    pub max_eval: u64,
+    /// Largest |gᵢ| that counts as a minimum.
+    pub tolerance_grad: f64,
+    /// Smallest change of the loss or of an element that counts as progress.
+    pub tolerance_change: f64,
+    /// The method's own.
+    pub method: O,
+}
+
+impl<O: Default> Default for Settings<O> {
+    fn default() -> Self {
+        let method = O::default();
+        Self { lr: 1.0, max_iter: 20, max_eval: 25, tolerance_grad: 1e-7, tolerance_change: 1e-9, method }
+    }
+}
+
+/// The last iteration's start and move.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Last<F> {
+    /// Direction.
+    pub d: Arc<[F]>,
+    /// Step length along it.
+    pub t: f64,
+    /// Gradient where the iteration began.
+    pub prev_flat_grad: Arc<[F]>,
+    /// Loss where the iteration began.
+    pub prev_loss: f64,
+}
+
+/// What outlives a step. Vectors are shared, so a clone is cheap.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State<F, M> {
+    /// Evaluations in all steps.
+    pub func_evals: u64,
+    /// Iterations in all steps.
+    pub n_iter: u64,
+    /// None before the first iteration.
+    pub last: Option<Last<F>>,
+    /// The method's own.
+    pub memory: M,
+}
+
+impl<F, M: Default> Default for State<F, M> {
+    fn default() -> Self {
+        Self { func_evals: 0, n_iter: 0, last: None, memory: M::default() }
+    }
+}
+
+impl<F: Real, M: Method<F>> State<F, M> {
+    /// Refuses a state that is not one of `n` elements.
+    pub fn check(&self, n: usize) -> Result<()> {
+        if let Some(last) = &self.last {
+            check_len::<F, M>("d", &last.d, n)?;
+            check_len::<F, M>("prev_flat_grad", &last.prev_flat_grad, n)?;
+        }
+        self.memory.vectors().try_for_each(|(name, x)| check_len::<F, M>(name, x, n))
+    }
+}
+
+fn check_len<F: Real, M: Method<F>>(name: &str, x: &[F], n: usize) -> Result<()> {
+    if x.len() == n {
+        return Ok(());
+    }
+    Err(Error::refuse(
+        ErrorKind::Value,
+        M::NAME,
+        name,
+        format_args!("of length {n}"),
+        format_args!("length {}", x.len()),
+    ))
+}
+
+/// What sets one method apart: its memory, and how this turns gradients into directions.
+///
+/// The default memory is the empty one. The first iteration of all goes along −g without asking.
+pub trait Method<F: Real>: Clone + Debug + Default {
+    /// What a user chooses.
+    type Options: Clone + Debug;
+    /// For messages.
+    const NAME: &'static str;
+    /// c₂ of the line search.
+    const CURVATURE: f64;
+
+    /// Whether steps are searched for.
+    fn searches(options: &Self::Options) -> bool;
+
+    /// The direction at a point with gradient `g`, after the move `last`.
+    fn direction(&mut self, options: &Self::Options, last: &Last<F>, g: &[F]) -> Vec<F>;
+
+    /// The first step to try along a direction with this slope; none for the one of the first iteration.
+    fn trial_step(lr: f64, last: &Last<F>, slope: f64) -> Option<f64>;
+
+    /// The vectors of the memory with their names.
+    fn vectors(&self) -> impl Iterator<Item = (&'static str, &[F])>;
+}
+
+/// A method that asks for evaluations, one step after another.
+///
+/// The state changes only when a step is done: a step that is abandoned leaves it as it was.
+#[derive(Debug, Clone)]
+pub struct Descent<F: Real, M: Method<F>> {
+    state: State<F, M>,
+    run: Option<Run<F, M>>,
+    end: Vec<F>,
+    first_loss: f64,
+}
+
+impl<F: Real, M: Method<F>> Default for Descent<F, M> {
+    fn default() -> Self {
+        State::default().into()
+    }
+}
+
+impl<F: Real, M: Method<F>> From<State<F, M>> for Descent<F, M> {
+    fn from(state: State<F, M>) -> Self {
+        Self { state, run: None, end: Vec::new(), first_loss: f64::NAN }
+    }
+}
+
+impl<F: Real, M: Method<F>> Descent<F, M> {
+    /// As of the last step that was done.
+    pub fn state(&self) -> &State<F, M> {
+        &self.state
+    }
+
+    /// Begins a step at `x` and asks for an evaluation there; abandons a step under way.
+    pub fn begin(&mut self, settings: &Settings<M::Options>, x: Vec<F>) -> Result<()> {
+        self.state.check(x.len())?;
+        self.first_loss = f64::NAN;
+        let nowhere = Trial { t: 0.0, loss: f64::NAN, slope: f64::NAN, gradient: Arc::default() };
+        self.run = Some(Run {
+            settings: settings.clone(),
+            state: self.state.clone(),
+            x: x.clone(),
+            point: x,
+            here: nowhere,
+            d: Arc::default(),
+            d_max: 0.0,
+            evals: 0,
+            iterations: 0,
+            phase: Phase::Start,
+        });
+        Ok(())
+    }
+}
+
+impl<F: Real, M: Method<F>> Machine<F> for Descent<F, M> {
+    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask {
+        let Some(run) = &mut self.run else { return Ask::Done };
+        if run.evals == 0 {
+            self.first_loss = loss;
+        }
+        let ask = run.tell(loss, gradient);
+        if ask == Ask::Done
+            && let Some(run) = self.run.take()
+        {
+            (self.state, self.end) = (run.state, run.x);
+        }
+        ask
+    }
+
+    fn point(&self) -> &[F] {
+        self.run.as_ref().map_or(&self.end, |run| &run.point)
+    }
+
+    fn first_loss(&self) -> f64 {
+        self.first_loss
+    }
+}
+
+/// What the evaluation asked for is.
+#[derive(Debug, Clone)]
+enum Phase<F> {
+    Start,
+    Search(Search<F>),
+    Fixed { t: f64 },
+}
+
+/// A step under way.
+#[derive(Debug, Clone)]
+struct Run<F: Real, M: Method<F>> {
+    settings: Settings<M::Options>,
+    state: State<F, M>,
+    /// Where the iteration began.
+    x: Vec<F>,
+    /// Where to evaluate.
+    point: Vec<F>,
+    /// What was found at `x`.
+    here: Trial<F>,
+    d: Arc<[F]>,
+    /// max|dᵢ|.
+    d_max: f64,
+    evals: u64,
+    iterations: u64,
+    phase: Phase<F>,
+}
+
+impl<F: Real, M: Method<F>> Run<F, M> {
+    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask {
+        self.evals += 1;
+        self.state.func_evals += 1;
+        match mem::replace(&mut self.phase, Phase::Start) {
+            Phase::Start => {
+                self.here = self.trial(0.0, loss, gradient);
+                let done = !self.here.is_finite() || self.is_flat();
+                if done { Ask::Done } else { self.iterate() }
+            }
+            Phase::Search(mut search) => {
+                let new = self.trial(search.t(), loss, gradient);
+                match search.tell(new) {
+                    Some(found) => self.arrive(found),
+                    None => self.ask(search.t(), Phase::Search(search)),
+                }
+            }
+            Phase::Fixed { t } => {
+                let new = self.trial(t, loss, gradient);
+                let shorter = 0.1 * t;
+                if new.is_finite() {
+                    self.arrive(new)
+                } else if self.evals < self.settings.max_eval && shorter * self.d_max > self.settings.tolerance_change {
+                    self.ask(shorter, Phase::Fixed { t: shorter })
+                } else {
+                    self.arrive(self.here.clone())
+                }
+            }
+        }
+    }
+
+    fn trial(&self, t: f64, loss: f64, gradient: &[F]) -> Trial<F> {
+        let slope = dot(gradient, &self.d);
+        let is_finite = gradient.len() == self.x.len()
+            && [loss, slope, largest(gradient), largest(&self.point)].iter().all(|x| x.is_finite());
+        let loss = if is_finite { loss } else { f64::INFINITY };
+        let slope = if is_finite { slope } else { f64::NAN };
+        Trial { t, loss, slope, gradient: gradient.into() }
+    }
+
+    fn is_flat(&self) -> bool {
+        largest(&self.here.gradient) <= self.settings.tolerance_grad
+    }
+
+    fn iterate(&mut self) -> Ask {
+        let Self { settings, state, here, .. } = self;
+        if self.iterations >= settings.max_iter {
+            return Ask::Done;
+        }
+        self.iterations += 1;
+        state.n_iter += 1;
+        let g = &here.gradient;
+        let mut d = match &state.last {
+            Some(last) => state.memory.direction(&settings.method, last, g),
+            None => negative(g),
+        };
+        let mut slope = dot(g, &d);
+        if !slope.is_finite() {
+            state.memory = M::default();
+            d = negative(g);
+            slope = dot(g, &d);
+        }
+        let t = state.last.as_ref().and_then(|last| M::trial_step(settings.lr, last, slope));
+        let t = t.unwrap_or_else(|| (1.0 / sum_abs(g)).min(1.0) * settings.lr);
+        (here.t, here.slope) = (0.0, slope);
+        (self.d_max, self.d) = (largest(&d), d.into());
+        state.last = Some(Last { d: self.d.clone(), t, prev_flat_grad: g.clone(), prev_loss: here.loss });
+        if !slope.is_finite() || slope > -settings.tolerance_change {
+            return Ask::Done;
+        }
+        if !M::searches(&settings.method) {
+            if self.iterations < settings.max_iter {
+                return self.ask(t, Phase::Fixed { t });
+            }
+            self.place(t);
+            if largest(&self.point).is_finite() {
+                mem::swap(&mut self.x, &mut self.point);
+            }
+            return Ask::Done;
+        }
+        if !(t > 0.0 && t.is_finite()) {
+            return Ask::Done;
+        }
+        let rules = Rules {
+            decrease: DECREASE,
+            curvature: M::CURVATURE,
+            max_ls: settings.max_eval.saturating_sub(self.evals),
+            min_change: MIN_CHANGE.max(settings.tolerance_change),
+        };
+        let search = Search::new(rules, here.clone(), self.d_max, t);
+        self.ask(t, Phase::Search(search))
+    }
+
+    fn place(&mut self, t: f64) {
+        self.point.clone_from(&self.x);
+        axpy(&mut self.point, t, &self.d);
+    }
+
+    fn ask(&mut self, t: f64, phase: Phase<F>) -> Ask {
+        self.place(t);
+        self.phase = phase;
+        Ask::Evaluate
+    }
+
+    /// Ends the iteration at a finite trial; t = 0 stays.
+    fn arrive(&mut self, found: Trial<F>) -> Ask {
+        let t = found.t;
+        if t != 0.0 {
+            axpy(&mut self.x, t, &self.d);
+        }
+        if let Some(last) = &mut self.state.last {
+            last.t = t;
+        }
+        let before = mem::replace(&mut self.here, found).loss;
+        let Settings { max_iter, max_eval, tolerance_change, .. } = self.settings;
+        let is_done = self.iterations >= max_iter
+            || self.evals >= max_eval
+            || self.is_flat()
+            || t * self.d_max <= tolerance_change
+            || (self.here.loss - before).abs() < tolerance_change;
+        if is_done { Ask::Done } else { self.iterate() }
+    }
+}

@@ -1,0 +1,114 @@
+//! Methods that evaluate the loss several times in a step: L-BFGS and nonlinear conjugate gradients.
+//!
+//! Each is a machine that asks and is told. It owns no parameter and calls nobody, so the caller may
+//! evaluate wherever it likes, fail halfway, and drop the machine at any question:
+//!
+//! ```
+//! use roptim::closure::{Ask, Lbfgs, Machine, lbfgs::Options, descent::Settings};
+//!
+//! let mut machine = Lbfgs::<f64>::default();
+//! let settings = Settings { method: Options { strong_wolfe: true, ..Options::default() }, ..Settings::default() };
+//! machine.begin(&settings, vec![3.0, -4.0])?;
+//! let mut ask = Ask::Evaluate;
+//! while ask == Ask::Evaluate {
+//!     let x = machine.point();
+//!     let (loss, gradient) = (x[0] * x[0] + 5.0 * x[1] * x[1], [2.0 * x[0], 10.0 * x[1]]);
+//!     ask = machine.tell(loss, &gradient);
+//! }
+//! assert!(machine.point().iter().all(|x| x.abs() < 1e-6));
+//! # Ok::<(), roptim::Error>(())
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`descent`] | one step: iterations, stopping, what outlives a step |
+//! | [`wolfe`] | the line search |
+//! | [`lbfgs`], [`conjugate`] | a direction and a first trial step each |
+//!
+//! Vectors are in the parameters' type `F`; their products are summed in f64 in a fixed order, and step
+//! lengths, losses and directional derivatives are f64, so the points do not depend on the machine.
+
+use crate::real::Real;
+
+pub mod conjugate;
+pub mod descent;
+pub mod lbfgs;
+pub mod wolfe;
+
+pub use conjugate::ConjugateGradient;
+pub use lbfgs::Lbfgs;
+
+/// What a machine wants next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// Loss and gradient at [`Machine::point`].
+    Evaluate,
+    /// Nothing: the step is over, and [`Machine::point`] is where it ended.
+    Done,
+}
+
+/// The questions of either method.
+pub trait Machine<F> {
+    /// Answers the last question.
+    ///
+    /// A loss, gradient or point that is not finite, or a gradient of another length than the point,
+    /// counts as a failed trial. Without a question the answer is ignored.
+    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask;
+
+    /// Where to evaluate next; after [`Ask::Done`] where the step ended.
+    fn point(&self) -> &[F];
+
+    /// The loss where the step began, NaN before it was told.
+    fn first_loss(&self) -> f64;
+}
+
+const LANES: usize = 16;
+
+/// Folds pairs of elements in 16 fixed lanes and joins these by halves: a shape that vectorizes, and the
+/// same bits everywhere.
+#[inline(always)]
+fn reduce<F: Real>(a: &[F], b: &[F], fold: impl Fn(f64, f64, f64) -> f64, join: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [0.0; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane = fold(*lane, a.to_f64(), b.to_f64());
+        }
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = join(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
+}
+
+/// a·b.
+fn dot<F: Real>(a: &[F], b: &[F]) -> f64 {
+    reduce(a, b, |sum, a, b| sum + a * b, |a, b| a + b)
+}
+
+/// Σ|xᵢ|.
+fn sum_abs<F: Real>(x: &[F]) -> f64 {
+    reduce(x, x, |sum, x, _| sum + x.abs(), |a, b| a + b)
+}
+
+/// max|xᵢ|, NaN where an element is NaN, 0 without elements.
+fn largest<F: Real>(x: &[F]) -> f64 {
+    reduce(x, x, |most, x, _| x.abs().max_nan(most), f64::max_nan)
+}
+
+/// y ← y + a·x.
+fn axpy<F: Real>(y: &mut [F], a: f64, x: &[F]) {
+    let a = F::from_f64(a);
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = *y + a * x;
+    }
+}
+
+/// −x.
+fn negative<F: Real>(x: &[F]) -> Vec<F> {
+    x.iter().map(|&x| -x).collect()
+}
+
+#[cfg(test)]
+mod tests;
