@@ -244,9 +244,8 @@ fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Vec<f64> {
         for j in i + 1..n {
             let factor = a[j][i] / a[i][i];
             b[j] -= factor * b[i];
-            for k in i..n {
-                a[j][k] -= factor * a[i][k];
-            }
+            let (above, below) = a.split_at_mut(j);
+            below[0].iter_mut().zip(&above[i]).skip(i).for_each(|(x, pivot)| *x -= factor * pivot);
         }
     }
     for i in (0..n).rev() {
@@ -487,7 +486,7 @@ proptest! {
         restart in prop::option::of(0u64..5),
         x in prop::collection::vec(-2.0..2.0, 1..6),
     ) {
-        let with = |lr| Settings { lr, ..common.clone() };
+        let with = |lr| Settings { lr, ..common };
         let Settings { lr, max_iter, max_eval, tolerance_grad, tolerance_change, .. } = with(common.lr);
         let method = Options { history_size, strong_wolfe };
         let lbfgs = Settings { lr, max_iter, max_eval, tolerance_grad, tolerance_change, method };
