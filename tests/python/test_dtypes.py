@@ -65,7 +65,7 @@ def test_a_scipy_array_is_a_sparse_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 
     sparse = sys.modules.get("scipy.sparse")
     if sparse is None:
-        sparse = SimpleNamespace(issparse=lambda x: isinstance(x, Coo))  # type: ignore[assignment]
+        sparse = SimpleNamespace(issparse=lambda x: isinstance(x, Coo))  # type: ignore[assignment]  # stands in for a module
         monkeypatch.setitem(sys.modules, "scipy.sparse", sparse)
         g: Any = Coo([1, 1], [0, 0], [1.0, 2.0], (2, 2))
     else:
