@@ -375,6 +375,10 @@ impl Optimizer {
                 Some(_) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
                 None => SlotSet::EMPTY,
             };
+            if wanted.iter().all(|k| entry.slots[k].is_some()) {
+                scratch.fresh.push(SlotSet::EMPTY);
+                continue;
+            }
             let shape = entry.info.shape.clone();
             match entry.ensure(wanted, |k| preset.slot_shape(k, &shape)) {
                 Ok(fresh) => scratch.fresh.push(fresh),
