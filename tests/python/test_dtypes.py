@@ -34,8 +34,7 @@ def test_sparse_gradients_in_every_form(name: str, order: Any) -> None:
     rng = np.random.default_rng(0)
     start = np.asarray(rng.standard_normal((8, 3)), np.float64, order=order)
     tables = [start.copy(order=order) for _ in range(3)]
-    by_row, _by_entry, by_grad = (getattr(roptim, name)([table], lr=0.1) for table in tables[:2]), None, None
-    rows, entries = by_row
+    rows, entries = (getattr(roptim, name)([table], lr=0.1) for table in tables[:2])
     parameter = roptim.Parameter(tables[2])
     by_grad = getattr(roptim, name)([parameter], lr=0.1)
     for index in ([2, 5, 2], [], [0]):
@@ -138,13 +137,13 @@ def test_complex_parameters_are_pairs_of_reals(dtype: Any, optimizer_class: Any)
         if isinstance(value, np.ndarray):
             assert (value.dtype, value.shape) == (dtype, z.shape)
             assert np.array_equal(value.real, two.state[0][key][..., 0])
-    again = optimizer_class([z])
+    copy = z.copy()
+    again = optimizer_class([copy])
     again.load_state_dict(one.state_dict())
     g = draw()
     one.step([g])
-    moved = z.copy()
-    one.load_state_dict(again.state_dict())
-    assert np.isfinite(moved.real).all()
+    again.step([g])
+    assert np.array_equal(z, copy)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
