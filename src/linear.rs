@@ -17,11 +17,16 @@ const PANEL: usize = 64;
 
 /// Adds by a fixed tree, neighbours first; 0 without values.
 pub(crate) fn tree(values: &mut [f64]) -> f64 {
+    join_tree(values, |a, b| a + b)
+}
+
+#[inline(always)]
+fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f64 {
     let mut n = values.len();
     while n > 1 {
         let half = n.div_ceil(2);
         for i in 0..n / 2 {
-            values[i] = values[2 * i] + values[2 * i + 1];
+            values[i] = join(values[2 * i], values[2 * i + 1]);
         }
         if n % 2 == 1 {
             values[half - 1] = values[n - 1];
@@ -33,18 +38,23 @@ pub(crate) fn tree(values: &mut [f64]) -> f64 {
 
 /// Sum of `term(i)` over `0..n` in f64: lane k adds the terms k, k + 16, …
 #[inline(always)]
-pub(crate) fn lanes(n: usize, mut term: impl FnMut(usize) -> f64) -> f64 {
-    let mut sums = [0.0f64; LANES];
+pub(crate) fn lanes(n: usize, term: impl FnMut(usize) -> f64) -> f64 {
+    join_lanes(n, term, |a, b| a + b)
+}
+
+#[inline(always)]
+fn join_lanes(n: usize, mut term: impl FnMut(usize) -> f64, join: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut joined = [0.0f64; LANES];
     let whole = n - n % LANES;
     for start in (0..whole).step_by(LANES) {
-        for (k, sum) in sums.iter_mut().enumerate() {
-            *sum += term(start + k);
+        for (k, lane) in joined.iter_mut().enumerate() {
+            *lane = join(*lane, term(start + k));
         }
     }
     for i in whole..n {
-        sums[i - whole] += term(i);
+        joined[i - whole] = join(joined[i - whole], term(i));
     }
-    tree(&mut sums)
+    join_tree(&mut joined, join)
 }
 
 /// `f(0), f(1), …, f(n − 1)`, on the current pool if `parallel`.
@@ -66,13 +76,52 @@ pub(crate) fn each_row<F: Real>(
     }
 }
 
+/// Joins `term(x[i], y[i])` over all elements, starting from 0: blocks, lanes and trees of a fixed shape.
+#[inline(always)]
+fn joined<F: Real>(
+    parallel: bool,
+    x: &[F],
+    y: &[F],
+    term: impl Fn(f64, f64) -> f64 + Sync + Send,
+    join: impl Fn(f64, f64) -> f64 + Sync + Send,
+) -> f64 {
+    let n = x.len().min(y.len());
+    let block = |i: usize| {
+        let range = i * SUM_BLOCK..((i + 1) * SUM_BLOCK).min(n);
+        let (x, y) = (&x[range.clone()], &y[range]);
+        join_lanes(x.len(), |k| term(x[k].to_f64(), y[k].to_f64()), &join)
+    };
+    join_tree(&mut map(parallel, n.div_ceil(SUM_BLOCK), block), &join)
+}
+
 /// Sum of squares in f64.
 pub(crate) fn sum_of_squares<F: Real>(parallel: bool, x: &[F]) -> f64 {
-    let block = |i: usize| {
-        let x = &x[i * SUM_BLOCK..((i + 1) * SUM_BLOCK).min(x.len())];
-        lanes(x.len(), |k| x[k].to_f64() * x[k].to_f64())
-    };
-    tree(&mut map(parallel, x.len().div_ceil(SUM_BLOCK), block))
+    dot(parallel, x, x)
+}
+
+/// x·y in f64.
+pub(crate) fn dot<F: Real>(parallel: bool, x: &[F], y: &[F]) -> f64 {
+    joined(parallel, x, y, |x, y| x * y, |a, b| a + b)
+}
+
+/// Σ|xᵢ| in f64.
+pub(crate) fn sum_abs<F: Real>(parallel: bool, x: &[F]) -> f64 {
+    joined(parallel, x, x, |x, _| x.abs(), |a, b| a + b)
+}
+
+/// max|xᵢ|, NaN where an element is NaN, 0 without elements.
+pub(crate) fn largest<F: Real>(parallel: bool, x: &[F]) -> f64 {
+    joined(parallel, x, x, |x, _| x.abs(), f64::max_nan)
+}
+
+/// y ← y + a·x.
+pub(crate) fn axpy<F: Real>(parallel: bool, y: &mut [F], a: f64, x: &[F]) {
+    let a = F::from_f64(a);
+    each_row(parallel, y, SUM_BLOCK, |i, y| {
+        for (y, &x) in y.iter_mut().zip(&x[i * SUM_BLOCK..]) {
+            *y = *y + a * x;
+        }
+    });
 }
 
 /// A matrix in someone else's memory.

@@ -5,7 +5,8 @@
 //! threads, instruction sets, devices or Python. Weight decay, `maximize`, gradient scaling and the
 //! flush of subnormal state are the executor's shared pre- and post-steps ([`Shared`]), not the rule's.
 //!
-//! A [`TensorRule`] is an optimizer whose update of one element depends on the others of its tensor.
+//! A [`TensorRule`] is an optimizer whose update of one element depends on the others of its tensor. Methods that
+//! evaluate the loss several times in a step are in [`crate::closure`].
 
 use std::fmt::Debug;
 
@@ -66,6 +67,8 @@ pub struct Declaration {
     pub slots: &'static [Slot],
     /// Scalar slots.
     pub scalars: &'static [Scalar],
+    /// State that is kept once for all parameters together and shown at the first one.
+    pub joint: &'static [Slot],
     /// Whether it takes row-sparse gradients.
     pub sparse: Sparse,
     /// Whether torch makes the state in the constructor: state at step 0 is that of a parameter that was
@@ -84,6 +87,7 @@ impl Declaration {
         hypers: &[],
         slots: &[],
         scalars: &[],
+        joint: &[],
         sparse: Sparse::Refused,
         eager: false,
         shows_step: true,

@@ -166,7 +166,7 @@ impl Array {
     }
 
     /// Its real numbers: a complex element is two.
-    fn numbers(&self) -> Vec<f64> {
+    pub(crate) fn numbers(&self) -> Vec<f64> {
         let pairs = || self.bytes.as_chunks().0.iter();
         match self.dtype.part() {
             Dtype::F16 => pairs().map(|b| half::f16::from_le_bytes(*b).into()).collect(),
@@ -176,7 +176,8 @@ impl Array {
         }
     }
 
-    fn from_numbers(dtype: Dtype, shape: Vec<usize>, numbers: &[f64]) -> Self {
+    /// An array of such real numbers.
+    pub(crate) fn from_numbers(dtype: Dtype, shape: Vec<usize>, numbers: &[f64]) -> Self {
         let bytes = match dtype.part() {
             Dtype::F16 => numbers.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
             Dtype::BF16 => numbers.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),

@@ -105,6 +105,11 @@ impl TensorMut<'_> {
     pub unsafe fn from_raw(raw: RawTensor) -> Self {
         Self { raw, life: PhantomData }
     }
+
+    /// The same array, to read.
+    pub(crate) fn reading(&self) -> TensorRef<'_> {
+        TensorRef { raw: self.raw.clone(), rows: None, life: PhantomData }
+    }
 }
 
 impl TensorRef<'_> {

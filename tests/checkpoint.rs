@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use roptim::checkpoint::{DataType, Key, TensorData, Tree, from_bytes, load, save, to_bytes};
+use roptim::closure::Ask;
 use roptim::rule::Sparse;
 use roptim::tensor::Rows;
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, REGISTRY, StateDict, TensorRef, Value};
@@ -681,7 +682,8 @@ fn optimizer(name: &str) -> Optimizer {
     optimizer.add_group(&hypers, vec![w]).unwrap();
     let unnamed = ParamInfo { name: None, shape: vec![4], dtype: Dtype::F64, resident: false };
     let matrix = ParamInfo { shape: vec![2, 2], ..unnamed.clone() };
-    let lr = [("lr", Value::Float(0.1))];
+    // Methods that take a closure have one learning rate.
+    let lr = if optimizer.preset().needs_closure() { vec![] } else { vec![("lr", Value::Float(0.1))] };
     if optimizer.add_group(&lr, vec![unnamed]).is_err() {
         optimizer.add_group(&lr, vec![matrix]).unwrap();
     }
@@ -699,7 +701,16 @@ fn steps(optimizer: &mut Optimizer, (w, b): &mut Params, count: usize) {
             (gw, gb) = (gw.of_rows(rows(6)), gb.of_rows(rows(4)));
         }
         let gradients = [Some(gw), (k % 2 == 0).then_some(gb)];
-        optimizer.step(&mut [w.as_mut_slice().into(), b.as_mut_slice().into()], &gradients).unwrap();
+        let params = &mut [w.as_mut_slice().into(), b.as_mut_slice().into()];
+        if !optimizer.preset().needs_closure() {
+            optimizer.step(params, &gradients).unwrap();
+            continue;
+        }
+        optimizer.begin(params).unwrap();
+        let mut loss = 0.0;
+        while optimizer.tell(loss, params, &gradients).unwrap() == Ask::Evaluate {
+            loss -= 1.0;
+        }
     }
 }
 

@@ -10,16 +10,16 @@ const USES: &[(&str, &[&str])] = &[
     ("real", &[]),
     ("rule", &["error", "hyper", "real"]),
     ("linear", &["real"]),
-    ("rules", &["error", "hyper", "linear", "real", "rule"]),
+    ("rules", &["closure", "error", "hyper", "linear", "real", "rule"]),
     ("tensor", &["error", "real"]),
     ("store", &["error", "hyper", "real", "rule", "tensor"]),
     ("cpu", &["hyper", "linear", "real", "rule", "rules", "tensor"]),
     ("shader", &["rule", "rules"]),
     ("gpu", &["cpu", "error", "real", "rule", "rules", "shader", "store", "tensor"]),
-    ("closure", &["error", "real"]),
+    ("closure", &["error", "hyper", "linear", "real", "rule"]),
     ("schedule", &["error"]),
     ("checkpoint", &["error", "hyper", "real", "store"]),
-    ("optimizer", &["cpu", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),
+    ("optimizer", &["closure", "cpu", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),
 ];
 
 /// Files that may hold `unsafe`, and why.
@@ -127,8 +127,9 @@ fn executors_know_no_rule() {
     for path in files("src/cpu").into_iter().chain(files("src/gpu")) {
         for line in code_lines(&path) {
             for preset in roptim::REGISTRY {
+                let kinds = ["Elementwise(", "Tensor(", "Closure("];
                 let rule =
-                    format!("{:?}", preset.method).replace("Elementwise(", "RuleId::").replace("Tensor(", "RuleId::");
+                    kinds.iter().fold(format!("{:?}", preset.method), |rule, kind| rule.replace(kind, "RuleId::"));
                 let (module, variant) = (format!("rules::{}", preset.declaration().stem), rule.replace(')', ""));
                 assert!(!line.contains(&module) && !line.contains(&variant), "{}: {line}", path.display());
             }

@@ -36,6 +36,7 @@ from roptim._sparse import SparseGrad
 from roptim.optimizer import Optimizer
 from roptim.optimizers import (
     ASGD,
+    LBFGS,
     SGD,
     Adadelta,
     Adafactor,
@@ -43,6 +44,7 @@ from roptim.optimizers import (
     Adam,
     Adamax,
     AdamW,
+    ConjugateGradient,
     Muon,
     NAdam,
     RAdam,
@@ -54,6 +56,7 @@ from roptim.utils import clip_grad_norm_
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",
@@ -64,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointIOError",
     "ConcurrentStepError",
+    "ConjugateGradient",
     "Device",
     "DeviceError",
     "DeviceLostError",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
+
+import numpy as np
 
 import roptim
 from roptim.optimizer import REGISTRY
@@ -11,24 +14,38 @@ from roptim.optimizer import REGISTRY
 
 def state_bytes(name: str) -> float:
     """Bytes of optimizer state per float32 element, measured on a square matrix after one step."""
-    import numpy as np
-
     side = 64
     p, g = np.zeros((side, side), np.float32), np.ones((side, side), np.float32)
     rows = roptim.SparseGrad(np.arange(side), g, g.shape)
     opt = getattr(roptim, name)([p])
-    opt.step([rows if REGISTRY[name]["needs_sparse"] else g])
-    arrays = [value for value in opt.state[0].values() if isinstance(value, np.ndarray)]
-    return sum(array.nbytes for array in arrays) / p.size
+    if REGISTRY[name]["needs_closure"]:
+        opt.step(lambda: (float(np.sum(p)), [g]))
+    else:
+        opt.step([rows if REGISTRY[name]["needs_sparse"] else g])
+    return sum(map(_bytes, opt.state[0].values())) / p.size
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_bytes, value))
+    return value.nbytes if isinstance(value, np.ndarray) else 0
+
+
+def state_names(entry: dict[str, Any]) -> str:
+    """Keys of the state of an optimizer of the registry."""
+    return ", ".join(["step"] * entry["shows_step"] + entry["scalars"] + entry["slots"] + entry["joint"])
 
 
 def _list() -> None:
-    print(f"{'optimizer':<11} {'backends':<9} {'bytes':>6}  {'state':<42} paper")
+    rows = [("optimizer", "backends", "bytes", "state", "paper")]
     for name, entry in REGISTRY.items():
-        state = ["step"] * entry["shows_step"] + entry["scalars"] + entry["slots"]
-        backends = ", ".join(entry["backends"])
-        print(f"{name:<11} {backends:<9} {state_bytes(name):>6.3g}  {', '.join(state):<42} {entry['paper']}")
-    print("bytes: of state per float32 element with the default options, on a 64 x 64 matrix")
+        bytes_ = f"{state_bytes(name):.3g}"
+        rows.append((name, ", ".join(entry["backends"]), bytes_, state_names(entry), entry["paper"]))
+    names, backends = (max(len(row[k]) for row in rows) for k in (0, 1))
+    for name, where, bytes_, state, paper in rows:
+        print(f"{name:<{names}} {where:<{backends}} {bytes_:>6}  {state:<42} {paper}")
+    print("bytes: of state per float32 element with the default options, on a 64 x 64 matrix; LBFGS: 8 more for")
+    print("each pair it remembers, at most history_size")
 
 
 def _devices() -> None:

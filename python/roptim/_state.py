@@ -17,7 +17,8 @@ class ParamState(MutableMapping[str, Any]):
     """State of one parameter: ``step`` as an int, slots as arrays or floats under torch's keys.
 
     On the CPU the arrays are the optimizer's own memory, writeable, and never move until the state is
-    reset or loaded; on a GPU they are read-only copies. Empty before the first update.
+    reset or loaded; on a GPU, and where all parameters share one state (LBFGS), everything is a read-only
+    copy. Empty before the first update.
     """
 
     def __init__(self, engine: Engine, index: int) -> None:
@@ -51,15 +52,15 @@ class ParamState(MutableMapping[str, Any]):
                 continue
             slot = self._engine.slot(self._index, key)
             assert slot is not None  # state_keys named it
-            if isinstance(slot, float):
+            if isinstance(slot, float) and key not in self._engine.joint_keys:
                 real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
                 if not real or not np.isfinite(value):
                     raise refuse(RoptimValueError, "state", key, "a finite number", repr(value))
                 numbers[key] = float(value)
                 continue
-            if not slot.flags.writeable:
+            if not isinstance(slot, np.ndarray) or not slot.flags.writeable:
                 remedy = "change it through load_state_dict"
-                raise refuse(RoptimTypeError, "state", key, "read only on a GPU", "an assignment", remedy)
+                raise refuse(RoptimTypeError, "state", key, "read only here", "an assignment", remedy)
             try:
                 new = np.asarray(value, slot.dtype)
             except (TypeError, ValueError):

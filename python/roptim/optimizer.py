@@ -282,17 +282,20 @@ class Optimizer:
             raise NotImplementedError(f"{type(self).__name__} must define step")
         self._step_called = True
         loss = None
-        if callable(gradients) and closure is None and not hasattr(gradients, "__array__"):
-            gradients, closure = None, gradients
+        gradients, closure = self._told_apart(gradients, closure)
         if closure is not None:
-            if not callable(closure):
-                got = f"an object of type {type(closure).__name__}"
-                raise refuse(RoptimTypeError, f"{self._place}.step", "closure", "callable", got)
-            loss = closure()
-            if isinstance(loss, tuple) and len(loss) == 2:
-                loss, gradients = loss
+            loss, gradients = _evaluated(closure)
         self._engine.step(None if gradients is None else self._read(gradients))
         return loss
+
+    def _told_apart(self, gradients: Any, closure: Any) -> tuple[Any, Callable[[], Any] | None]:
+        """Gradients and closure, of which the first argument of step may be either."""
+        if callable(gradients) and closure is None and not hasattr(gradients, "__array__"):
+            gradients, closure = None, gradients
+        if closure is not None and not callable(closure):
+            got = f"an object of type {type(closure).__name__}"
+            raise refuse(RoptimTypeError, f"{self._place}.step", "closure", "callable", got)
+        return gradients, closure
 
     def _read(self, gradients: Any) -> list[Any]:
         place = f"{self._place}.step"
@@ -509,11 +512,69 @@ class Optimizer:
         return "\n".join([*lines, ")"])
 
 
+class ClosureOptimizer(Optimizer):
+    """Base class of the engine's optimizers whose step evaluates the loss several times."""
+
+    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:
+        """One step: up to ``max_iter`` iterations along directions downhill.
+
+        Parameters
+        ----------
+        closure : callable, required
+            Called several times, each time with the parameters at another point. It returns the loss, with
+            the gradients in ``.grad``, or ``(loss, gradients)``. It must be deterministic. May also be given
+            as the first argument.
+        gradients
+            Only the place of the first argument; gradients alone are refused.
+
+        Returns
+        -------
+        The loss that the closure returned first, as it returned it.
+
+        Raises
+        ------
+        RoptimError
+            If what the closure returned is refused. After this and any error of the closure itself,
+            parameters and state are as before the step.
+        """
+        assert self._engine is not None
+        self._step_called = True
+        gradients, closure = self._told_apart(gradients, closure)
+        place = f"{self._place}.step"
+        if closure is None or gradients is not None:
+            got = "none" if gradients is None else "gradients"
+            remedy = "a step evaluates loss and gradients several times"
+            raise refuse(RoptimTypeError, place, "closure", "given alone", got, remedy)
+        losses: list[Any] = []
+
+        def evaluate() -> tuple[float, list[Any] | None]:
+            loss, given = _evaluated(closure)
+            try:
+                number = float(loss)
+            except (TypeError, ValueError):
+                got = f"an object of type {type(loss).__name__}"
+                raise refuse(RoptimTypeError, place, "the closure's loss", "a number", got) from None
+            if not losses:
+                losses.append(loss)
+            return number, None if given is None else self._read(given)
+
+        self._engine.minimize(evaluate)
+        return losses[0]
+
+
+def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
+    """Loss and gradients of a closure that returns both or the loss alone."""
+    loss = closure()
+    return loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
+
+
 def _is_group(item: object) -> bool:
     return isinstance(item, Mapping) and "params" in item
 
 
 def _plain(value: Any) -> Any:
-    """An array of another library as NumPy's; anything else as it is."""
+    """An array of another library as NumPy's, in lists too; anything else as it is."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     foreign = hasattr(value, "__array__") and not isinstance(value, (np.ndarray, np.generic))
     return np.asarray(value) if foreign else value

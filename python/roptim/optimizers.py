@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from roptim.optimizer import Optimizer
+from roptim.optimizer import ClosureOptimizer, Optimizer
 
 _COMMON = """
     backend : str
@@ -790,6 +790,133 @@ class Muon(Optimizer):
         self._construct(locals())
 
 
+class LBFGS(ClosureOptimizer):
+    r"""L-BFGS: steps along directions from the last differences of points and gradients.
+
+    .. math::
+        \theta_k = \theta_{k-1} + t_k d_k, \quad d_k = -H_k g_k, \quad
+        H_k \approx (\nabla^2 f)^{-1} \text{ from } s_i = \theta_{i+1} - \theta_i, \; y_i = g_{i+1} - g_i
+
+    ``step(closure)`` evaluates the loss several times::
+
+        def closure():
+            opt.zero_grad()
+            loss, W.grad, b.grad = loss_and_gradients(W, b)
+            return loss
+
+        loss = opt.step(closure)
+
+    With plain arrays the closure returns ``(loss, gradients)``. All parameters are one vector: the hyperparameters
+    must be the same in every group, a missing gradient is one of zeros, and the vector's precision is float64 if one
+    of the parameters' is, else float32. With ``line_search_fn`` None the steps have length ``lr`` and the loss may
+    grow; with ``"strong_wolfe"`` the first trial is ``lr`` and the loss never grows. A trial that is not finite is
+    taken back. On the CPU only.
+
+    State, one for all at the first parameter, read-only: ``func_evals``, ``n_iter`` (int), ``d`` (direction), ``t``
+    (step length), ``old_dirs`` (:math:`y_i`), ``old_stps`` (:math:`s_i`), ``ro`` (:math:`1/(y_i \cdot s_i)`),
+    ``H_diag``, ``al``, ``prev_flat_grad``, ``prev_loss``; the vectors are flat. Adding a group empties it but for the
+    two counts. Source: Liu, Nocedal, *On the limited memory BFGS method for large scale optimization*, Math.
+    Programming 45, 1989; line search: Nocedal, Wright, *Numerical optimization*, 2nd ed., Algorithms 3.5 and 3.6.
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Step length, or the first one tried, >= 0.
+    max_iter : int
+        Iterations in one step, >= 1.
+    max_eval : int, optional
+        Evaluations after which no further iteration begins; by default ``max_iter * 5 // 4``. A line search may
+        make one more.
+    tolerance_grad : float
+        The step ends where no element of the gradient is larger, >= 0.
+    tolerance_change : float
+        The step ends where the loss and no element change by more, >= 0.
+    history_size : int
+        Pairs of differences to remember, >= 1: each is as large as two times the parameters.
+    line_search_fn : str, optional
+        ``"strong_wolfe"``.
+    {common}
+    """
+
+    _engine_name = "LBFGS"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
+class ConjugateGradient(ClosureOptimizer):
+    r"""Nonlinear conjugate gradients, Polak–Ribière+, with a strong Wolfe line search.
+
+    .. math::
+        \theta_k = \theta_{k-1} + t_k d_k, \quad d_k = -g_k + \beta_k d_{k-1}, \quad
+        \beta_k = \max\left(0, \frac{g_k \cdot (g_k - g_{k-1})}{g_{k-1} \cdot g_{k-1}}\right)
+
+    ``step(closure)`` and everything about it is as for :class:`LBFGS`; the memory is two vectors instead of two for
+    each pair. It starts again from :math:`d = -g` after ``restart`` iterations, where successive gradients are far
+    from orthogonal, and where :math:`d` does not go downhill. On the CPU only.
+
+    State, one for all at the first parameter, read-only: ``func_evals``, ``n_iter``, ``since_restart`` (int), ``d``
+    (direction), ``t`` (step length), ``prev_flat_grad``, ``prev_loss``; the vectors are flat. Source: Polak, Ribière,
+    *Note sur la convergence de méthodes de directions conjuguées*, RIRO 16, 1969; Nocedal, Wright, *Numerical
+    optimization*, 2nd ed., Algorithm 5.4 with (5.44) and (5.45).
+
+    Parameters
+    ----------
+    params
+        Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
+    lr : float
+        Scale of the first step of all, >= 0; later ones are guessed from the step before.
+    max_iter : int
+        Iterations in one step, >= 1.
+    max_eval : int, optional
+        Evaluations after which no further iteration begins; by default ``max_iter * 5 // 4``. A line search may
+        make one more.
+    tolerance_grad : float
+        The step ends where no element of the gradient is larger, >= 0.
+    tolerance_change : float
+        The step ends where the loss and no element change by more, >= 0.
+    restart : int, optional
+        Iterations from one steepest descent to the next, >= 1; by default the number of elements.
+    {common}
+    """
+
+    _engine_name = "ConjugateGradient"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        restart: int | None = None,
+        *,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+        flush_denormals: bool = True,
+    ) -> None:
+        self._construct(locals())
+
+
 for _cls in (
     SGD,
     Adam,
@@ -805,5 +932,7 @@ for _cls in (
     SparseAdam,
     Adafactor,
     Muon,
+    LBFGS,
+    ConjugateGradient,
 ):
     _document(_cls)

@@ -1,11 +1,13 @@
 //! The engine's optimizer as Python sees it: arrays in, steps, state out.
 
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
 use numpy::{PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
+use roptim::closure::Ask;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
@@ -22,6 +24,15 @@ use crate::values;
 /// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
 /// other threads would gain.
 const HOLD_LOCK_BELOW: usize = 32 * 1024;
+
+/// What a call does when another thread is in the optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Haste {
+    /// It is refused.
+    Now,
+    /// It waits: it belongs to a step under way, and the others are refused.
+    Wait,
+}
 
 /// A registered parameter.
 struct Registered {
@@ -47,6 +58,7 @@ pub(crate) struct Engine {
     shared: Arc<Shared>,
     table: Mutex<Table>,
     on_gpu: bool,
+    needs_closure: bool,
 }
 
 impl Engine {
@@ -176,7 +188,11 @@ impl Engine {
                 (None, Some(p)) => p.step_gradient(py),
                 (None, None) => {
                     let allowed = "given for plain arrays";
-                    let remedy = Some("call step(gradients), or wrap the arrays in roptim.Parameter and set .grad");
+                    let remedy = Some(if self.needs_closure {
+                        "return (loss, gradients) from the closure, or wrap the arrays in roptim.Parameter and set .grad"
+                    } else {
+                        "call step(gradients), or wrap the arrays in roptim.Parameter and set .grad"
+                    });
                     return Err(refuse(py, ErrorKind::Type, place, "gradients", allowed, "none", remedy));
                 }
             };
@@ -275,8 +291,9 @@ impl Engine {
             }
         };
         let optimizer = optimizer.or_raise(py)?;
-        let shared = Arc::new(Shared { name: optimizer.preset().name, optimizer: Mutex::new(optimizer) });
-        Ok(Self { shared, table: Mutex::new(Table::default()), on_gpu })
+        let preset = optimizer.preset();
+        let shared = Arc::new(Shared { name: preset.name, optimizer: Mutex::new(optimizer) });
+        Ok(Self { shared, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused.
@@ -375,38 +392,32 @@ impl Engine {
     /// Parameter's own gradient.
     #[pyo3(signature = (gradients=None))]
     fn step(&self, py: Python<'_>, gradients: Option<&Bound<'_, PyList>>) -> PyResult<()> {
-        let place = format!("{}.step", self.name());
-        let mut guard = self.table(py)?;
-        let table = &mut *guard;
-        // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
-        // does, up to the engine's own step.
-        let arrays = self.collect(py, table, gradients, &place)?;
-        self.settle_homes(py, table)?;
-        self.verify(py, table, &place)?;
-        let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
-        let mut elements = 0;
-        for (index, array) in arrays.iter().enumerate() {
-            let raw = match array {
-                Some(array) => Some(self.look_at_gradient(py, table, index, array, &place)?),
-                None => None,
-            };
-            elements += raw.as_ref().map_or(0, |raw| raw.len);
-            let touched = array.as_ref().and_then(|gradient| gradient.touched.clone());
-            // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
-            // just now, and `arrays` holds the array until the step is over.
-            let tensor = raw.map(|raw| unsafe { TensorRef::from_raw(raw) });
-            tensors.push(match touched {
-                Some(rows) => tensor.map(|tensor| tensor.of_rows(rows)),
-                None => tensor,
-            });
+        self.with_gradients(py, gradients, Haste::Now, |optimizer, params, gradients| optimizer.step(params, gradients))
+    }
+
+    /// One step of an optimizer that evaluates the loss several times. `evaluate` is called without arguments
+    /// and returns the loss and the gradients, as [`Engine::step`] takes them, at the values that the parameters
+    /// have then. An error there, or one of what it returned, leaves parameters and state as they were.
+    fn minimize(&self, py: Python<'_>, evaluate: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.with_parameters(py, Haste::Now, Optimizer::begin)?;
+        // The closure may do anything, so nothing is locked while it runs. No Python code runs between the calls,
+        // so an interrupt arrives in it and is an error like others.
+        let one = || {
+            let (loss, gradients): (f64, Option<Bound<'_, PyList>>) = evaluate.call0()?.extract()?;
+            self.with_gradients(py, gradients.as_ref(), Haste::Wait, |optimizer, params, gradients| {
+                optimizer.tell(loss, params, gradients)
+            })
+        };
+        loop {
+            match one() {
+                Ok(Ask::Evaluate) => {}
+                Ok(Ask::Done) => return Ok(()),
+                Err(error) => {
+                    self.abandon(py, &error)?;
+                    return Err(error);
+                }
+            }
         }
-        // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
-        let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
-        let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
-        let mut run = || guarded(&place, || self.shared.try_use()?.step(&mut targets, &tensors));
-        let outcome = if elements < HOLD_LOCK_BELOW && !self.on_gpu { run() } else { py.detach(run) };
-        drop(arrays);
-        outcome.or_raise(py)
     }
 
     /// Names of the slots a parameter has, `step` first where the optimizer shows it; empty before the
@@ -433,15 +444,18 @@ impl Engine {
         Ok(())
     }
 
-    /// One slot: a view on the CPU, a read-only copy on a GPU, a float where it is a number; None where it
-    /// does not exist.
+    /// One slot: a view on the CPU, a read-only copy on a GPU, a float where it is a number; a read-only copy of
+    /// state that all parameters share; None where it does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
         let found = self.shared.try_use().and_then(|optimizer| {
             let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
-            Ok((buffer, copy, optimizer.scalar(index, key)))
+            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)))
         });
-        let (buffer, copy, scalar) = found.or_raise(py)?;
+        let (buffer, copy, scalar, joint) = found.or_raise(py)?;
+        if let Some(value) = joint {
+            return files::read_only(files::from_tree(py, &value.into())?).map(Some);
+        }
         if let Some(x) = scalar {
             return Ok(Some(PyFloat::new(py, x).into_any()));
         }
@@ -496,6 +510,13 @@ impl Engine {
         py.detach(|| guarded(&place, load)).or_raise(py)
     }
 
+    /// Names of the state that all parameters share.
+    #[getter]
+    fn joint_keys(&self, py: Python<'_>) -> PyResult<Vec<&'static str>> {
+        let joint = self.shared.try_use().or_raise(py)?.preset().declaration().joint;
+        Ok(joint.iter().map(|s| s.name).collect())
+    }
+
     /// Applied updates.
     #[getter]
     fn update_count(&self, py: Python<'_>) -> PyResult<u64> {
@@ -528,6 +549,106 @@ impl Engine {
 }
 
 impl Engine {
+    /// Calls the engine with the parameters and these gradients, after every check.
+    fn with_gradients<T: Send>(
+        &self,
+        py: Python<'_>,
+        gradients: Option<&Bound<'_, PyList>>,
+        haste: Haste,
+        call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>], &[Option<TensorRef<'_>>]) -> roptim::Result<T> + Send,
+    ) -> PyResult<T> {
+        let place = format!("{}.step", self.name());
+        let mut guard = self.table_in(py, haste)?;
+        let table = &mut *guard;
+        // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
+        // does, up to the engine's own step.
+        let arrays = self.collect(py, table, gradients, &place)?;
+        self.settle_homes(py, table)?;
+        self.verify(py, table, &place)?;
+        let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
+        let mut elements = 0;
+        for (index, array) in arrays.iter().enumerate() {
+            let raw = match array {
+                Some(array) => Some(self.look_at_gradient(py, table, index, array, &place)?),
+                None => None,
+            };
+            elements += raw.as_ref().map_or(0, |raw| raw.len);
+            let touched = array.as_ref().and_then(|gradient| gradient.touched.clone());
+            // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
+            // just now, and `arrays` holds the array until the step is over.
+            let tensor = raw.map(|raw| unsafe { TensorRef::from_raw(raw) });
+            tensors.push(match touched {
+                Some(rows) => tensor.map(|tensor| tensor.of_rows(rows)),
+                None => tensor,
+            });
+        }
+        let outcome =
+            self.call(py, &place, table, elements, haste, |optimizer, params| call(optimizer, params, &tensors));
+        drop(arrays);
+        outcome
+    }
+
+    /// Calls the engine with the parameters, after every check.
+    fn with_parameters<T: Send>(
+        &self,
+        py: Python<'_>,
+        haste: Haste,
+        call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
+    ) -> PyResult<T> {
+        let place = format!("{}.step", self.name());
+        let mut guard = self.table_in(py, haste)?;
+        self.settle_homes(py, &guard)?;
+        self.verify(py, &mut guard, &place)?;
+        let elements = guard.params.iter().map(|registered| registered.seen.raw.len).sum();
+        self.call(py, &place, &guard, elements, haste, call)
+    }
+
+    /// Calls the engine with the parameters of a table that was verified just now, without the interpreter lock
+    /// where the work is worth it.
+    fn call<T: Send>(
+        &self,
+        py: Python<'_>,
+        place: &str,
+        table: &Table,
+        elements: usize,
+        haste: Haste,
+        call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
+    ) -> PyResult<T> {
+        // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
+        let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
+        let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
+        let run = || {
+            guarded(place, || match haste {
+                Haste::Now => call(&mut *self.shared.try_use()?, &mut targets),
+                Haste::Wait => call(&mut self.shared.wait(), &mut targets),
+            })
+        };
+        let is_small = elements < HOLD_LOCK_BELOW && !self.on_gpu && haste == Haste::Now;
+        let outcome = if is_small { run() } else { py.detach(run) };
+        outcome.or_raise(py)
+    }
+
+    fn table_in(&self, py: Python<'_>, haste: Haste) -> PyResult<MutexGuard<'_, Table>> {
+        loop {
+            match self.table(py) {
+                Err(_) if haste == Haste::Wait => py.detach(|| std::thread::sleep(Duration::from_micros(20))),
+                other => return other,
+            }
+        }
+    }
+
+    /// Ends a step under way after an error in it. Where the arrays cannot be restored, because the closure
+    /// closed one to writing, say, the optimizer is torn and the error gets a note.
+    fn abandon(&self, py: Python<'_>, error: &PyErr) -> PyResult<()> {
+        let restored = self.with_parameters(py, Haste::Wait, |optimizer, params| optimizer.abandon(Some(params)));
+        if let Err(obstacle) = restored {
+            py.detach(|| self.shared.wait().abandon(None)).or_raise(py)?;
+            let note = format!("The parameters could not be restored: {}", obstacle.value(py));
+            error.value(py).call_method1("add_note", (note,))?;
+        }
+        Ok(())
+    }
+
     /// A Parameter's truth follows the optimizer that steps it: what another one's device holds is
     /// brought to the host first.
     fn settle_homes(&self, py: Python<'_>, table: &Table) -> PyResult<()> {

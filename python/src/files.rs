@@ -155,6 +155,16 @@ pub(crate) fn from_tree<'py>(py: Python<'py>, tree: &Tree) -> PyResult<Bound<'py
     })
 }
 
+/// The same value, with its arrays closed to writing.
+pub(crate) fn read_only(value: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
+    if let Ok(items) = value.cast::<PyList>() {
+        items.iter().try_for_each(|item| read_only(item).map(drop))?;
+    } else if value.hasattr("setflags")? {
+        value.call_method1("setflags", (false,))?;
+    }
+    Ok(value)
+}
+
 /// Writes a tree of values to a file, completely or not at all.
 #[pyfunction]
 pub(crate) fn save(py: Python<'_>, object: &Bound<'_, PyAny>, path: &str) -> PyResult<()> {

@@ -24,6 +24,8 @@ pub(crate) fn registry(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         entry.set_item("ranges", ranges)?;
         entry.set_item("slots", preset.declaration().slots.iter().map(|s| s.name).collect::<Vec<_>>())?;
         entry.set_item("scalars", preset.declaration().scalars.iter().map(|s| s.name).collect::<Vec<_>>())?;
+        entry.set_item("joint", preset.declaration().joint.iter().map(|s| s.name).collect::<Vec<_>>())?;
+        entry.set_item("needs_closure", preset.needs_closure())?;
         entry.set_item("takes_sparse", preset.declaration().sparse != Sparse::Refused)?;
         entry.set_item("needs_sparse", preset.declaration().sparse == Sparse::Required)?;
         entry.set_item("backends", if preset.has_shader() { vec!["cpu", "gpu"] } else { vec!["cpu"] })?;

@@ -28,7 +28,8 @@ impl Shared {
             .with_remedy("call it from one thread at a time")
     }
 
-    fn wait(&self) -> MutexGuard<'_, Optimizer> {
+    /// The optimizer, when other threads are done with it.
+    pub(crate) fn wait(&self) -> MutexGuard<'_, Optimizer> {
         self.optimizer.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 

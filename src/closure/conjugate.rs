@@ -17,7 +17,9 @@
 //! nothing.
 
 use super::descent::{Descent, Last, Method};
+use super::parts::{Part, Parts};
 use super::{axpy, dot, negative};
+use crate::error::Result;
 use crate::real::Real;
 
 /// Conjugate gradients over one flat vector.
@@ -79,7 +81,11 @@ impl<F: Real> Method<F> for Cycle {
         (t > 0.0 && t.is_finite()).then_some(t)
     }
 
-    fn vectors(&self) -> impl Iterator<Item = (&'static str, &[F])> {
-        std::iter::empty()
+    fn parts(&self, _options: &Options) -> Vec<(&'static str, Part<F>)> {
+        vec![("since_restart", Part::Count(self.since_restart))]
+    }
+
+    fn from_parts(parts: &mut Parts<F>) -> Result<Self> {
+        Ok(Self { since_restart: parts.count("since_restart")? })
     }
 }

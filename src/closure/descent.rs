@@ -13,7 +13,9 @@
 //! This is the loop of torch's LBFGS, for conjugate gradients too. Deviations, all for numbers that are
 //! not finite or steps that cannot move:
 //!
-//! - A first evaluation that is not finite ends the step where it began; only `func_evals` counts it.
+//! - A first evaluation that is not finite ends the step where it began; only `func_evals` counts it. Without
+//!   line search the last step's end was never evaluated, so the method first goes back along its last
+//!   direction, to a tenth of the last move, a hundredth and so on, within `max_eval`.
 //! - A direction without a finite slope is replaced by −g, and the method's memory is emptied.
 //! - Without line search, a point that is not finite is taken back and a tenth of the step tried, within
 //!   `max_eval`. The last iteration moves without evaluating, as torch does, so its loss is unknown.
@@ -25,9 +27,11 @@ use std::fmt::Debug;
 use std::mem;
 use std::sync::Arc;
 
+use super::parts::{Part, Parts};
 use super::wolfe::{Rules, Search, Trial};
 use super::{Ask, Machine, axpy, dot, largest, negative, sum_abs};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hyper::Hypers;
 use crate::real::Real;
 
 /// c₁ of the line search.
@@ -51,6 +55,27 @@ pub struct Settings<O> {
     pub tolerance_change: f64,
     /// The method's own.
     pub method: O,
+}
+
+impl<O> Settings<O> {
+    /// A group's hyperparameters, with the method's own choices in them.
+    pub fn of(h: &Hypers, method: O) -> Self {
+        let count = |name| h.whole(name).map(|n| n.max(0).unsigned_abs());
+        let max_iter = count("max_iter").unwrap_or(u64::MAX);
+        Self {
+            lr: h.float("lr"),
+            max_iter,
+            max_eval: count("max_eval").unwrap_or_else(|| default_max_eval(max_iter)),
+            tolerance_grad: h.float("tolerance_grad"),
+            tolerance_change: h.float("tolerance_change"),
+            method,
+        }
+    }
+}
+
+/// Evaluations for so many iterations where nobody says how many.
+pub fn default_max_eval(max_iter: u64) -> u64 {
+    max_iter.saturating_mul(5) / 4
 }
 
 impl<O: Default> Default for Settings<O> {
@@ -77,13 +102,13 @@ pub struct Last<F> {
 #[derive(Debug, Clone, PartialEq)]
 pub struct State<F, M> {
     /// Evaluations in all steps.
-    pub func_evals: u64,
+    pub(crate) func_evals: u64,
     /// Iterations in all steps.
-    pub n_iter: u64,
+    pub(crate) n_iter: u64,
     /// None before the first iteration.
-    pub last: Option<Last<F>>,
+    pub(crate) last: Option<Last<F>>,
     /// The method's own.
-    pub memory: M,
+    pub(crate) memory: M,
 }
 
 impl<F, M: Default> Default for State<F, M> {
@@ -93,27 +118,47 @@ impl<F, M: Default> Default for State<F, M> {
 }
 
 impl<F: Real, M: Method<F>> State<F, M> {
-    /// Refuses a state that is not one of `n` elements.
-    pub fn check(&self, n: usize) -> Result<()> {
+    /// As named values, under torch's names.
+    pub fn parts(&self, options: &M::Options) -> Vec<(&'static str, Part<F>)> {
+        let mut parts = vec![("func_evals", Part::Count(self.func_evals)), ("n_iter", Part::Count(self.n_iter))];
         if let Some(last) = &self.last {
-            check_len::<F, M>("d", &last.d, n)?;
-            check_len::<F, M>("prev_flat_grad", &last.prev_flat_grad, n)?;
+            parts.extend([
+                ("d", Part::Vector(last.d.clone())),
+                ("t", Part::Number(last.t)),
+                ("prev_flat_grad", Part::Vector(last.prev_flat_grad.clone())),
+                ("prev_loss", Part::Number(last.prev_loss)),
+            ]);
+            parts.extend(self.memory.parts(options));
         }
-        self.memory.vectors().try_for_each(|(name, x)| check_len::<F, M>(name, x, n))
+        parts
     }
-}
 
-fn check_len<F: Real, M: Method<F>>(name: &str, x: &[F], n: usize) -> Result<()> {
-    if x.len() == n {
-        return Ok(());
+    /// From such values; refuses what does not fit.
+    pub fn from_parts(mut parts: Parts<F>) -> Result<Self> {
+        let (func_evals, n_iter) = (parts.count("func_evals")?, parts.count("n_iter")?);
+        let mut state = Self { func_evals, n_iter, ..Self::default() };
+        if parts.has("d") {
+            state.last = Some(Last {
+                d: parts.vector("d")?,
+                t: parts.number("t")?,
+                prev_flat_grad: parts.vector("prev_flat_grad")?,
+                prev_loss: parts.number("prev_loss")?,
+            });
+            state.memory = M::from_parts(&mut parts)?;
+        }
+        parts.finish()?;
+        Ok(state)
     }
-    Err(Error::refuse(
-        ErrorKind::Value,
-        M::NAME,
-        name,
-        format_args!("of length {n}"),
-        format_args!("length {}", x.len()),
-    ))
+
+    fn check(&self, n: usize) -> Result<()> {
+        match &self.last {
+            Some(last) if last.d.len() != n => {
+                let (want, got) = (format!("of {} elements", last.d.len()), n);
+                Err(Error::refuse(ErrorKind::Value, M::NAME, "the point", want, got))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What sets one method apart: its memory, and how this turns gradients into directions.
@@ -136,8 +181,11 @@ pub trait Method<F: Real>: Clone + Debug + Default {
     /// The first step to try along a direction with this slope; none for the one of the first iteration.
     fn trial_step(lr: f64, last: &Last<F>, slope: f64) -> Option<f64>;
 
-    /// The vectors of the memory with their names.
-    fn vectors(&self) -> impl Iterator<Item = (&'static str, &[F])>;
+    /// The memory as named values.
+    fn parts(&self, options: &Self::Options) -> Vec<(&'static str, Part<F>)>;
+
+    /// From such values.
+    fn from_parts(parts: &mut Parts<F>) -> Result<Self>;
 }
 
 /// A method that asks for evaluations, one step after another.
@@ -167,6 +215,11 @@ impl<F: Real, M: Method<F>> Descent<F, M> {
     /// As of the last step that was done.
     pub fn state(&self) -> &State<F, M> {
         &self.state
+    }
+
+    /// Ends a step under way as if it had not begun.
+    pub fn abandon(&mut self) {
+        self.run = None;
     }
 
     /// Begins a step at `x` and asks for an evaluation there; abandons a step under way.
@@ -218,8 +271,14 @@ impl<F: Real, M: Method<F>> Machine<F> for Descent<F, M> {
 #[derive(Debug, Clone)]
 enum Phase<F> {
     Start,
+    /// So much of the last step's move, where all of it led nowhere.
+    Back {
+        t: f64,
+    },
     Search(Search<F>),
-    Fixed { t: f64 },
+    Fixed {
+        t: f64,
+    },
 }
 
 /// A step under way.
@@ -248,8 +307,22 @@ impl<F: Real, M: Method<F>> Run<F, M> {
         match mem::replace(&mut self.phase, Phase::Start) {
             Phase::Start => {
                 self.here = self.trial(0.0, loss, gradient);
-                let done = !self.here.is_finite() || self.is_flat();
-                if done { Ask::Done } else { self.iterate() }
+                match &self.state.last {
+                    _ if self.here.is_finite() => self.set_out(),
+                    Some(last) if !M::searches(&self.settings.method) => self.go_back(0.1 * last.t),
+                    _ => Ask::Done,
+                }
+            }
+            Phase::Back { t } => {
+                self.here = self.trial(0.0, loss, gradient);
+                if !self.here.is_finite() {
+                    return self.go_back(0.1 * t);
+                }
+                mem::swap(&mut self.x, &mut self.point);
+                if let Some(last) = &mut self.state.last {
+                    last.t = t;
+                }
+                self.set_out()
             }
             Phase::Search(mut search) => {
                 let new = self.trial(search.t(), loss, gradient);
@@ -279,6 +352,24 @@ impl<F: Real, M: Method<F>> Run<F, M> {
         let loss = if is_finite { loss } else { f64::INFINITY };
         let slope = if is_finite { slope } else { f64::NAN };
         Trial { t, loss, slope, gradient: gradient.into() }
+    }
+
+    fn set_out(&mut self) -> Ask {
+        if self.is_flat() { Ask::Done } else { self.iterate() }
+    }
+
+    /// Asks for an evaluation after `t` of the last move.
+    fn go_back(&mut self, t: f64) -> Ask {
+        let Some(last) = &self.state.last else { return Ask::Done };
+        let moves = t * largest(&last.d) > self.settings.tolerance_change;
+        if !moves || self.evals >= self.settings.max_eval {
+            return Ask::Done;
+        }
+        let (d, surplus) = (last.d.clone(), last.t - t);
+        self.point.clone_from(&self.x);
+        axpy(&mut self.point, -surplus, &d);
+        self.phase = Phase::Back { t };
+        Ask::Evaluate
     }
 
     fn is_flat(&self) -> bool {
@@ -318,6 +409,8 @@ impl<F: Real, M: Method<F>> Run<F, M> {
             self.place(t);
             if largest(&self.point).is_finite() {
                 mem::swap(&mut self.x, &mut self.point);
+            } else if let Some(last) = &mut self.state.last {
+                last.t = 0.0;
             }
             return Ask::Done;
         }

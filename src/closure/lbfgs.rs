@@ -29,8 +29,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::descent::{Descent, Last, Method};
+use super::parts::{Part, Parts};
 use super::{axpy, dot, negative};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::real::Real;
 
 /// L-BFGS over one flat vector.
@@ -86,27 +87,6 @@ impl<F> Default for History<F> {
     }
 }
 
-impl<F: Real> History<F> {
-    /// From torch's lists; refuses lists of different lengths.
-    pub fn from_lists(
-        old_dirs: Vec<Arc<[F]>>,
-        old_stps: Vec<Arc<[F]>>,
-        ro: Vec<f64>,
-        h_diag: f64,
-        al: Vec<f64>,
-    ) -> Result<Self> {
-        let pairs = old_dirs.len();
-        for (name, len) in [("old_stps", old_stps.len()), ("ro", ro.len())] {
-            if len != pairs {
-                let allowed = format_args!("as long as old_dirs ({pairs})");
-                return Err(Error::refuse(ErrorKind::Value, "LBFGS", name, allowed, format_args!("length {len}")));
-            }
-        }
-        let pairs = old_dirs.into_iter().zip(old_stps).zip(ro).map(|((y, s), ro)| Pair { y, s, ro }).collect();
-        Ok(Self { pairs, h_diag, al })
-    }
-}
-
 impl<F: Real> Method<F> for History<F> {
     type Options = Options;
     const NAME: &'static str = "LBFGS";
@@ -148,7 +128,30 @@ impl<F: Real> Method<F> for History<F> {
         Some(lr)
     }
 
-    fn vectors(&self) -> impl Iterator<Item = (&'static str, &[F])> {
-        self.pairs.iter().flat_map(|pair| [("old_dirs", &*pair.y), ("old_stps", &*pair.s)])
+    fn parts(&self, options: &Options) -> Vec<(&'static str, Part<F>)> {
+        let list = |of: fn(&Pair<F>) -> Part<F>| Part::List(self.pairs.iter().map(of).collect());
+        let mut parts = vec![
+            ("old_dirs", list(|pair| Part::Vector(pair.y.clone()))),
+            ("old_stps", list(|pair| Part::Vector(pair.s.clone()))),
+            ("ro", list(|pair| Part::Number(pair.ro))),
+            ("H_diag", Part::Number(self.h_diag)),
+        ];
+        if !self.al.is_empty() {
+            // torch fills its list up to the history's size.
+            let mut al: Vec<_> = self.al.iter().map(|&al| Part::Number(al)).collect();
+            al.resize(options.history_size.max(al.len()), Part::None);
+            parts.push(("al", Part::List(al)));
+        }
+        parts
+    }
+
+    fn from_parts(parts: &mut Parts<F>) -> Result<Self> {
+        let (y, s) = (parts.vectors("old_dirs")?, parts.vectors("old_stps")?);
+        let (ro, h_diag, al) = (parts.numbers("ro")?, parts.number("H_diag")?, parts.numbers("al")?);
+        let pairs = ("old_dirs", y.len());
+        parts.same_length([("old_stps", s.len()), pairs])?;
+        parts.same_length([("ro", ro.len()), pairs])?;
+        let pairs = y.into_iter().zip(s).zip(ro).map(|((y, s), ro)| Pair { y, s, ro }).collect();
+        Ok(Self { pairs, h_diag, al })
     }
 }

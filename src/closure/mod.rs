@@ -24,15 +24,23 @@
 //! | [`descent`] | one step: iterations, stopping, what outlives a step |
 //! | [`wolfe`] | the line search |
 //! | [`lbfgs`], [`conjugate`] | a direction and a first trial step each |
+//! | [`parts`] | state as named values |
 //!
 //! Vectors are in the parameters' type `F`; their products are summed in f64 in a fixed order, and step
 //! lengths, losses and directional derivatives are f64, so the points do not depend on the machine.
 
+use std::fmt::Debug;
+
+use crate::hyper::Hypers;
+use crate::linear;
 use crate::real::Real;
+use crate::rule::Declaration;
+use descent::Method;
 
 pub mod conjugate;
 pub mod descent;
 pub mod lbfgs;
+pub mod parts;
 pub mod wolfe;
 
 pub use conjugate::ConjugateGradient;
@@ -62,47 +70,42 @@ pub trait Machine<F> {
     fn first_loss(&self) -> f64;
 }
 
-const LANES: usize = 16;
+/// A closure method as the registry knows it.
+pub trait ClosureRule: Debug + 'static {
+    /// What it declares.
+    const DECLARATION: Declaration;
+    /// What a user chooses besides what all of them have.
+    type Options: Clone + Debug + Send;
+    /// What sets it apart from the others.
+    type Memory<F: Real>: Method<F, Options = Self::Options> + Send;
 
-/// Folds pairs of elements in 16 fixed lanes and joins these by halves: a shape that vectorizes, and the
-/// same bits everywhere.
-#[inline(always)]
-fn reduce<F: Real>(a: &[F], b: &[F], fold: impl Fn(f64, f64, f64) -> f64, join: impl Fn(f64, f64) -> f64) -> f64 {
-    let mut lanes = [0.0; LANES];
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane = fold(*lane, a.to_f64(), b.to_f64());
-        }
-    }
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = join(lanes[i], lanes[i + half]);
-        }
-    }
-    lanes[0]
+    /// The choices in a group's hyperparameters.
+    fn options(h: &Hypers) -> Self::Options;
+}
+
+/// Whether vectors may be spread over threads: a caller enters its pool where they are worth it.
+fn in_a_pool() -> bool {
+    rayon::current_thread_index().is_some()
 }
 
 /// a·b.
 fn dot<F: Real>(a: &[F], b: &[F]) -> f64 {
-    reduce(a, b, |sum, a, b| sum + a * b, |a, b| a + b)
+    linear::dot(in_a_pool(), a, b)
 }
 
 /// Σ|xᵢ|.
 fn sum_abs<F: Real>(x: &[F]) -> f64 {
-    reduce(x, x, |sum, x, _| sum + x.abs(), |a, b| a + b)
+    linear::sum_abs(in_a_pool(), x)
 }
 
 /// max|xᵢ|, NaN where an element is NaN, 0 without elements.
 fn largest<F: Real>(x: &[F]) -> f64 {
-    reduce(x, x, |most, x, _| x.abs().max_nan(most), f64::max_nan)
+    linear::largest(in_a_pool(), x)
 }
 
 /// y ← y + a·x.
 fn axpy<F: Real>(y: &mut [F], a: f64, x: &[F]) {
-    let a = F::from_f64(a);
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = *y + a * x;
-    }
+    linear::axpy(in_a_pool(), y, a, x);
 }
 
 /// −x.

@@ -1,9 +1,11 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::descent::{Descent, Method, Settings};
-use super::lbfgs::{History, Options, Pair};
+use super::lbfgs::{self, History, Options};
+use super::parts::{Part, Parts};
 use super::wolfe::{Rules, Search, Trial};
 use super::{Ask, ConjugateGradient, Lbfgs, Machine, dot, largest, sum_abs};
 use crate::real::Real;
@@ -370,13 +372,73 @@ fn states_of_another_shape_are_refused() {
     let mut machine = Lbfgs::default();
     step(&mut machine, &Settings { max_iter: 3, ..searching() }, &start(2), rosenbrock);
     let message = |machine: &mut Lbfgs<f64>, n| machine.begin(&searching(), vec![0.0; n]).unwrap_err().to_string();
-    assert_eq!(message(&mut machine, 3), "LBFGS: d must be of length 3, got length 2");
-    let mut state = machine.state().clone();
-    state.memory.pairs.push_back(Pair { y: [0.0; 2].into(), s: [0.0; 5].into(), ro: 1.0 });
-    assert_eq!(message(&mut state.into(), 2), "LBFGS: old_stps must be of length 2, got length 5");
-    let vector: Arc<[f64]> = [1.0].into();
-    let lists = History::from_lists(vec![vector.clone()], vec![vector], vec![], 1.0, vec![]);
-    assert_eq!(lists.unwrap_err().to_string(), "LBFGS: ro must be as long as old_dirs (1), got length 0");
+    assert_eq!(message(&mut machine, 3), "LBFGS: the point must be of 2 elements, got 3");
+
+    let parts = || -> BTreeMap<_, _> { machine.state().parts(&searching().method).into_iter().map(named).collect() };
+    let read = |values| lbfgs::State::from_parts(Parts::new("LBFGS", 2, values));
+    assert_eq!(&read(parts()).unwrap(), machine.state());
+    let vectors = |lengths: &[usize]| Part::List(lengths.iter().map(|&n| Part::Vector(vec![0.5; n].into())).collect());
+    let cases: [(&str, Option<Part<f64>>, &str); 12] = [
+        ("func_evals", None, "func_evals must be present, got none"),
+        ("n_iter", Some(Part::Number(-1.0)), "n_iter must be a whole number >= 0, got -1"),
+        ("t", Some(Part::Number(f64::NAN)), "t must be a finite number, got NaN"),
+        ("t", Some(Part::None), "t must be a number, got None"),
+        ("d", Some(Part::Vector([0.0; 3].into())), "d must be of 2 elements, got 3"),
+        ("prev_flat_grad", Some(Part::Count(2)), "prev_flat_grad must be an array, got a number"),
+        ("old_dirs", Some(vectors(&[2, 3])), "old_dirs[1] must be of 2 elements, got 3"),
+        ("old_stps", Some(vectors(&[2])), "old_stps must be as long as old_dirs (2), got length 1"),
+        ("ro", Some(Part::List(vec![])), "ro must be as long as old_dirs (2), got length 0"),
+        ("ro", Some(Part::Number(1.0)), "ro must be a list, got a number"),
+        ("al", Some(Part::List(vec![Part::Number(f64::INFINITY)])), "al[0] must be a finite number, got inf"),
+        (
+            "since_restart",
+            Some(Part::Count(1)),
+            "state key must be one of func_evals, n_iter, d, t, prev_flat_grad, prev_loss, old_dirs, old_stps, ro, H_diag, al, got since_restart",
+        ),
+    ];
+    for (name, value, want) in cases {
+        let mut values = parts();
+        match value {
+            Some(value) => values.insert(name.into(), value),
+            None => values.remove(name),
+        };
+        assert_eq!(read(values).unwrap_err().to_string(), format!("LBFGS: {want}"));
+    }
+}
+
+fn named<F>((name, part): (&str, Part<F>)) -> (String, Part<F>) {
+    (name.to_owned(), part)
+}
+
+/// Steps of lr without search run into a wall of NaN at the last iteration of a step, which is not evaluated.
+#[test]
+fn a_step_that_ended_where_nothing_is_finite_goes_back() {
+    let settings = Settings { lr: 0.5, max_iter: 1, ..Settings::<Options>::default() };
+    let wall = |x: &[f64], g: &mut [f64]| {
+        g[0] = -1.0;
+        if x[0] > 0.3 { f64::NAN } else { -x[0] }
+    };
+    let mut machine = Lbfgs::default();
+    step(&mut machine, &settings, &[0.0], wall);
+    assert_eq!(machine.point(), [0.5]);
+    let x = machine.point().to_vec();
+    let points = step(&mut machine, &settings, &x, wall);
+    assert!(points.len() == 2 && points[0] == [0.5] && (points[1][0] - 0.05).abs() < 1e-15, "{points:?}");
+    assert!(machine.state().last.as_ref().is_some_and(|last| last.prev_loss == -points[1][0]));
+
+    // Resumed from its parts it does the same.
+    let mut first = Lbfgs::default();
+    step(&mut first, &settings, &[0.0], wall);
+    let parts = first.state().parts(&settings.method).into_iter().map(named).collect();
+    let mut second = Lbfgs::from(lbfgs::State::from_parts(Parts::new("LBFGS", 1, parts)).unwrap());
+    assert_eq!(step(&mut second, &settings, &x, wall), points);
+
+    // Where nothing is finite any more it ends where it began, within its evaluations.
+    let mut lost = Lbfgs::default();
+    step(&mut lost, &settings, &[0.0], wall);
+    let few = Settings { max_eval: 5, ..settings };
+    assert_eq!(step(&mut lost, &few, &x, |_, _| f64::NAN).len(), 5);
+    assert_eq!(lost.point(), [0.5]);
 }
 
 #[test]

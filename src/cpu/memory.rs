@@ -4,7 +4,7 @@
 //! copied element by element into local blocks and back, so that all take the same arithmetic.
 
 use crate::real::{Element, Real, StorageVisitor, with_storage};
-use crate::tensor::{RawTensor, Rows, Strides};
+use crate::tensor::{RawTensor, Rows, Strides, TensorMut, TensorRef};
 
 /// Elements per block of the copying path.
 pub(super) const BLOCK: usize = 256;
@@ -131,6 +131,55 @@ pub(crate) unsafe fn scatter(from: &RawTensor, rows: &Rows, to: &RawTensor) {
         }
     }
     with_storage(from.dtype, from.dtype, Scatter(from, rows, to));
+}
+
+/// Copies all numbers of a tensor, zeros where it is sparse and has none.
+pub(crate) fn gather<V: Real>(from: &TensorRef<'_>, out: &mut [V]) {
+    struct Gather<'a, V>(&'a TensorRef<'a>, &'a mut [V]);
+
+    impl<V: Real> StorageVisitor for Gather<'_, V> {
+        type Out = ();
+
+        fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
+            let Self(TensorRef { raw, rows, .. }, out) = self;
+            let mut block = [F::ZERO; BLOCK];
+            for start in (0..raw.len).step_by(BLOCK) {
+                let block = &mut block[..BLOCK.min(raw.len - start)];
+                // SAFETY: a TensorRef describes allocated, aligned memory, which the block lies within.
+                unsafe { load::<E, F>(raw, start, block) };
+                let value = |k: usize| V::from_f64(block[k].to_f64());
+                match rows {
+                    Some(rows) => rows.walk(start, block.len(), |k, at| out[at] = value(k)),
+                    None => (0..block.len()).for_each(|k| out[start + k] = value(k)),
+                }
+            }
+        }
+    }
+    if from.rows.is_some() {
+        out.fill(V::ZERO);
+    }
+    with_storage(from.raw.dtype, from.raw.dtype, Gather(from, out));
+}
+
+/// Overwrites a tensor with as many numbers as it has.
+pub(crate) fn spread<V: Real>(from: &[V], to: &mut TensorMut<'_>) {
+    struct Spread<'a, V>(&'a [V], &'a RawTensor);
+
+    impl<V: Real> StorageVisitor for Spread<'_, V> {
+        type Out = ();
+
+        fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
+            let mut block = [F::ZERO; BLOCK];
+            for (i, from) in self.0.chunks(BLOCK).enumerate() {
+                let block = &mut block[..from.len()];
+                block.iter_mut().zip(from).for_each(|(to, from)| *to = F::from_f64(from.to_f64()));
+                // SAFETY: a TensorMut describes allocated, aligned, writable memory of the asserted length.
+                unsafe { store_rows::<E, F>(self.1, None, i * BLOCK, block) };
+            }
+        }
+    }
+    assert_eq!(from.len(), to.raw.len, "as many numbers as the tensor has");
+    with_storage(to.raw.dtype, to.raw.dtype, Spread(from, &to.raw));
 }
 
 /// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.

@@ -1,5 +1,6 @@
 //! An optimizer: a preset, its groups, the store, and an executor.
 
+mod closure;
 mod state;
 
 use std::sync::Arc;
@@ -37,6 +38,17 @@ enum Backend {
     Gpu(Box<gpu::Executor>),
 }
 
+impl Backend {
+    /// The CPU's threads, where work on so many elements is worth them.
+    fn pool(&mut self, elements: usize) -> Option<&rayon::ThreadPool> {
+        match self {
+            Self::Cpu(executor) => executor.threads.pool(elements >= cpu::INLINE_ELEMENTS),
+            #[cfg(feature = "gpu")]
+            Self::Gpu(_) => None,
+        }
+    }
+}
+
 /// An optimizer over parameters that the caller owns.
 ///
 /// ```
@@ -58,6 +70,8 @@ pub struct Optimizer {
     groups: Vec<Hypers>,
     entries: Vec<Entry>,
     backend: Backend,
+    /// Of methods that evaluate the loss several times in a step.
+    minimizer: Option<Box<dyn closure::Minimizer>>,
     flush_subnormals: bool,
     update_count: u64,
     allocations: u64,
@@ -136,6 +150,7 @@ impl Optimizer {
             groups: Vec::new(),
             entries: Vec::new(),
             backend,
+            minimizer: None,
             flush_subnormals: options.flush_subnormals,
             update_count: 0,
             allocations: 0,
@@ -219,9 +234,12 @@ impl Optimizer {
     /// Adds a group: hyperparameters that differ from the defaults, and its parameters.
     pub fn add_group(&mut self, hypers: &[(&str, Value)], params: Vec<ParamInfo>) -> Result<usize> {
         let group = self.groups.len();
-        let mut checked = self.preset.hypers();
         let place = if group == 0 { self.preset.name.into() } else { format!("{} group {group}", self.preset.name) };
-        self.preset.set(&place, &mut checked, hypers)?;
+        let checked = self.preset.group(&place, hypers)?;
+        self.refuse_under_way(self.preset.name)?;
+        if let (Method::Closure(_), Some(first)) = (self.preset.method, self.groups.first()) {
+            Self::refuse_other_hypers(&place, first, &checked)?;
+        }
         if let Method::Tensor(rule) = self.preset.method {
             for (i, info) in params.iter().enumerate() {
                 let label = info.label(self.entries.len() + i);
@@ -241,6 +259,7 @@ impl Optimizer {
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
         self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
         self.groups.push(checked);
+        self.resize_minimizer();
         Ok(group)
     }
 
@@ -340,6 +359,11 @@ impl Optimizer {
     /// `params` and `gradients` are in order of registration; a gradient of `None` leaves its parameter
     /// and state untouched. With no gradient at all nothing happens. On an error nothing has changed.
     pub fn step(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        if self.preset.needs_closure() {
+            let place = format!("{}.step", self.preset.name);
+            return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
+                .with_remedy("a step evaluates loss and gradients several times"));
+        }
         self.check(params, gradients)?;
         if gradients.iter().all(Option::is_none) {
             return Ok(());
@@ -349,6 +373,7 @@ impl Optimizer {
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients),
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients),
+            (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
             (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
         };
@@ -593,8 +618,8 @@ impl Optimizer {
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.has_slot(index, k),
         };
-        let slots = self.preset.declaration().slots;
-        slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name).collect()
+        let slots = self.preset.declaration().slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name);
+        slots.chain(self.joint_names(index)).collect()
     }
 
     /// Sets a parameter's step count. Its slots stay.
@@ -603,7 +628,11 @@ impl Optimizer {
     }
 
     /// Returns a parameter to step 0 without state.
+    ///
+    /// Where all parameters share one state, it is emptied.
     pub fn reset(&mut self, index: usize) -> Result<()> {
+        self.refuse_under_way(&format!("{}.reset", self.preset.name))?;
+        self.reset_minimizer();
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
             executor.clear_slots(index)?;

@@ -35,7 +35,8 @@ impl Optimizer {
             let present = present.map(|(key, array)| (key.to_owned(), StateValue::Array(array)));
             let numbers = self.preset.declaration().scalars.iter().zip(entry.scalars);
             let numbers = numbers.map(|(s, value)| (s.name.to_owned(), StateValue::Number(value)));
-            state.insert(i, ParamState { step: entry.step, slots: present.chain(numbers).collect() });
+            let joint = self.joint_state(i).into_iter().map(|(name, value)| (name.to_owned(), value));
+            state.insert(i, ParamState { step: entry.step, slots: present.chain(numbers).chain(joint).collect() });
         }
         let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
             let members = || self.entries.iter().enumerate().filter(move |(_, e)| e.group == g);
@@ -73,12 +74,18 @@ impl Optimizer {
             let (want, got) = (self.groups.len(), saved.groups.len());
             return refuse(ErrorKind::Value, "number of parameter groups", want.to_string(), got.to_string());
         }
+        self.refuse_under_way(&place)?;
         let mut groups = self.groups.clone();
+        let mut all_sources = Vec::new();
         let mut loaded: Vec<Option<Loaded<'_>>> = vec![None; self.entries.len()];
         for (g, from) in saved.groups.iter().enumerate() {
             let changes: Vec<_> = from.hypers.iter().map(|(name, &value)| (name.as_str(), value)).collect();
             self.preset.set(&format!("{place}: group {g}"), &mut groups[g], &changes)?;
             for (i, source) in self.sources(g, from, &place)? {
+                all_sources.push(source);
+                if self.minimizer.is_some() {
+                    continue;
+                }
                 if let Some(state) = saved.state.get(&source) {
                     if state.step == 0 && saved.optimizer.is_none() && self.preset.declaration().eager {
                         continue;
@@ -95,7 +102,13 @@ impl Optimizer {
         if let Some(stray) = saved.state.keys().find(|source| !known.contains(source)) {
             return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
         }
+        let minimizer = self.load_minimizer(&place, saved, &all_sources)?;
         self.write_state(&loaded)?;
+        if minimizer.is_some() {
+            let step = saved.state.values().next().map_or(0, |state| state.step.max(1));
+            self.entries.iter_mut().for_each(|entry| entry.step = step);
+            self.minimizer = minimizer;
+        }
         self.groups = groups;
         self.update_count = saved.update_count;
         self.torn = false;

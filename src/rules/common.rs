@@ -2,6 +2,7 @@
 
 use crate::hyper::{Hyper, Range, Value};
 use crate::real::Real;
+use crate::rule::Slot;
 
 /// Learning rate.
 pub(super) const fn lr(default: f64) -> Hyper {
@@ -48,3 +49,45 @@ pub(super) fn moments<F: Real>(one_minus_beta1: F, beta2: F, one_minus_beta2: F,
     *m = F::lerp(*m, g, one_minus_beta1);
     *v = *v * beta2 + (one_minus_beta2 * g) * g;
 }
+
+/// Iterations of a step with a closure.
+pub(super) const MAX_ITER: Hyper = Hyper {
+    name: "max_iter",
+    default: Value::Int(20),
+    range: Range::Whole(1, i64::MAX),
+    doc: "iterations in one step",
+};
+
+/// Evaluations of a step with a closure.
+pub(super) const MAX_EVAL: Hyper = Hyper {
+    name: "max_eval",
+    default: Value::None,
+    range: Range::OrNone(&Range::Whole(1, i64::MAX)),
+    doc: "evaluations after which no further iteration begins; None for max_iter·5/4",
+};
+
+/// What counts as a minimum.
+pub(super) const TOLERANCE_GRAD: Hyper = Hyper {
+    name: "tolerance_grad",
+    default: Value::Float(1e-7),
+    range: Range::AtLeast(0.0),
+    doc: "largest element of the gradient that counts as a minimum",
+};
+
+/// What counts as progress.
+pub(super) const TOLERANCE_CHANGE: Hyper = Hyper {
+    name: "tolerance_change",
+    default: Value::Float(1e-9),
+    range: Range::AtLeast(0.0),
+    doc: "smallest change of the loss or of an element that counts as progress",
+};
+
+/// What every closure method keeps.
+pub(super) const JOINT: [Slot; 6] = [
+    Slot { name: "func_evals", doc: "evaluations in all steps" },
+    Slot { name: "n_iter", doc: "iterations in all steps" },
+    Slot { name: "d", doc: "direction of the last iteration" },
+    Slot { name: "t", doc: "step length along it" },
+    Slot { name: "prev_flat_grad", doc: "gradient where the last iteration began" },
+    Slot { name: "prev_loss", doc: "loss where the last iteration began" },
+];

@@ -9,6 +9,8 @@ pub mod adam;
 pub mod adamax;
 pub mod asgd;
 mod common;
+pub mod conjugate_gradient;
+pub mod lbfgs;
 pub mod muon;
 pub mod nadam;
 pub mod radam;
@@ -17,6 +19,7 @@ pub mod rprop;
 pub mod sgd;
 pub mod sparse_adam;
 
+use crate::closure::{ClosureRule, descent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hypers, Value};
 use crate::real::{Dtype, Real};
@@ -25,13 +28,15 @@ use crate::rule::{
     Work,
 };
 
-/// The two kinds of rules.
+/// The three kinds of rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// An update of each element by itself.
     Elementwise(RuleId),
     /// An update that sees the whole tensor.
     Tensor(TensorRuleId),
+    /// Steps that evaluate the loss several times and see all parameters as one vector.
+    Closure(ClosureRuleId),
 }
 
 /// A named optimizer: a rule with its own defaults and fixed choices.
@@ -70,6 +75,8 @@ pub static REGISTRY: &[Preset] = &[
     Preset::of("SparseAdam", Method::Elementwise(RuleId::SparseAdam)),
     Preset::of("Adafactor", Method::Tensor(TensorRuleId::Adafactor)),
     Preset::of("Muon", Method::Tensor(TensorRuleId::Muon)),
+    Preset::of("LBFGS", Method::Closure(ClosureRuleId::Lbfgs)),
+    Preset::of("ConjugateGradient", Method::Closure(ClosureRuleId::ConjugateGradient)),
 ];
 
 macro_rules! rules {
@@ -173,6 +180,43 @@ tensor_rules! {
     Muon => muon::Muon;
 }
 
+/// Does something with a concrete closure method.
+pub trait ClosureVisitor {
+    /// What it returns.
+    type Out;
+    /// Called with the method.
+    fn visit<R: ClosureRule>(self) -> Self::Out;
+}
+
+macro_rules! closure_rules {
+    ($($id:ident => $rule:ty;)+) => {
+        /// Names a closure method.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[allow(missing_docs, reason = "the variants are the rules' own names")]
+        pub enum ClosureRuleId { $($id),+ }
+
+        impl ClosureRuleId {
+            /// Every closure method.
+            pub const ALL: &'static [Self] = &[$(Self::$id),+];
+
+            /// What the method declares.
+            pub fn declaration(self) -> &'static Declaration {
+                match self { $(Self::$id => const { &<$rule>::DECLARATION }),+ }
+            }
+
+            /// Hands the method to the visitor.
+            pub fn with_rule<V: ClosureVisitor>(self, visitor: V) -> V::Out {
+                match self { $(Self::$id => visitor.visit::<$rule>()),+ }
+            }
+        }
+    };
+}
+
+closure_rules! {
+    Lbfgs => lbfgs::Lbfgs;
+    ConjugateGradient => conjugate_gradient::ConjugateGradient;
+}
+
 impl Preset {
     const fn of(name: &'static str, method: Method) -> Self {
         Self { name, method, defaults: &[], fixed: &[], paper: None }
@@ -191,7 +235,13 @@ impl Preset {
         match self.method {
             Method::Elementwise(rule) => rule.declaration(),
             Method::Tensor(rule) => rule.declaration(),
+            Method::Closure(rule) => rule.declaration(),
         }
+    }
+
+    /// Whether a step takes a closure in place of gradients.
+    pub fn needs_closure(&self) -> bool {
+        matches!(self.method, Method::Closure(_))
     }
 
     /// Whether it runs on a GPU.
@@ -217,7 +267,7 @@ impl Preset {
     pub fn needed_slots(&self, h: &Hypers, shape: &[usize]) -> SlotSet {
         match self.method {
             Method::Elementwise(rule) => SlotSet::of(rule.with_kernel(h, Facts).slots),
-            Method::Tensor(_) => self.possible_slots(shape),
+            Method::Tensor(_) | Method::Closure(_) => self.possible_slots(shape),
         }
     }
 
@@ -228,7 +278,7 @@ impl Preset {
                 let all = rule.kernels().into_iter().map(|k| SlotSet::of(k.slots));
                 all.reduce(SlotSet::intersection).unwrap_or_default()
             }
-            Method::Tensor(_) => self.possible_slots(shape),
+            Method::Tensor(_) | Method::Closure(_) => self.possible_slots(shape),
         }
     }
 
@@ -242,6 +292,7 @@ impl Preset {
         match self.method {
             Method::Elementwise(_) => Some(shape.to_vec()),
             Method::Tensor(rule) => rule.slot_shape(k, shape),
+            Method::Closure(_) => None,
         }
     }
 
@@ -252,6 +303,18 @@ impl Preset {
             *value = declared.start;
         }
         scalars
+    }
+
+    /// The hyperparameters of a new group: what differs from the defaults, with every check.
+    pub fn group(&self, place: &str, changes: &[(&str, Value)]) -> Result<Hypers> {
+        let mut hypers = self.hypers();
+        self.set(place, &mut hypers, changes)?;
+        if let (Some(Value::None), Some(Value::Int(max_iter))) = (hypers.get("max_eval"), hypers.get("max_iter")) {
+            // As in torch, where it then stays when max_iter changes.
+            let max_eval = descent::default_max_eval(max_iter.unsigned_abs());
+            hypers.set(place, "max_eval", Value::Int(i64::try_from(max_eval).unwrap_or(i64::MAX)))?;
+        }
+        Ok(hypers)
     }
 
     /// Sets hyperparameters with every check; on an error the old values stay.

@@ -1,7 +1,8 @@
-"""Recorded torch traces as case objects, and the error measure they are compared with."""
+"""Recorded torch traces as case objects, the error measure they are compared with, and a step of any optimizer."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import roptim
+from roptim.optimizer import REGISTRY
 
 VECTORS = Path(__file__).resolve().parent.parent / "vectors"
 
@@ -131,3 +135,19 @@ def relative_error(got: Any, want: Any, p0: Any) -> float:
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     comparable = np.isfinite(got) & np.isfinite(want) & np.isfinite(scale)
     return float(np.where(same, 0.0, np.where(comparable, error, np.inf)).max())
+
+
+def step(opt: Any, gradients: list[Any] | None = None) -> None:
+    """One step with these gradients, or the Parameters' own, given as the optimizer takes them.
+
+    To one that takes a closure they are those of a loss that falls by 1 from evaluation to evaluation.
+    """
+    entry = REGISTRY[type(opt).__name__]
+    if entry["needs_closure"]:
+        losses = itertools.count(0, -1)
+        opt.step(lambda: next(losses) if gradients is None else (next(losses), gradients))
+    elif entry["needs_sparse"] and gradients is not None:
+        rows = [roptim.SparseGrad(np.arange(len(g)), g, g.shape) if isinstance(g, np.ndarray) else g for g in gradients]
+        opt.step(rows)
+    else:
+        opt.step(gradients)

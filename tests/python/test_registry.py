@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import roptim
-from roptim.__main__ import state_bytes
+from roptim.__main__ import state_bytes, state_names
 from roptim.optimizer import REGISTRY
 
 EXTRAS = {"backend", "allow_software", "threads", "flush_denormals"}
@@ -26,6 +26,16 @@ POSITIONAL = {
     "Adafactor": ["lr", "beta2_decay", "eps", "d", "weight_decay"],
     "Adagrad": ["lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "foreach"],
     "ASGD": ["lr", "lambd", "alpha", "t0", "weight_decay", "foreach", "maximize", "differentiable", "capturable"],
+    "ConjugateGradient": ["lr", "max_iter", "max_eval", "tolerance_grad", "tolerance_change", "restart"],
+    "LBFGS": [
+        "lr",
+        "max_iter",
+        "max_eval",
+        "tolerance_grad",
+        "tolerance_change",
+        "history_size",
+        "line_search_fn",
+    ],
     "Muon": ["lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"],
     "NAdam": ["lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay"],
     "RMSprop": [
@@ -84,7 +94,7 @@ def test_docstring_names_every_argument_and_slot(optimizer_class: Any) -> None:
     doc = optimizer_class.__doc__
     for name in inspect.signature(optimizer_class).parameters:
         assert name in doc, name
-    for slot in entry["slots"] + entry["scalars"]:
+    for slot in entry["slots"] + entry["scalars"] + entry["joint"]:
         assert slot in doc, slot
     assert "{common}" not in doc
 
@@ -115,7 +125,7 @@ def test_the_readmes_table_is_the_registry() -> None:
             name,
             ", ".join(entry["backends"]),
             f"{state_bytes(name):.3g}",
-            ", ".join(["step"] * entry["shows_step"] + entry["scalars"] + entry["slots"]),
+            state_names(entry),
             entry["paper"],
         )
         for name, entry in REGISTRY.items()

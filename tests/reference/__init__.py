@@ -39,7 +39,7 @@ def reference(name: str) -> Callable[..., Any]:
 
     Raises LookupError, naming the file to write, when that optimizer has no reference.
     """
-    stem = "sparse_adam" if name == "SparseAdam" else name.lower()
+    stem = {"SparseAdam": "sparse_adam", "ConjugateGradient": "conjugate_gradient"}.get(name, name.lower())
     try:
         module = import_module(f"{__name__}.{stem}")
     except ModuleNotFoundError as error:

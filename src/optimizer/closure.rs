@@ -1,0 +1,390 @@
+//! Optimizers whose step evaluates the loss several times: all parameters as one vector, one state.
+//!
+//! ```text
+//! begin   params → x, kept aside; the method asks for an evaluation at x
+//! tell    loss, gradients → the method; its next point → params      until it is done
+//! abandon x → params; the state is as before the step
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::ops::Range;
+
+use super::Optimizer;
+use crate::closure::descent::{Descent, Settings, State};
+use crate::closure::parts::{Part, Parts};
+use crate::closure::{Ask, ClosureRule, Machine};
+use crate::cpu::memory::{gather, spread};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hyper::Hypers;
+use crate::real::{Dtype, Real};
+use crate::rules::{ClosureRuleId, ClosureVisitor, Method};
+use crate::store::{Array, StateDict, StateValue};
+use crate::tensor::{TensorMut, TensorRef};
+
+/// A closure method over the parameters of an optimizer.
+pub(super) trait Minimizer: Debug + Send {
+    /// Whether a step is under way.
+    fn is_running(&self) -> bool;
+
+    /// Begins a step at the parameters' values.
+    fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()>;
+
+    /// Answers with loss and gradients at the parameters' values, and brings the parameters to the next
+    /// point, or to the end of the step.
+    fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Ask;
+
+    /// Ends a step under way as if it had not begun; the parameters get their values back, if they are given.
+    fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>);
+
+    /// Names of the state's values.
+    fn names(&self, h: &Hypers) -> Vec<&'static str>;
+
+    /// The values that are wanted, by name.
+    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Vec<(&'static str, StateValue)>;
+
+    /// Evaluations and iterations in all steps.
+    fn counts(&self) -> [u64; 2];
+
+    /// Takes a saved state whose vectors have the parts of this one's in this order; on an error nothing changes.
+    fn load(&mut self, place: &str, values: &BTreeMap<String, StateValue>, order: &[Range<usize>]) -> Result<()>;
+}
+
+/// The minimizer of a method that knows nothing yet of its function, after so many evaluations and iterations.
+fn new(rule: ClosureRuleId, n: usize, dtype: Dtype, counts: [u64; 2]) -> Box<dyn Minimizer> {
+    struct New(usize, Dtype, [u64; 2]);
+
+    impl ClosureVisitor for New {
+        type Out = Box<dyn Minimizer>;
+
+        fn visit<R: ClosureRule>(self) -> Self::Out {
+            match self.1 {
+                Dtype::F64 => Box::new(Flat::<f64, R>::new(self.0, self.2)),
+                _ => Box::new(Flat::<f32, R>::new(self.0, self.2)),
+            }
+        }
+    }
+    rule.with_rule(New(n, dtype, counts))
+}
+
+/// All parameters as one vector of `F`.
+#[derive(Debug)]
+struct Flat<F: Real, R: ClosureRule> {
+    machine: Descent<F, R::Memory<F>>,
+    /// Numbers of all parameters.
+    n: usize,
+    /// Where the step under way began.
+    start: Option<Vec<F>>,
+    gradient: Vec<F>,
+}
+
+impl<F: Real, R: ClosureRule> Flat<F, R> {
+    fn new(n: usize, [func_evals, n_iter]: [u64; 2]) -> Self {
+        let state = State { func_evals, n_iter, ..State::default() };
+        Self { machine: state.into(), n, start: None, gradient: Vec::new() }
+    }
+}
+
+/// Hands each tensor its part of a flat vector.
+fn each_part<T>(tensors: impl IntoIterator<Item = (usize, T)>, mut visit: impl FnMut(Range<usize>, T)) {
+    let mut start = 0;
+    for (len, tensor) in tensors {
+        visit(start..start + len, tensor);
+        start += len;
+    }
+}
+
+fn spread_all<F: Real>(x: &[F], params: &mut [TensorMut<'_>]) {
+    each_part(params.iter_mut().map(|p| (p.raw.len, p)), |part, p| spread(&x[part], p));
+}
+
+impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
+    fn is_running(&self) -> bool {
+        self.start.is_some()
+    }
+
+    fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()> {
+        let mut x = vec![F::ZERO; self.n];
+        each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut x[part]));
+        self.machine.begin(&Settings::of(h, R::options(h)), x.clone())?;
+        self.start = Some(x);
+        Ok(())
+    }
+
+    fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Ask {
+        // A missing gradient is one of zeros.
+        self.gradient.clear();
+        self.gradient.resize(self.n, F::ZERO);
+        let parts = params.iter().zip(gradients).map(|(p, g)| (p.raw.len, g));
+        each_part(parts, |part, g| g.iter().for_each(|g| gather(g, &mut self.gradient[part.clone()])));
+        let ask = self.machine.tell(loss, &self.gradient);
+        spread_all(self.machine.point(), params);
+        if ask == Ask::Done {
+            self.start = None;
+        }
+        ask
+    }
+
+    fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>) {
+        self.machine.abandon();
+        if let (Some(start), Some(params)) = (self.start.take(), params) {
+            spread_all(&start, params);
+        }
+    }
+
+    fn names(&self, h: &Hypers) -> Vec<&'static str> {
+        self.machine.state().parts(&R::options(h)).into_iter().map(|(name, _)| name).collect()
+    }
+
+    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Vec<(&'static str, StateValue)> {
+        let parts = self.machine.state().parts(&R::options(h));
+        parts.into_iter().filter(|(name, _)| wanted(name)).map(|(name, part)| (name, shown(part))).collect()
+    }
+
+    fn counts(&self) -> [u64; 2] {
+        let state = self.machine.state();
+        [state.func_evals, state.n_iter]
+    }
+
+    fn load(&mut self, place: &str, values: &BTreeMap<String, StateValue>, order: &[Range<usize>]) -> Result<()> {
+        let read = |(name, value): (&String, &StateValue)| Ok((name.clone(), part::<F>(place, name, value, order)?));
+        let parts = values.iter().map(read).collect::<Result<_>>()?;
+        self.machine = State::from_parts(Parts::new(place, self.n, parts))?.into();
+        Ok(())
+    }
+}
+
+fn shown<F: Real>(part: Part<F>) -> StateValue {
+    match part {
+        Part::None => StateValue::None,
+        Part::Count(n) => StateValue::Count(n),
+        Part::Number(x) => StateValue::Number(x),
+        Part::Vector(x) => {
+            let numbers: Vec<f64> = x.iter().map(|x| x.to_f64()).collect();
+            StateValue::Array(Array::from_numbers(F::DTYPE, vec![x.len()], &numbers))
+        }
+        Part::List(items) => StateValue::List(items.into_iter().map(shown).collect()),
+    }
+}
+
+/// A saved value as the method takes it: an array of one number without axes as the number (torch keeps such),
+/// a vector in the order of this optimizer's parameters.
+fn part<F: Real>(place: &str, name: &str, value: &StateValue, order: &[Range<usize>]) -> Result<Part<F>> {
+    Ok(match value {
+        StateValue::None => Part::None,
+        StateValue::Count(n) => Part::Count(*n),
+        StateValue::Number(x) => Part::Number(*x),
+        StateValue::Array(array) if array.shape.is_empty() => {
+            Part::Number(array.numbers().first().copied().unwrap_or(0.0))
+        }
+        StateValue::Array(array) if array.dtype.of_state() == F::DTYPE => {
+            let numbers = array.numbers();
+            // A vector of another length is refused by those who know its name.
+            let fits = order.iter().map(Range::len).sum::<usize>() == numbers.len();
+            let moved: Vec<f64> = order.iter().filter(|_| fits).flat_map(|r| numbers[r.clone()].to_vec()).collect();
+            let numbers = if fits { moved } else { numbers };
+            Part::Vector(numbers.iter().map(|&x| F::from_f64(x)).collect())
+        }
+        StateValue::Array(array) => return Err(Error::refuse(ErrorKind::Type, place, name, F::DTYPE, array.dtype)),
+        StateValue::List(items) => {
+            let items = items.iter().enumerate();
+            let read = items.map(|(i, item)| part(place, &format!("{name}[{i}]"), item, order));
+            Part::List(read.collect::<Result<_>>()?)
+        }
+    })
+}
+
+impl Optimizer {
+    pub(super) fn refuse_under_way(&self, place: &str) -> Result<()> {
+        match &self.minimizer {
+            Some(minimizer) if minimizer.is_running() => {
+                Err(Error::plain(ErrorKind::Concurrent, format!("{place}: a step of this optimizer is under way"))
+                    .with_remedy("call it before or after the step, not from its closure"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn minimizer(&mut self, place: &str) -> Result<&mut Box<dyn Minimizer>> {
+        self.minimizer.as_mut().ok_or_else(|| {
+            Error::refuse(ErrorKind::Type, place, "gradients", "given", "a closure that is called several times")
+        })
+    }
+
+    /// The one set of hyperparameters of an optimizer whose groups share one vector.
+    fn joint_hypers(&self, place: &str) -> Result<&Hypers> {
+        let [first, others @ ..] = &self.groups[..] else { unreachable!("it has a group: it has parameters") };
+        for (g, group) in others.iter().enumerate() {
+            Self::refuse_other_hypers(&format!("{place}: group {}", g + 1), first, group)?;
+        }
+        Ok(first)
+    }
+
+    pub(super) fn refuse_other_hypers(place: &str, first: &Hypers, group: &Hypers) -> Result<()> {
+        match first.iter().zip(group.iter()).find(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(((name, want), (_, got))) => {
+                let allowed = format!("{want} as in the first group");
+                let remedy = "all parameters are one vector here: set it in every group";
+                Err(Error::refuse(ErrorKind::Value, place, name, allowed, got).with_remedy(remedy))
+            }
+        }
+    }
+
+    /// The minimizer of an optimizer of this kind for the parameters it has now; the counts of the one it had
+    /// stay if `keep_counts`.
+    fn minimizer_for_parameters(&self, keep_counts: bool) -> Option<Box<dyn Minimizer>> {
+        let Method::Closure(rule) = self.preset.method else { return None };
+        let n = self.entries.iter().map(|entry| entry.info.reals()).sum();
+        let wide = self.entries.iter().any(|entry| entry.info.dtype.part() == Dtype::F64);
+        let counts = self.minimizer.as_ref().filter(|_| keep_counts).map_or([0, 0], |minimizer| minimizer.counts());
+        Some(new(rule, n, if wide { Dtype::F64 } else { Dtype::F32 }, counts))
+    }
+
+    /// Takes in parameters that were added: what was learned of the function of the others goes.
+    pub(super) fn resize_minimizer(&mut self) {
+        self.minimizer = self.minimizer_for_parameters(true);
+    }
+
+    /// Forgets the state of all parameters.
+    pub(super) fn reset_minimizer(&mut self) {
+        self.minimizer = self.minimizer_for_parameters(false);
+    }
+
+    /// Begins a step of an optimizer that evaluates the loss several times. Evaluate at the values that the
+    /// parameters have, and [`Optimizer::tell`].
+    ///
+    /// ```
+    /// use roptim::closure::Ask;
+    /// use roptim::{Dtype, Optimizer, Options, ParamInfo};
+    ///
+    /// let mut w = vec![3.0f64, -4.0];
+    /// let mut lbfgs = Optimizer::cpu("LBFGS", &Options::default())?;
+    /// lbfgs.add_group(&[], vec![ParamInfo::vector("w", 2, Dtype::F64)])?;
+    /// for _ in 0..5 {
+    ///     lbfgs.begin(&mut [w.as_mut_slice().into()])?;
+    ///     let mut ask = Ask::Evaluate;
+    ///     while ask == Ask::Evaluate {
+    ///         let (loss, gradient) = (w[0] * w[0] + 5.0 * w[1] * w[1], [2.0 * w[0], 10.0 * w[1]]);
+    ///         ask = lbfgs.tell(loss, &mut [w.as_mut_slice().into()], &[Some(gradient.as_slice().into())])?;
+    ///     }
+    /// }
+    /// assert!(w.iter().all(|w| w.abs() < 1e-6));
+    /// # Ok::<(), roptim::Error>(())
+    /// ```
+    pub fn begin(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
+        let place = format!("{}.step", self.preset.name);
+        self.minimizer(&place)?;
+        self.refuse_under_way(&place)?;
+        self.check(params, &vec![None; params.len()])?;
+        let hypers = self.joint_hypers(&place)?.clone();
+        self.minimizer(&place)?.begin(&hypers, params)
+    }
+
+    /// Takes loss and gradients at the parameters' values and brings the parameters to where the method asks
+    /// for the next evaluation, or where its step ended. A gradient of `None` is one of zeros. On an error the
+    /// step is still under way: call again, or [`Optimizer::abandon`].
+    pub fn tell(
+        &mut self,
+        loss: f64,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<Ask> {
+        let place = format!("{}.step", self.preset.name);
+        if !self.minimizer(&place)?.is_running() {
+            return Err(Error::refuse(ErrorKind::Value, place, "step", "under way", "an answer without a question"));
+        }
+        self.check(params, gradients)?;
+        self.torn = true;
+        let n = self.entries.iter().map(|entry| entry.info.reals()).sum::<usize>();
+        let (minimizer, pool) = (self.minimizer.as_mut(), self.backend.pool(n));
+        let Some(minimizer) = minimizer else { unreachable!("it is running") };
+        let ask = match pool {
+            Some(pool) => pool.install(|| minimizer.tell(loss, params, gradients)),
+            None => minimizer.tell(loss, params, gradients),
+        };
+        self.torn = false;
+        if ask == Ask::Done {
+            self.entries.iter_mut().for_each(|entry| entry.step = entry.step.saturating_add(1));
+            self.update_count += 1;
+        }
+        Ok(ask)
+    }
+
+    /// Ends a step under way as if it had not begun: parameters and state are as before it. Without one nothing
+    /// happens. Without the parameters, where they cannot be reached, the optimizer is torn.
+    pub fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>) -> Result<()> {
+        let place = format!("{}.step", self.preset.name);
+        if !self.minimizer(&place)?.is_running() {
+            return Ok(());
+        }
+        let torn = std::mem::replace(&mut self.torn, false);
+        let fitting = params.map(|params| self.check(params, &vec![None; params.len()]).map(|()| params));
+        self.torn = true;
+        let minimizer = self.minimizer(&place)?;
+        match fitting {
+            Some(Ok(params)) => {
+                minimizer.abandon(Some(params));
+                self.torn = torn;
+                Ok(())
+            }
+            Some(Err(error)) => {
+                minimizer.abandon(None);
+                Err(error)
+            }
+            None => {
+                minimizer.abandon(None);
+                Ok(())
+            }
+        }
+    }
+
+    /// The minimizer that has a state to show, and the hyperparameters.
+    fn seasoned(&self) -> Option<(&dyn Minimizer, &Hypers)> {
+        let minimizer = self.minimizer.as_deref().filter(|minimizer| minimizer.counts()[0] > 0);
+        minimizer.zip(self.groups.first())
+    }
+
+    /// Names of the state that all parameters share, shown at the first one.
+    pub(super) fn joint_names(&self, index: usize) -> Vec<&'static str> {
+        self.seasoned().filter(|_| index == 0).map_or(Vec::new(), |(minimizer, hypers)| minimizer.names(hypers))
+    }
+
+    /// All of it.
+    pub(super) fn joint_state(&self, index: usize) -> Vec<(&'static str, StateValue)> {
+        let seasoned = self.seasoned().filter(|_| index == 0);
+        seasoned.map_or(Vec::new(), |(minimizer, hypers)| minimizer.state(hypers, &|_| true))
+    }
+
+    /// A copy of one value of it.
+    pub fn joint_value(&self, index: usize, key: &str) -> Option<StateValue> {
+        let (minimizer, hypers) = self.seasoned().filter(|_| index == 0)?;
+        minimizer.state(hypers, &|name| name == key).pop().map(|(_, value)| value)
+    }
+
+    /// The minimizer in the state that `saved` has for its first parameter; `sources` are the indices that this
+    /// optimizer's parameters have there.
+    pub(super) fn load_minimizer(
+        &self,
+        place: &str,
+        saved: &StateDict,
+        sources: &[usize],
+    ) -> Result<Option<Box<dyn Minimizer>>> {
+        let Some(mut minimizer) = self.minimizer_for_parameters(false) else { return Ok(None) };
+        let order: Vec<usize> = saved.groups.iter().flat_map(|group| group.params.iter().copied()).collect();
+        if let Some(stray) = saved.state.keys().find(|&key| Some(key) != order.first()) {
+            let got = format!("one of parameter {stray}");
+            return Err(Error::refuse(ErrorKind::Value, place, "state", "of the first parameter alone", got));
+        }
+        let Some(state) = saved.state.values().next() else { return Ok(Some(minimizer)) };
+        let sizes: BTreeMap<usize, usize> =
+            sources.iter().zip(&self.entries).map(|(&source, entry)| (source, entry.info.reals())).collect();
+        let mut ranges = BTreeMap::new();
+        each_part(order.iter().map(|source| (sizes.get(source).copied().unwrap_or(0), source)), |range, source| {
+            ranges.insert(source, range);
+        });
+        let order: Vec<Range<usize>> = sources.iter().filter_map(|source| ranges.get(source).cloned()).collect();
+        minimizer.load(&format!("{place}: state"), &state.slots, &order)?;
+        Ok(Some(minimizer))
+    }
+}
