@@ -319,7 +319,7 @@ fn a_zero_gradient_without_decay_and_momentum_moves_nothing() {
 
 #[test]
 fn a_missing_gradient_leaves_parameter_and_state_untouched() {
-    // To a method that takes a closure it is one of zeros in the one vector of all.
+    // A method that takes a closure keeps its state at the first parameter.
     for preset in REGISTRY.iter().filter(|preset| !preset.needs_closure()) {
         let run = Run::new(preset, &[]);
         let mut optimizer = run.optimizer(Dtype::F64);
@@ -421,7 +421,7 @@ fn range_edges_are_accepted_and_refused_with_the_exact_message() {
                     (Range::HalfPair(low), Value::Pair(pair)) => blamed(&pair, Range::AtLeast(low)),
                     (Range::HalfPair(low), Value::HalfPair(b)) => blamed(&[low, b], Range::AtLeast(low)),
                     (Range::Triple, Value::Triple(three)) => blamed(&three, Range::Finite),
-                    (Range::Whole(..), Value::Float(x)) => {
+                    (Range::Whole(..) | Range::OrNone(Range::Whole(..)), Value::Float(x)) => {
                         format!("{}: {} must be {}, got {x}", preset.name, hyper.name, hyper.range)
                     }
                     _ => format!("{}: {} must be {}, got {value}", preset.name, hyper.name, hyper.range),

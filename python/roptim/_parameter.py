@@ -36,7 +36,8 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         The array. While an optimizer on a GPU owns the parameter this is a read-only array with the
         device's values; write through ``p.data = x``, ``p[...] = x`` or ``with p.host() as a:``.
     grad : numpy.ndarray or None
-        The gradient of the next step, of the parameter's shape and dtype. ``p.grad += g`` accumulates.
+        The gradient of the next step, of the parameter's shape and dtype. ``p.grad += g`` accumulates, once
+        there is one.
 
     NumPy functions and operators take a parameter like its array: ``x @ W + b`` is a plain array.
     Parameters compare by value and hash by identity.

@@ -122,7 +122,10 @@ def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
             surplus = [str(key) for key in tree if key not in spec.keys]
             got = " and ".join(
                 text
-                for text, some in ((f"none for {', '.join(missing)}", missing), (f"{', '.join(surplus)}", surplus))
+                for text, some in (
+                    (f"none for {', '.join(missing)}", missing),
+                    (f"a surplus {', '.join(surplus)}", surplus),
+                )
                 if some
             )
             allowed = f"given for {', '.join(map(str, spec.keys))}"

@@ -240,7 +240,7 @@ class Optimizer:
         Parameters
         ----------
         set_to_none : bool
-            With False the gradient arrays stay and are filled with zeros.
+            With False the gradient arrays stay and are filled with zeros; where there is none, there is none.
         """
         for p in self._parameters():
             if isinstance(p, Parameter) and p.grad is not None:
@@ -542,9 +542,9 @@ class ClosureOptimizer(Optimizer):
         gradients, closure = self._told_apart(gradients, closure)
         place = f"{self._place}.step"
         if closure is None or gradients is not None:
-            got = "none" if gradients is None else "gradients"
+            allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
-            raise refuse(RoptimTypeError, place, "closure", "given alone", got, remedy)
+            raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:

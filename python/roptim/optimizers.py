@@ -807,10 +807,10 @@ class LBFGS(ClosureOptimizer):
         loss = opt.step(closure)
 
     With plain arrays the closure returns ``(loss, gradients)``. All parameters are one vector: the hyperparameters
-    must be the same in every group, a missing gradient is one of zeros, and the vector's precision is float64 if one
-    of the parameters' is, else float32. With ``line_search_fn`` None the steps have length ``lr`` and the loss may
-    grow; with ``"strong_wolfe"`` the first trial is ``lr`` and the loss never grows. A trial that is not finite is
-    taken back. On the CPU only.
+    must be the same in every group, and the vector's precision is float64 if one of the parameters' is, else float32.
+    A parameter without a gradient is left alone for the step; if it moved before, the memory is emptied.
+    With ``line_search_fn`` None the steps have length ``lr`` and the loss may grow; with ``"strong_wolfe"`` the first
+    trial is ``lr`` and the loss never grows. A trial that is not finite is taken back. On the CPU only.
 
     State, one for all at the first parameter, read-only: ``func_evals``, ``n_iter`` (int), ``d`` (direction), ``t``
     (step length), ``old_dirs`` (:math:`y_i`), ``old_stps`` (:math:`s_i`), ``ro`` (:math:`1/(y_i \cdot s_i)`),

@@ -17,22 +17,13 @@ use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
-use crate::shared::{Home, Shared};
+use crate::shared::{Haste, Home, Shared};
 use crate::sparse::{self, Gradient};
 use crate::values;
 
 /// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
 /// other threads would gain.
 const HOLD_LOCK_BELOW: usize = 32 * 1024;
-
-/// What a call does when another thread is in the optimizer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Haste {
-    /// It is refused.
-    Now,
-    /// It waits: it belongs to a step under way, and the others are refused.
-    Wait,
-}
 
 /// A registered parameter.
 struct Registered {
@@ -113,9 +104,9 @@ impl Engine {
     }
 
     /// Brings the map of written memory up to date with the engine's slots and with arrays that moved.
-    fn refresh(&self, py: Python<'_>, table: &mut Table) -> PyResult<()> {
+    fn refresh(&self, py: Python<'_>, table: &mut Table, haste: Haste) -> PyResult<()> {
         let (allocations, slots) = {
-            let optimizer = self.shared.try_use().or_raise(py)?;
+            let optimizer = self.shared.in_haste(haste).or_raise(py)?;
             let allocations = optimizer.allocations();
             if allocations == table.slots_seen && !table.moved {
                 return Ok(());
@@ -134,7 +125,7 @@ impl Engine {
     }
 
     /// Reads every parameter's header again and looks in full at what changed.
-    fn verify(&self, py: Python<'_>, table: &mut Table, place: &str) -> PyResult<()> {
+    fn verify(&self, py: Python<'_>, table: &mut Table, place: &str, haste: Haste) -> PyResult<()> {
         for registered in &mut table.params {
             let array = match &registered.parameter {
                 Some(parameter) => parameter.get().host(py),
@@ -158,7 +149,7 @@ impl Engine {
             registered.seen = seen;
             table.moved = true;
         }
-        self.refresh(py, table)
+        self.refresh(py, table, haste)
     }
 
     /// The gradients as arrays, in order of registration. Python code of the objects may run here, so
@@ -330,7 +321,7 @@ impl Engine {
                 Ok(Registered { parameter, array: array.unbind(), seen, label })
             })
             .collect::<PyResult<Vec<_>>>()?;
-        self.refresh(py, table)?;
+        self.refresh(py, table, Haste::Now)?;
         let writable = self.refuse_overlap(py, &table.params, table.writable.clone(), &added)?;
         let infos = added.iter().enumerate().map(|(i, r)| ParamInfo {
             name: names.as_ref().map(|n| n[i].clone()),
@@ -447,7 +438,8 @@ impl Engine {
     /// One slot: a view on the CPU, a read-only copy on a GPU, a float where it is a number; a read-only copy of
     /// state that all parameters share; None where it does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let found = self.shared.try_use().and_then(|optimizer| {
+        let found = guarded("state", || {
+            let optimizer = self.shared.try_use()?;
             let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
             Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)))
@@ -564,7 +556,7 @@ impl Engine {
         // does, up to the engine's own step.
         let arrays = self.collect(py, table, gradients, &place)?;
         self.settle_homes(py, table)?;
-        self.verify(py, table, &place)?;
+        self.verify(py, table, &place, haste)?;
         let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
         let mut elements = 0;
         for (index, array) in arrays.iter().enumerate() {
@@ -598,7 +590,7 @@ impl Engine {
         let place = format!("{}.step", self.name());
         let mut guard = self.table_in(py, haste)?;
         self.settle_homes(py, &guard)?;
-        self.verify(py, &mut guard, &place)?;
+        self.verify(py, &mut guard, &place, haste)?;
         let elements = guard.params.iter().map(|registered| registered.seen.raw.len).sum();
         self.call(py, &place, &guard, elements, haste, call)
     }
@@ -617,12 +609,7 @@ impl Engine {
         // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
         let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
         let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
-        let run = || {
-            guarded(place, || match haste {
-                Haste::Now => call(&mut *self.shared.try_use()?, &mut targets),
-                Haste::Wait => call(&mut self.shared.wait(), &mut targets),
-            })
-        };
+        let run = || guarded(place, || call(&mut *self.shared.in_haste(haste)?, &mut targets));
         let is_small = elements < HOLD_LOCK_BELOW && !self.on_gpu && haste == Haste::Now;
         let outcome = if is_small { run() } else { py.detach(run) };
         outcome.or_raise(py)

@@ -5,6 +5,15 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use roptim::tensor::RawTensor;
 use roptim::{Error, ErrorKind, Optimizer, TensorMut};
 
+/// What a call does when another thread is in the optimizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Haste {
+    /// It is refused.
+    Now,
+    /// It waits: it belongs to a step under way, and the others are refused.
+    Wait,
+}
+
 /// The engine's optimizer, shared with the parameters whose truth lies on its device. Holds no Python
 /// object, so that no reference cycle goes through it.
 pub(crate) struct Shared {
@@ -20,6 +29,15 @@ impl Shared {
             // The torn flag inside, not the lock's poison, tells whether a panic left work half done.
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => Err(self.busy()),
+        }
+    }
+
+    /// The optimizer, at once or not. Who waits may hold the interpreter lock: nobody asks for that lock while in
+    /// the optimizer.
+    pub(crate) fn in_haste(&self, haste: Haste) -> roptim::Result<MutexGuard<'_, Optimizer>> {
+        match haste {
+            Haste::Now => self.try_use(),
+            Haste::Wait => Ok(self.wait()),
         }
     }
 

@@ -41,6 +41,8 @@ pub type Settings = super::descent::Settings<Options>;
 /// What outlives a step.
 pub type State<F> = super::descent::State<F, History<F>>;
 
+/// Longest list that is filled up with None.
+const MAX_FILLED: usize = 10_000;
 /// The least y·s of a pair worth keeping.
 const MIN_CURVATURE: f64 = 1e-10;
 
@@ -137,9 +139,9 @@ impl<F: Real> Method<F> for History<F> {
             ("H_diag", Part::Number(self.h_diag)),
         ];
         if !self.al.is_empty() {
-            // torch fills its list up to the history's size.
+            // torch fills its list up to the history's size, however large.
             let mut al: Vec<_> = self.al.iter().map(|&al| Part::Number(al)).collect();
-            al.resize(options.history_size.max(al.len()), Part::None);
+            al.resize(options.history_size.min(MAX_FILLED).max(al.len()), Part::None);
             parts.push(("al", Part::List(al)));
         }
         parts

@@ -17,7 +17,7 @@
 //!
 //! Deviation from the paper's Algorithm 1, torch's: ε is added to the uncorrected √v.
 
-use super::common::{BETAS, MAXIMIZE};
+use super::common::{BETAS, MAXIMIZE, lr};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::real::Real;
 use crate::rule::{
@@ -66,7 +66,7 @@ impl Rule for SparseAdam {
     const DECLARATION: Declaration = Declaration {
         stem: "sparse_adam",
         hypers: &[
-            Hyper { name: "lr", default: Value::Float(1e-3), range: Range::Above(0.0), doc: "learning rate" },
+            lr(1e-3),
             BETAS,
             Hyper {
                 name: "eps",

@@ -79,7 +79,7 @@ def test_wrong_gradients_are_named_and_change_nothing() -> None:
         (
             {"a": f32(2), "b": f32(3), "c": f32(1)},
             KeyError,
-            f"Adam.step: gradients must be given for a, b, got c{remedy}",
+            f"Adam.step: gradients must be given for a, b, got a surplus c{remedy}",
         ),
         (
             [f32(2), f32(3)],
