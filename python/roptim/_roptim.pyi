@@ -9,20 +9,24 @@ from typing_extensions import disjoint_base
 __all__ = [
     "Engine",
     "ParameterBase",
+    "Schedule",
     "__version__",
-    "cosine_closed",
-    "cosine_next",
+    "anneal_share",
+    "chain_closed",
+    "chain_next",
+    "cycle_scale",
     "devices",
     "dumps",
+    "half_cosine",
     "load",
     "loads",
     "norm",
+    "one_cycle",
     "plateau_observe",
     "plateau_reduced",
     "registry",
     "save",
-    "step_closed",
-    "step_next",
+    "triangle",
 ]
 
 __version__: str
@@ -48,17 +52,28 @@ def dumps(object: Any) -> bytes:
 def loads(bytes: bytes) -> Any:
     """The tree in such bytes."""
 
-def step_next(current: float, epoch: int, size: int, gamma: float) -> float:
-    """The next value of a decay every ``size`` epochs."""
+def chain_next(
+    class_name: str, numbers: list[float], values: list[tuple[float, float]], epoch: float, initial: bool
+) -> list[float]:
+    """The next values of a chainable schedule from each group's (current, base) value."""
 
-def step_closed(base: float, epoch: int, size: int, gamma: float) -> float:
-    """Its value at an epoch."""
+def chain_closed(class_name: str, numbers: list[float], bases: list[float], epoch: float) -> list[float]:
+    """Its values at an epoch."""
 
-def cosine_next(current: float, base: float, epoch: int, initial: bool, t_max: float, eta_min: float) -> float:
-    """The next value of a cosine."""
+def half_cosine(high: float, low: float, t: float, whole: float) -> float:
+    """From ``high`` at 0 to ``low`` at ``whole``, along half a cosine."""
 
-def cosine_closed(base: float, epoch: int, t_max: float, eta_min: float) -> float:
-    """Its value at an epoch."""
+def triangle(t: float, up: float, down: float) -> tuple[float, float]:
+    """Number of the cycle, from 1, and height between 0 and 1 of a triangle wave."""
+
+def cycle_scale(mode: str, t: float, cycle: float, gamma: float) -> float:
+    """The factor of such a height in a mode of CyclicLR."""
+
+def anneal_share(strategy: str, part: float) -> float:
+    """How much of an annealing is done at a part of its way."""
+
+def one_cycle(t: float, total: float, pct_start: float, strategy: str, knots: list[float]) -> float:
+    """A one-cycle schedule between the values at its three or four knots."""
 
 def plateau_observe(
     rule: tuple[str, str, float, int, int], memory: tuple[float, int, int], metric: float
@@ -67,6 +82,25 @@ def plateau_observe(
 
 def plateau_reduced(current: float, factor: float, floor: float, eps: float) -> float:
     """The reduced value of a plateau."""
+
+@final
+class Schedule:
+    """A schedule as a value."""
+
+    def __new__(cls, json: str) -> Schedule: ...
+    def json(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def length(self) -> int | None: ...
+    def at(self, t: int) -> float: ...
+    def values(self, start: int, n: int) -> np.ndarray[Any, Any]: ...
+    def then(self, next: Schedule) -> Schedule: ...
+    def times(self, other: Schedule) -> Schedule: ...
+    def clip(self, low: float | None, high: float | None) -> Schedule: ...
+    def shift(self, by: int) -> Schedule: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __ne__(self, other: object) -> bool: ...
 
 @disjoint_base
 class ParameterBase:

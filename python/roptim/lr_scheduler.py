@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class LRScheduler:
         The epoch that runs now.
     """
 
+    #: The engine's transition, where the class has one.
+    _chain: ClassVar[str] = ""
+
     optimizer: Optimizer
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
@@ -95,6 +98,16 @@ class LRScheduler:
     def get_last_lr(self) -> list[float]:
         """The values that the last :meth:`step` wrote, one per group."""
         return self._last_lr
+
+    def _chain_next(self, numbers: list[float]) -> list[float]:
+        """torch's transition of this class from the current values."""
+        groups = self.optimizer.param_groups
+        values = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
+        return _roptim.chain_next(type(self)._chain, numbers, values, self.last_epoch, self._is_initial)
+
+    def _chain_closed(self, numbers: list[float]) -> list[float]:
+        """torch's closed form of this class."""
+        return _roptim.chain_closed(type(self)._chain, numbers, self.base_lrs, self.last_epoch)
 
     def _warn_outside_step(self) -> None:
         if not self._get_lr_called_within_step:
@@ -200,6 +213,8 @@ class StepLR(LRScheduler):
         The last epoch done; -1 to begin.
     """
 
+    _chain = "StepLR"
+
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1) -> None:
         self.step_size = _whole("StepLR", "step_size", step_size, 1)
         self.gamma = _number("StepLR", "gamma", gamma)
@@ -207,13 +222,10 @@ class StepLR(LRScheduler):
 
     def get_lr(self) -> list[float]:
         self._warn_outside_step()
-        return [
-            _roptim.step_next(float(group["lr"]), self.last_epoch, self.step_size, self.gamma)
-            for group in self.optimizer.param_groups
-        ]
+        return self._chain_next([self.step_size, self.gamma])
 
     def _get_closed_form_lr(self) -> list[float]:
-        return [_roptim.step_closed(base, self.last_epoch, self.step_size, self.gamma) for base in self.base_lrs]
+        return self._chain_closed([self.step_size, self.gamma])
 
 
 class CosineAnnealingLR(LRScheduler):
@@ -235,6 +247,8 @@ class CosineAnnealingLR(LRScheduler):
         The last epoch done; -1 to begin.
     """
 
+    _chain = "CosineAnnealingLR"
+
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:
         self.T_max = _whole("CosineAnnealingLR", "T_max", T_max, 1)
         self.eta_min = _number("CosineAnnealingLR", "eta_min", eta_min)
@@ -242,20 +256,10 @@ class CosineAnnealingLR(LRScheduler):
 
     def get_lr(self) -> list[float]:
         self._warn_outside_step()
-        return [
-            _roptim.cosine_next(
-                float(group["lr"]),
-                float(group.get("initial_lr", group["lr"])),
-                self.last_epoch,
-                self._is_initial,
-                self.T_max,
-                self.eta_min,
-            )
-            for group in self.optimizer.param_groups
-        ]
+        return self._chain_next([self.T_max, self.eta_min])
 
     def _get_closed_form_lr(self) -> list[float]:
-        return [_roptim.cosine_closed(base, self.last_epoch, self.T_max, self.eta_min) for base in self.base_lrs]
+        return self._chain_closed([self.T_max, self.eta_min])
 
 
 class ReduceLROnPlateau(LRScheduler):

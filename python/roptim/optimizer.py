@@ -550,10 +550,12 @@ class ClosureOptimizer(Optimizer):
         def evaluate() -> tuple[float, list[Any] | None]:
             loss, given = _evaluated(closure)
             try:
-                number = float(loss)
+                number = None if isinstance(loss, (str, bytes)) else float(loss)
             except (TypeError, ValueError):
+                number = None
+            if number is None:
                 got = f"an object of type {type(loss).__name__}"
-                raise refuse(RoptimTypeError, place, "the closure's loss", "a number", got) from None
+                raise refuse(RoptimTypeError, place, "the closure's loss", "a number", got)
             if not losses:
                 losses.append(loss)
             return number, None if given is None else self._read(given)

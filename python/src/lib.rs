@@ -34,7 +34,10 @@ mod _roptim {
     #[pymodule_export]
     use crate::registry::registry;
     #[pymodule_export]
-    use crate::schedules::{cosine_closed, cosine_next, plateau_observe, plateau_reduced, step_closed, step_next};
+    use crate::schedules::{
+        Schedule, anneal_share, chain_closed, chain_next, cycle_scale, half_cosine, one_cycle, plateau_observe,
+        plateau_reduced, triangle,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

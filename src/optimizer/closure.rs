@@ -100,12 +100,14 @@ impl<F: Real, R: ClosureRule> Flat<F, R> {
     /// moved before, what was learned of the function is no longer true, and goes.
     fn let_rest(&mut self, parts: &[Range<usize>]) -> Result<()> {
         let Some(under_way) = &mut self.under_way else { return Ok(()) };
-        if parts.iter().all(Range::is_empty) {
+        let resting: usize = parts.iter().map(Range::len).sum();
+        if resting == 0 {
             return Ok(());
         }
         let state = self.machine.state();
         let moved = |part: &Part<F>| parts.iter().any(|range| !is_zero(part, range));
-        if state.parts(&under_way.settings.method).iter().any(|(_, part)| moved(part)) {
+        // Where all rest the step ends at once.
+        if resting < self.n && state.parts(&under_way.settings.method).iter().any(|(_, part)| moved(part)) {
             let counts = State { func_evals: state.func_evals, n_iter: state.n_iter, ..State::default() };
             under_way.before = Some(std::mem::replace(&mut self.machine, counts.into()));
         }

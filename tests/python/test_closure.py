@@ -305,8 +305,8 @@ def test_float32_goes_the_same_way(make: Make) -> None:
 PATIENT = {"max_iter": 10_000, "max_eval": 20_000, "tolerance_grad": 1e-9, "tolerance_change": 0.0}
 
 
-@pytest.mark.parametrize(("n", "start", "most"), [(2, -1.2, 150), (100, 0.0, 2500)])
-def test_rosenbrock(searching: Make, n: int, start: float, most: int) -> None:
+@pytest.mark.parametrize(("n", "start", "most"), [(2, -1.2, (80, 150)), (100, 0.0, (900, 2500))])
+def test_rosenbrock(searching: Make, n: int, start: float, most: tuple[int, int]) -> None:
     optimize = pytest.importorskip("scipy.optimize")
     x = np.full(n, start)
     x[1::2] = 1.0 if start else 0.0
@@ -316,7 +316,7 @@ def test_rosenbrock(searching: Make, n: int, start: float, most: int) -> None:
     assert np.abs(x - 1).max() <= 1e-6
     assert np.abs(x - want.x).max() <= 1e-6
     assert rosenbrock(x)[0] <= max(1e-14, want.fun)
-    assert len(points) <= most
+    assert len(points) <= most[isinstance(opt, ConjugateGradient)]
 
 
 def test_a_bad_condition(searching: Make) -> None:
@@ -327,7 +327,7 @@ def test_a_bad_condition(searching: Make) -> None:
     # The loss fixes the lightest axis to the root of its own rounding only.
     assert np.abs(x - minimum).max() <= 1e-3
     assert f(x)[0] - f(minimum)[0] <= 1e-7
-    assert len(points) <= 20_001
+    assert len(points) <= (1000 if isinstance(opt, LBFGS) else 15_000)
 
 
 def test_least_squares(searching: Make) -> None:
@@ -616,6 +616,77 @@ def test_missing_gradients_are_zeros(make: Make) -> None:
     opt.step(lambda: (1.0, [None]))
     assert x.tolist() == [1.0, 1.0]
     assert dict(opt.state[x]) == {"func_evals": 1, "n_iter": 0}
+
+
+def pair(make: Make) -> Any:
+    """Two parameters of which both have moved, and a closure over them that keeps back what is in ``missing``."""
+    a, b = np.linspace(-1, 1, 6), np.array([3.0, -0.0, 1.0])
+    opt = make([a, b], max_iter=4)
+    missing: dict[int, list[int]] = {}
+    calls = itertools.count()
+
+    def closure() -> Any:
+        loss, g = logistic()(a)
+        bowl_loss, bowl_g = bowl(b)
+        kept_back = missing.get(next(calls), missing.get(-1, []))
+        return loss + bowl_loss, [None if i in kept_back else g for i, g in enumerate([g, bowl_g])]
+
+    opt.step(closure)
+    return opt, closure, missing
+
+
+def test_a_parameter_without_a_gradient_rests(make: Make) -> None:
+    """What was learned of the function of both is no longer true: the step is a first one of the others."""
+    opt, closure, missing = pair(make)
+    a, b = params_of(opt)
+    alone, before = make([a.copy()], max_iter=4), (b.tobytes(), opt.state[a]["func_evals"], opt.update_count)
+    missing[-1] = [1]
+    for _ in range(3):
+        opt.step(closure)
+        run(alone, logistic())
+        assert np.array_equal(a, params_of(alone)[0])
+        assert b.tobytes() == before[0]
+    state, of_alone = opt.state[a], alone.state[0]
+    assert state["func_evals"] == of_alone["func_evals"] + before[1]
+    assert np.array_equal(state["d"], flat([of_alone["d"], np.zeros(3)]))
+    assert opt.update_count == before[2] + 3
+    missing.clear()
+    for _ in range(20):
+        opt.step(closure)
+    assert np.abs(b - 1).max() <= 1e-4
+    assert np.abs(logistic()(a)[1]).max() <= 1e-4
+
+
+def test_the_first_gradients_of_a_step_say_who_rests(make: Make) -> None:
+    def trajectory(missing_at: Any) -> Any:
+        opt, closure, missing = pair(make)
+        first = opt.state[0]["func_evals"]
+        missing.update({first + call: [1] for call in missing_at})
+        opt.step(closure)
+        return everything(opt)
+
+    assert trajectory([0]) == trajectory(range(20))
+    assert trajectory([1]) != trajectory([])
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_failure_while_a_parameter_rests_changes_nothing(make: Make, call: int) -> None:
+    opt, closure, missing = pair(make)
+    undisturbed, other, also_missing = pair(make)
+    before, calls = everything(opt), itertools.count()
+    missing[-1] = also_missing[-1] = [1]
+
+    def failing() -> Any:
+        if next(calls) == call:
+            raise ZeroDivisionError
+        return closure()
+
+    with pytest.raises(ZeroDivisionError):
+        opt.step(failing)
+    assert everything(opt) == before
+    opt.step(closure)
+    undisturbed.step(other)
+    assert everything(opt) == everything(undisturbed)
 
 
 @pytest.mark.parametrize("value", [1.0, -0.0, 5e-324, math.inf, -math.inf, math.nan])

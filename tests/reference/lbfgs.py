@@ -19,17 +19,17 @@ J. Nocedal, S. J. Wright, "Numerical Optimization", 2nd edition, 2006, algorithm
 =========  ================
 symbol     argument
 =========  ================
-t at first lr
+first t    lr
 k          history_size
 =========  ================
 
 What the algorithms leave open is as torch has it:
 
 - The first iteration of all tries t = lr min(1, 1/Σ|g|), the others lr. Without line_search_fn these are the steps.
-- A step of the optimizer begins with an evaluation, unless max|g| ≤ tolerance_grad then, and makes at most max_iter
-  iterations. It ends before a move where g·d > -tolerance_change. It ends after one where max_eval evaluations were
-  made, where max|g| ≤ tolerance_grad, where no element moved by more than tolerance_change, or where the loss changed
-  by less. Without line_search_fn, the last iteration moves without evaluating.
+- A step of the optimizer begins with an evaluation, ends there if max|g| ≤ tolerance_grad, and makes at most max_iter
+  iterations. It ends before a move where g·d > -tolerance_change, and after one where max_eval evaluations were made,
+  where max|g| ≤ tolerance_grad, where no element moved by more than tolerance_change, or where the loss changed by
+  less. Without line_search_fn, the last iteration moves without evaluating.
 - A pair counts where y·s > 1e-10; γ stays where it does not.
 - The next t is the minimum of the cubic through two trials: while bracketing within [t + 0.01 (t - t₋₁), 10 t],
   later within the bracket. A trial nearer to a bracket's end than a tenth of its width goes to the tenth where it
