@@ -7,6 +7,12 @@ use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 
+/// A shape as NumPy prints it.
+pub fn shape_text(shape: &[usize]) -> String {
+    let axes: Vec<_> = shape.iter().map(usize::to_string).collect();
+    if axes.len() == 1 { format!("({},)", axes[0]) } else { format!("({})", axes.join(", ")) }
+}
+
 /// Result of the engine's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

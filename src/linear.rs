@@ -20,8 +20,9 @@ pub(crate) fn tree(values: &mut [f64]) -> f64 {
     join_tree(values, |a, b| a + b)
 }
 
+/// Joins by a fixed tree, neighbours first; 0 without values.
 #[inline(always)]
-fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f64 {
+pub(crate) fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f64 {
     let mut n = values.len();
     while n > 1 {
         let half = n.div_ceil(2);
@@ -39,12 +40,18 @@ fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f64 {
 /// Sum of `term(i)` over `0..n` in f64: lane k adds the terms k, k + 16, …
 #[inline(always)]
 pub(crate) fn lanes(n: usize, term: impl FnMut(usize) -> f64) -> f64 {
-    join_lanes(n, term, |a, b| a + b)
+    join_lanes(n, 0.0, term, |a, b| a + b)
 }
 
+/// Joins `term(i)` over `0..n` in the lanes of [`lanes`], each from `neutral` on.
 #[inline(always)]
-fn join_lanes(n: usize, mut term: impl FnMut(usize) -> f64, join: impl Fn(f64, f64) -> f64) -> f64 {
-    let mut joined = [0.0f64; LANES];
+pub(crate) fn join_lanes(
+    n: usize,
+    neutral: f64,
+    mut term: impl FnMut(usize) -> f64,
+    join: impl Fn(f64, f64) -> f64,
+) -> f64 {
+    let mut joined = [neutral; LANES];
     let whole = n - n % LANES;
     for start in (0..whole).step_by(LANES) {
         for (k, lane) in joined.iter_mut().enumerate() {
@@ -89,7 +96,7 @@ fn joined<F: Real>(
     let block = |i: usize| {
         let range = i * SUM_BLOCK..((i + 1) * SUM_BLOCK).min(n);
         let (x, y) = (&x[range.clone()], &y[range]);
-        join_lanes(x.len(), |k| term(x[k].to_f64(), y[k].to_f64()), &join)
+        join_lanes(x.len(), 0.0, |k| term(x[k].to_f64(), y[k].to_f64()), &join)
     };
     join_tree(&mut map(parallel, n.div_ceil(SUM_BLOCK), block), &join)
 }

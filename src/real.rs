@@ -77,6 +77,16 @@ impl Dtype {
         }
     }
 
+    /// The largest number.
+    pub fn largest(self) -> f64 {
+        match self.part() {
+            Self::F16 => half::f16::MAX.to_f64(),
+            Self::BF16 => half::bf16::MAX.to_f64(),
+            Self::F64 => f64::MAX,
+            _ => f32::MAX.into(),
+        }
+    }
+
     /// Distance from 1 to the next number.
     pub const fn epsilon(self) -> f64 {
         match self {

@@ -171,6 +171,8 @@ pub enum Decay {
 /// The executor's own scalars of one step: what happens to every element before and after the rule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shared {
+    /// Elements of the gradient are brought into `[-bound, bound]` first; infinite leaves them untouched.
+    pub gradient_bound: f64,
     /// Factor on the gradient (unscaling, norm clipping); 1 leaves it untouched.
     pub gradient_scale: f64,
     /// Whether the gradient's sign is turned first.
@@ -179,6 +181,17 @@ pub struct Shared {
     pub decay: Decay,
     /// Whether slots below the smallest normal number are stored as zero.
     pub flush_subnormals: bool,
+}
+
+impl Shared {
+    /// What changes nothing.
+    pub const NEUTRAL: Self = Self {
+        gradient_bound: f64::INFINITY,
+        gradient_scale: 1.0,
+        maximize: false,
+        decay: Decay::None,
+        flush_subnormals: false,
+    };
 }
 
 /// One step's coefficients of a kernel, in f64, in declaration order.

@@ -25,7 +25,7 @@ pub const MOMENTS: &str = include_str!("../shaders/shared/moments.wgsl");
 pub const RUN: &str = include_str!("../shaders/shared/run.wgsl");
 
 /// Words of the struct `Frame`.
-pub const FRAME_WORDS: usize = 4;
+pub const FRAME_WORDS: usize = 5;
 /// Words of a coefficient row: the frame and as many coefficients as a kernel may have.
 pub const ROW_WORDS: usize = FRAME_WORDS + MAX_COEFFICIENTS;
 /// Words of an entry of the chunk table.
@@ -38,6 +38,8 @@ pub const ENTRY_POINT: &str = "step";
 pub const L2: u32 = 1;
 /// The bit of `Frame.switches` that stores subnormal slots as zero.
 pub const FLUSH_SUBNORMALS: u32 = 2;
+/// The bit of `Frame.switches` that bounds gradients.
+pub const BOUNDED: u32 = 4;
 
 /// The WGSL module of one kernel of a rule.
 pub fn module(rule: RuleId, kernel: &KernelFacts) -> String {

@@ -335,6 +335,13 @@ pub struct StateDict {
     pub format: u32,
     /// Applied updates.
     pub update_count: u64,
+    /// Updates left out because a gradient was not finite.
+    #[serde(default)]
+    pub skip_count: u64,
+    /// Of a method that evaluates several times in a step: a mark of the point its last step ended at, if that was
+    /// never evaluated.
+    #[serde(default)]
+    pub unseen_end: Option<u64>,
     /// The groups, in order.
     pub groups: Vec<GroupState>,
     /// State by parameter index; a parameter never updated is absent.

@@ -14,6 +14,7 @@ __all__ = [
     "anneal_share",
     "chain_closed",
     "chain_next",
+    "clip_factor",
     "cycle_scale",
     "devices",
     "dumps",
@@ -37,8 +38,11 @@ def registry() -> list[dict[str, Any]]:
 def devices() -> list[tuple[str, str, str, str, bool]]:
     """Every device: what chooses it, name, kind, driver, and whether it is a software adapter."""
 
-def norm(arrays: list[Any], largest: bool) -> float:
-    """The 2-norm of all arrays together in float64, or their largest magnitude."""
+def norm(arrays: list[Any], p: float, written: bool, place: str) -> float:
+    """The p-norm of all arrays together in float64."""
+
+def clip_factor(max_norm: float, norm: float) -> float:
+    """What gradients of this norm are multiplied by so that it is at most ``max_norm``."""
 
 def save(object: Any, path: str) -> None:
     """Writes a tree of values to a file, completely or not at all."""
@@ -99,8 +103,8 @@ class Schedule:
     def times(self, other: Schedule) -> Schedule: ...
     def clip(self, low: float | None, high: float | None) -> Schedule: ...
     def shift(self, by: int) -> Schedule: ...
-    def __eq__(self, other: object) -> bool: ...
-    def __ne__(self, other: object) -> bool: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
 
 @disjoint_base
 class ParameterBase:
@@ -122,7 +126,16 @@ class Engine:
     """An optimizer of the engine with its registered parameters."""
 
     def __new__(
-        cls, name: str, backend: str, threads: int | None, flush_denormals: bool, allow_software: bool
+        cls,
+        name: str,
+        *,
+        backend: str,
+        threads: int | None,
+        flush_denormals: bool,
+        allow_software: bool,
+        clip_norm: float | None,
+        clip_value: float | None,
+        nonfinite: str,
     ) -> Engine: ...
     def add_group(self, hypers: dict[str, Any], params: list[Any], names: list[str] | None) -> dict[str, Any]: ...
     def check_hypers(self, given: dict[str, Any]) -> None: ...
@@ -142,6 +155,10 @@ class Engine:
     def joint_keys(self) -> list[str]: ...
     @property
     def update_count(self) -> int: ...
+    @property
+    def skip_count(self) -> int: ...
+    @property
+    def gradient_norm(self) -> float | None: ...
     @property
     def torn(self) -> bool: ...
     @property

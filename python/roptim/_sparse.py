@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 from typing import Any
 
@@ -15,9 +17,9 @@ _PLACE = "SparseGrad"
 class SparseGrad:
     """A gradient that is zero but in some rows: that of an embedding table, say.
 
-    :class:`~roptim.SparseAdam`, :class:`~roptim.SGD` and :class:`~roptim.Adagrad` take it in place of an
-    array, as gradient of a step or as ``Parameter.grad``. A row that is named several times counts with
-    the sum of its values.
+    :class:`~roptim.SparseAdam`, :class:`~roptim.SGD`, :class:`~roptim.Adagrad`, :class:`~roptim.LBFGS` and
+    :class:`~roptim.ConjugateGradient` take it in place of an array, as gradient of a step or as
+    ``Parameter.grad``. A row that is named several times counts with the sum of its values.
 
     Parameters
     ----------
@@ -43,16 +45,22 @@ class SparseGrad:
 
     def __init__(self, indices: Any, values: Any, shape: Any) -> None:
         try:
-            self.shape = tuple(int(axis) for axis in shape)
+            self._shape = tuple(operator.index(axis) for axis in shape)
         except TypeError:
             raise refuse(RoptimTypeError, _PLACE, "shape", "a tuple of integers", repr(shape)) from None
-        self.values = np.asarray(values)
-        index = np.asarray(indices)
+        if not self._shape or min(self._shape) < 0 or math.prod(self._shape) > np.iinfo(np.intp).max:
+            raise refuse(RoptimValueError, _PLACE, "shape", "one that an array can have, of axes", repr(shape))
+        try:
+            self._values, index = np.asarray(values), np.array(indices)
+        except (TypeError, ValueError):
+            raise refuse(RoptimTypeError, _PLACE, "indices and values", "arrays", "ragged ones") from None
         if index.size == 0:
             index = index.astype(np.int64)
         if index.dtype.kind not in "iu":
             raise refuse(RoptimTypeError, _PLACE, "indices", "integers", str(index.dtype))
-        self.indices = index
+        # A copy, which nobody changes after it was checked.
+        index.flags.writeable = False
+        self._indices = index
         axes = index.reshape(1, -1) if index.ndim == 1 else index
         if axes.ndim != 2 or not 1 <= len(axes) <= len(self.shape):
             allowed = f"of shape (n,) or (k, n) with k from 1 to {len(self.shape)}"
@@ -68,12 +76,30 @@ class SparseGrad:
         self._axes = axes
 
     @property
+    def indices(self) -> np.ndarray[Any, Any]:
+        """Which rows, read-only."""
+        return self._indices
+
+    @property
+    def values(self) -> np.ndarray[Any, Any]:
+        """What the gradient is there: the array that was given. It may be written to, not exchanged."""
+        return self._values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self._shape
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """What the values are."""
         return self.values.dtype
 
     def coalesced(self) -> SparseGrad:
-        """The same gradient with each row once, in ascending order."""
+        """The same gradient with each row once, in ascending order.
+
+        Sums of half-precision rows are taken, and returned, in float32.
+        """
         rows = np.zeros(self._axes.shape[1], np.int64)
         for numbers, extent in zip(self._axes, self.shape, strict=False):
             rows = rows * extent + numbers.astype(np.int64)
@@ -82,9 +108,9 @@ class SparseGrad:
         if len(kept) == len(rows):
             values = self.values[order]
         else:
-            values = np.zeros((len(kept), *self.values.shape[1:]), self.values.dtype)
+            values = np.zeros((len(kept), *self.values.shape[1:]), _sum_dtype(self.values))
             # In the order given, so that the bits do not depend on anything else.
-            np.add.at(values, where.reshape(-1), self.values)
+            np.add.at(values, where.reshape(-1), self.values.astype(values.dtype, copy=False))
         index = np.stack(np.unravel_index(kept, self.shape[: len(self._axes)])) if self.indices.ndim == 2 else kept
         out = SparseGrad(index, values, self.shape)
         out._rows = kept
@@ -93,14 +119,31 @@ class SparseGrad:
     #: Rows counted over all sparse axes, ascending; known once coalesced.
     _rows: Any = None
 
+    def _become(self, other: SparseGrad) -> None:
+        """Takes the place of another gradient of this shape."""
+        self.__dict__.update(other.__dict__)
+
     def toarray(self) -> np.ndarray[Any, Any]:
-        """As a dense array."""
-        dense = np.zeros(self.shape, self.values.dtype)
-        np.add.at(dense, tuple(self._axes), self.values)
+        """As a dense array; sums of half-precision rows are float32."""
+        twice = len(np.unique(self._axes, axis=1).T) < self._axes.shape[1]
+        dense = np.zeros(self.shape, _sum_dtype(self.values) if twice else self.values.dtype)
+        np.add.at(dense, tuple(self._axes), self.values.astype(dense.dtype, copy=False))
         return dense
 
     def __repr__(self) -> str:
         return f"SparseGrad(shape={self.shape}, dtype={self.dtype}, rows={self._axes.shape[1]})"
+
+
+def _sum_dtype(values: np.ndarray[Any, Any]) -> np.dtype[Any]:
+    """What values are summed in: half precision in single."""
+    is_half = values.dtype.name in ("float16", "bfloat16")
+    dtype: np.dtype[Any] = np.dtype(np.float32) if is_half else values.dtype
+    return dtype
+
+
+def _coordinates(coo: Any) -> Any:
+    """Indices of the entries of scipy's COO array along each axis, of which older releases only know two."""
+    return np.stack(coo.coords if hasattr(coo, "coords") else [coo.row, coo.col])
 
 
 def parts(gradient: object) -> tuple[Any, Any, tuple[int, ...]] | None:
@@ -108,7 +151,7 @@ def parts(gradient: object) -> tuple[Any, Any, tuple[int, ...]] | None:
     sparse = sys.modules.get("scipy.sparse")
     if sparse is not None and sparse.issparse(gradient):
         coo = gradient.tocoo()  # type: ignore[attr-defined]  # scipy's, which issparse knows
-        gradient = SparseGrad(np.stack([coo.row, coo.col]), coo.data, coo.shape)
+        gradient = SparseGrad(_coordinates(coo), coo.data, coo.shape)
     if not isinstance(gradient, SparseGrad):
         return None
     if gradient._rows is None:

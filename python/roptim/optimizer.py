@@ -20,8 +20,17 @@ from roptim._state import State
 REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim.registry()}
 
 _FORMAT = 1
-#: What the constructor of every optimizer takes besides hyperparameters and torch's switches.
-_OPTIONS = ("backend", "allow_software", "threads", "flush_denormals")
+#: What the constructors take besides hyperparameters and torch's switches, with defaults: options of the whole
+#: optimizer, no keys of groups.
+OPTIONS: dict[str, Any] = {
+    "backend": "cpu",
+    "allow_software": False,
+    "threads": None,
+    "flush_denormals": True,
+    "clip_norm": None,
+    "clip_value": None,
+    "nonfinite": "propagate",
+}
 _OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
 
 
@@ -32,6 +41,33 @@ def check_switches(place: str, **switches: Any) -> None:
         if not any(value is allowed for allowed in harmless):
             allowed = " or ".join(map(repr, harmless[1:])) + " or None"
             raise refuse(RoptimValueError, place, name, allowed, repr(value), "roptim has no such mode")
+
+
+def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the whole optimizer in the types the engine takes; ranges are the engine's business."""
+    threads = options["threads"]
+    is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
+    if threads is not None and not (is_count and 1 <= threads < 65536):
+        raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", repr(threads))
+    if not isinstance(options["backend"], str):
+        raise refuse(RoptimTypeError, place, "backend", '"cpu" or "gpu"', repr(options["backend"]))
+    bounds: dict[str, float | None] = {}
+    for name in ("clip_norm", "clip_value"):
+        bound = settled(options[name])
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
+            raise refuse(RoptimTypeError, place, name, "None or a number >= 0", repr(options[name]))
+        bounds[name] = None if bound is None else float(bound)
+    if not isinstance(options["nonfinite"], str):
+        allowed = '"propagate", "raise" or "skip"'
+        raise refuse(RoptimTypeError, place, "nonfinite", allowed, repr(options["nonfinite"]))
+    return {
+        "backend": options["backend"],
+        "allow_software": bool(options["allow_software"]),
+        "threads": None if threads is None else int(threads),
+        "flush_denormals": bool(options["flush_denormals"]),
+        "nonfinite": options["nonfinite"],
+        **bounds,
+    }
 
 
 class Optimizer:
@@ -48,6 +84,8 @@ class Optimizer:
         (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each.
     defaults : dict
         Options of every group that does not set its own.
+    **options
+        Of the whole optimizer, for optimizers of the engine: see any of them.
 
     Attributes
     ----------
@@ -71,18 +109,8 @@ class Optimizer:
         self,
         params: Any,
         defaults: dict[str, Any],
-        *,
-        backend: str = "cpu",
-        allow_software: bool = False,
-        threads: int | None = None,
-        flush_denormals: bool = True,
+        **options: Any,
     ) -> None:
-        options = {
-            "backend": backend,
-            "allow_software": allow_software,
-            "threads": threads,
-            "flush_denormals": flush_denormals,
-        }
         self._setup(defaults, options)
         params = _tree.listed(params, self._place)
         if isinstance(params, (list, tuple)) and any(_is_group(item) for item in params):
@@ -116,40 +144,33 @@ class Optimizer:
         check_switches(type(self).__name__, **{name: arguments[name] for name in arguments if name in SWITCHES})
         known = REGISTRY[self._engine_name]["defaults"]
         defaults = {name: arguments.get(name, default) for name, default in known.items()}
-        options = {name: arguments[name] for name in _OPTIONS}
+        options = {name: arguments[name] for name in OPTIONS if name in arguments}
         Optimizer.__init__(self, arguments["params"], defaults, **options)
 
     def _setup(self, defaults: dict[str, Any], options: dict[str, Any]) -> None:
         self._place = type(self).__name__
         self.defaults = dict(defaults)
-        self._options = options
+        for name in options:
+            if name not in OPTIONS:
+                allowed = f"one of {', '.join(OPTIONS)}"
+                raise refuse(RoptimTypeError, self._place, "option", allowed, repr(name))
+        self._options = {**OPTIONS, **options}
         self._specs: list[_tree.Spec] = []
         # Several groups taken as one list, or by name; made when first needed.
         self._all: _tree.Spec | None = None
         self._engine: Engine | None = None
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
-            threads = options["threads"]
-            if threads is not None and (
-                isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads < 65536
-            ):
-                raise refuse(
-                    RoptimValueError, self._place, "threads", "None or a whole number from 1 to 65535", repr(threads)
-                )
-            if not isinstance(options["backend"], str):
-                raise refuse(RoptimTypeError, self._place, "backend", '"cpu" or "gpu"', repr(options["backend"]))
-            self._engine = Engine(
-                self._engine_name,
-                options["backend"],
-                None if threads is None else int(threads),
-                bool(options["flush_denormals"]),
-                bool(options["allow_software"]),
-            )
+            self._engine = Engine(self._engine_name, **checked_options(self._place, self._options))
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value for key, value in defaults.items() if key in hypers})
-        elif options["backend"] != "cpu":
-            got = repr(options["backend"])
-            raise refuse(RoptimValueError, self._place, "backend", '"cpu" for an optimizer written in Python', got)
+        else:
+            for name, value in self._options.items():
+                if value != OPTIONS[name]:
+                    default = OPTIONS[name]
+                    shown_default = f'"{default}"' if isinstance(default, str) else repr(default)
+                    allowed = f"{shown_default} for an optimizer written in Python"
+                    raise refuse(RoptimValueError, self._place, name, allowed, repr(value))
         self._hypers = hypers
         self.param_groups = FixedList()
         self._state = State(self._engine)
@@ -248,8 +269,11 @@ class Optimizer:
                     p.grad = None
                 elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
                     p.grad[...] = 0
-                else:
+                elif isinstance(p.grad, (np.ndarray, np.generic)):
                     p.grad = np.zeros_like(p.grad)
+                else:
+                    # A sparse gradient: of zeros it has no rows.
+                    p.grad = np.zeros(p.shape, p.dtype)
 
     # ---- steps ------------------------------------------------------------------------------------------
 
@@ -343,6 +367,16 @@ class Optimizer:
     def update_count(self) -> int:
         """Applied updates, the clock of schedules."""
         return self._engine.update_count if self._engine is not None else 0
+
+    @property
+    def skip_count(self) -> int:
+        """Updates left out because a gradient was not finite (``nonfinite="skip"``)."""
+        return self._engine.skip_count if self._engine is not None else 0
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """The 2-norm of all gradients of the last step before clipping; None without ``clip_norm``."""
+        return self._engine.gradient_norm if self._engine is not None else None
 
     @property
     def device(self) -> str:
@@ -551,7 +585,7 @@ class ClosureOptimizer(Optimizer):
             loss, given = _evaluated(closure)
             try:
                 number = None if isinstance(loss, (str, bytes)) else float(loss)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = None
             if number is None:
                 got = f"an object of type {type(loss).__name__}"

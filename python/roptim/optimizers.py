@@ -16,7 +16,7 @@ _COMMON = """
         use. The result is the same to the last bit.
     flush_denormals : bool
         Store state values below the smallest normal number as zero, so that steps stay fast when moments
-        decay. Parameters and gradients are never flushed.
+        decay. Parameters and gradients are never flushed.{clipping}
     foreach, fused, capturable, differentiable
         torch's choices between its kernels, accepted where they ask for nothing.
 
@@ -27,8 +27,21 @@ _COMMON = """
 """
 
 
+_CLIPPING = """
+    clip_norm : float, optional
+        Scale all gradients, over all groups, so that their common 2-norm is at most this, >= 0; the gradients
+        themselves are left alone. ``opt.gradient_norm`` is the norm before.
+    clip_value : float, optional
+        Bring each element of the gradients into [-clip_value, clip_value] first, >= 0.
+    nonfinite : str
+        Where a gradient is NaN or infinite: ``"propagate"`` uses it, ``"raise"`` raises NonfiniteError and names
+        the parameter, ``"skip"`` leaves the update out and counts it in ``opt.skip_count``; before anything is
+        written. Clipping, and this, act before decay and ``maximize``."""
+
+
 def _document(cls: type[Optimizer]) -> type[Optimizer]:
-    cls.__doc__ = (cls.__doc__ or "").replace("{common}", _COMMON.strip("\n").removeprefix("    "))
+    common = _COMMON.replace("{clipping}", "" if issubclass(cls, ClosureOptimizer) else _CLIPPING)
+    cls.__doc__ = (cls.__doc__ or "").replace("{common}", common.strip("\n").removeprefix("    "))
     return cls
 
 
@@ -81,6 +94,9 @@ class SGD(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -139,6 +155,9 @@ class Adam(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -193,6 +212,9 @@ class AdamW(Adam):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -244,6 +266,9 @@ class Adadelta(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -293,6 +318,9 @@ class Adamax(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -352,6 +380,9 @@ class RAdam(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -405,6 +436,9 @@ class Adagrad(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -459,6 +493,9 @@ class ASGD(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -518,6 +555,9 @@ class NAdam(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -575,6 +615,9 @@ class RMSprop(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -624,6 +667,9 @@ class Rprop(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -645,7 +691,7 @@ class SparseAdam(Optimizer):
     params
         Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
     lr : float
-        Learning rate, > 0.
+        Learning rate, >= 0.
     betas : (float, float)
         Decay rates of the two moments, each in [0, 1).
     eps : float
@@ -669,6 +715,9 @@ class SparseAdam(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -723,6 +772,9 @@ class Adafactor(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -740,8 +792,8 @@ class Muon(Optimizer):
 
         muon, rest = roptim.Muon([W1, W2], lr=0.02), roptim.AdamW([b1, b2, embedding])
 
-    On the CPU only, real numbers only. The iteration runs in the parameter's own precision (torch's in
-    bfloat16). State: ``momentum_buffer`` (like the parameter).
+    On the CPU only, real numbers only. The iteration runs in float32, or float64 for such parameters (torch's
+    in bfloat16). State: ``momentum_buffer`` (like the parameter).
     Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024;
     ``match_rms_adamw``: Liu et al., *Muon is scalable for LLM training*, 2025.
 
@@ -786,6 +838,9 @@ class Muon(Optimizer):
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self._construct(locals())
 
@@ -882,7 +937,8 @@ class ConjugateGradient(ClosureOptimizer):
     params
         Arrays or Parameters in a list, dict, nested containers, (name, array) pairs, groups, or one array.
     lr : float
-        Scale of the first step of all, >= 0; later ones are guessed from the step before.
+        Scale of the first step of all and of one after a search that found nothing, >= 0; others are guessed from
+        the step before.
     max_iter : int
         Iterations in one step, >= 1.
     max_eval : int, optional

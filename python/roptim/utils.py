@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from roptim import _roptim
 from roptim._errors import NonfiniteError, RoptimTypeError, RoptimValueError, refuse
 from roptim._parameter import Parameter
-from roptim._roptim import norm as _norm
+from roptim._sparse import SparseGrad
 
-_PLACE = "clip_grad_norm_"
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 
 def clip_grad_norm_(
-    parameters: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Any,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> float:
     r"""Scales gradients in place so that their common norm is at most ``max_norm``.
 
     The factor is :math:`\min(1, max\_norm / (norm + 10^{-6}))` as in torch; the norm is that of all
-    gradients together, summed in float64, and the same to the last bit for any number of threads.
+    gradients together, summed in float64, and the same to the last bit for any number of threads. To clip
+    within a step, without a pass of its own and without touching the gradients, give ``clip_norm`` to the
+    optimizer.
 
     Parameters
     ----------
     parameters
         Parameters, whose ``.grad`` is clipped (None is skipped), or plain arrays, which *are* the
-        gradients: one, or an iterable or dict of them. float32 or float64, writeable.
+        gradients: one, or an iterable or dict of them. Of any dtype that parameters have, writeable. Of a
+        SparseGrad the values are clipped, by the norm of its sums.
     max_norm : float
         Largest norm, >= 0.
     norm_type : float
-        2, or ``math.inf`` for the largest magnitude.
+        p of the p-norm; ``math.inf`` (or ``"inf"``) for the largest magnitude, ``-math.inf`` for the smallest, 0
+        for the number of elements that are not zero.
     error_if_nonfinite : bool
         Raise where the norm is NaN or infinite, before anything is changed. By default a NaN norm makes
         every gradient NaN and an infinite one makes finite entries zero, as in torch.
+    foreach
+        torch's choice between its kernels; means nothing here.
 
     Returns
     -------
@@ -47,44 +60,156 @@ def clip_grad_norm_(
     NonfiniteError
         With ``error_if_nonfinite``.
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float, np.number)):
-        raise refuse(RoptimTypeError, _PLACE, "max_norm", "a number >= 0", repr(max_norm))
-    if not max_norm >= 0:
-        raise refuse(RoptimValueError, _PLACE, "max_norm", "a number >= 0", repr(max_norm))
-    if (
-        isinstance(norm_type, bool)
-        or not isinstance(norm_type, (int, float, np.number))
-        or norm_type not in (2, np.inf)
-    ):
-        raise refuse(RoptimValueError, _PLACE, "norm_type", "2 or inf", repr(norm_type))
-    gradients = _gradients(parameters)
-    total = _norm(gradients, norm_type != 2)
-    if error_if_nonfinite and not np.isfinite(total):
-        raise refuse(NonfiniteError, _PLACE, "the norm of the gradients", "finite", repr(total))
-    # An infinite bound clips nothing; a NaN norm goes on into every gradient.
-    factor = 1.0 if max_norm == np.inf and not np.isnan(total) else float(max_norm) / (total + 1e-6)
-    factor = 1.0 if factor > 1.0 else factor
-    if factor != 1.0:
-        with np.errstate(invalid="ignore"):
-            for g in gradients:
-                np.multiply(g, g.dtype.type(factor), out=g)
+    place = "clip_grad_norm_"
+    bound, p = _bound(place, "max_norm", max_norm), _order(place, norm_type)
+    gradients = _gradients(place, parameters)
+    total = _norm(place, gradients, p, written=True)
+    if error_if_nonfinite:
+        _refuse_nonfinite(place, total)
+    _scale(gradients, _roptim.clip_factor(bound, total))
     return total
 
 
-def _gradients(parameters: Any) -> list[Any]:
-    """The arrays to scale; the engine looks at each."""
-    if isinstance(parameters, (np.ndarray, Parameter)):
+def get_total_norm(
+    tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> float:
+    """The norm of all gradients together, in float64; see :func:`clip_grad_norm_`.
+
+    Parameters
+    ----------
+    tensors
+        Plain arrays, or Parameters, whose ``.grad`` counts: one, or an iterable or dict of them.
+    norm_type, error_if_nonfinite, foreach
+        As in :func:`clip_grad_norm_`.
+
+    Returns
+    -------
+    float
+        0.0 without arrays.
+    """
+    place = "get_total_norm"
+    p = _order(place, norm_type)
+    total = _norm(place, _gradients(place, tensors), p, written=False)
+    if error_if_nonfinite:
+        _refuse_nonfinite(place, total)
+    return total
+
+
+def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: float, foreach: bool | None = None) -> None:
+    """Scales gradients in place by the factor that :func:`clip_grad_norm_` would use if ``total_norm`` were theirs.
+
+    Parameters
+    ----------
+    parameters, max_norm, foreach
+        As in :func:`clip_grad_norm_`.
+    total_norm : float
+        A norm that :func:`get_total_norm` returned, of more gradients perhaps, >= 0.
+    """
+    place = "clip_grads_with_norm_"
+    bound = _bound(place, "max_norm", max_norm)
+    total = _number(place, "total_norm", total_norm, "a number >= 0")
+    if total < 0:
+        raise refuse(RoptimValueError, place, "total_norm", "a number >= 0", repr(total_norm))
+    gradients = _gradients(place, parameters)
+    # For its checks: what is scaled must be writeable, and none twice.
+    _norm(place, gradients, math.inf, written=True)
+    _scale(gradients, _roptim.clip_factor(bound, total))
+
+
+def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = None) -> None:
+    """Brings each element of the gradients into ``[-clip_value, clip_value]``, in place. NaN stays NaN.
+
+    Parameters
+    ----------
+    parameters, foreach
+        As in :func:`clip_grad_norm_`; of complex gradients real and imaginary parts are bounded, of a SparseGrad
+        the sums of its rows.
+    clip_value : float
+        The bound, >= 0.
+    """
+    place = "clip_grad_value_"
+    bound = _bound(place, "clip_value", clip_value)
+    gradients = _gradients(place, parameters)
+    _norm(place, gradients, math.inf, written=True)
+    for g in gradients:
+        if isinstance(g, SparseGrad):
+            g._become(g.coalesced())
+        array = g.values if isinstance(g, SparseGrad) else g
+        parts = (array.real, array.imag) if array.dtype.kind == "c" else (array,)
+        for part in parts:
+            limit = part.dtype.type(bound)
+            np.copyto(part, limit, where=part > limit)
+            np.copyto(part, -limit, where=part < -limit)
+
+
+def _number(place: str, name: str, value: Any, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or np.iscomplexobj(value):
+        raise refuse(RoptimTypeError, place, name, allowed, repr(value))
+    return float(value)
+
+
+def _bound(place: str, name: str, value: Any) -> float:
+    bound = _number(place, name, value, "a number >= 0")
+    if not bound >= 0:
+        raise refuse(RoptimValueError, place, name, "a number >= 0", repr(value))
+    return bound
+
+
+def _order(place: str, norm_type: Any) -> float:
+    allowed = "a number or an infinity"
+    p = (
+        math.inf
+        if isinstance(norm_type, str) and norm_type == "inf"
+        else _number(place, "norm_type", norm_type, allowed)
+    )
+    if math.isnan(p):
+        raise refuse(RoptimValueError, place, "norm_type", allowed, repr(norm_type))
+    return p
+
+
+def _refuse_nonfinite(place: str, total: float) -> None:
+    if not math.isfinite(total):
+        raise refuse(NonfiniteError, place, "the norm of the gradients", "finite", repr(total))
+
+
+def _norm(place: str, gradients: list[Any], p: float, *, written: bool) -> float:
+    sums = [g.coalesced().values if isinstance(g, SparseGrad) else g for g in gradients]
+    total = _roptim.norm(sums, p, written, place)
+    if written:
+        # What is scaled of a sparse gradient is its own values, not their sums.
+        own = [g.values if isinstance(g, SparseGrad) else g for g in gradients]
+        if any(isinstance(g, SparseGrad) for g in gradients):
+            _roptim.norm(own, math.inf, True, place)
+    return total
+
+
+def _scale(gradients: list[Any], factor: float) -> None:
+    if factor != 1.0:
+        with np.errstate(invalid="ignore"):
+            for g in gradients:
+                array = g.values if isinstance(g, SparseGrad) else g
+                np.multiply(array, array.dtype.type(factor), out=array)
+
+
+def _gradients(place: str, parameters: Any) -> list[Any]:
+    """The arrays to look at and scale; the engine looks at each."""
+    if isinstance(parameters, (np.ndarray, Parameter, SparseGrad)):
         parameters = [parameters]
     elif isinstance(parameters, dict):
         parameters = list(parameters.values())
     elif not isinstance(parameters, Iterable) or isinstance(parameters, (str, bytes)):
-        raise refuse(RoptimTypeError, _PLACE, "parameters", "Parameters or arrays", repr(parameters))
-    gradients = []
+        raise refuse(RoptimTypeError, place, "parameters", "Parameters or arrays", repr(parameters))
+    is_generator = isinstance(parameters, Iterator)
+    gradients, count = [], 0
     for p in parameters:
+        count += 1
         g = p.grad if isinstance(p, Parameter) else p
         if g is None:
             continue
         if isinstance(g, np.generic) and isinstance(p, Parameter):
             g = p.grad = np.array(g)
         gradients.append(g)
+    if is_generator and not count:
+        # A generator that somebody used up before is a mistake that nothing else would show.
+        warnings.warn(f"{place}: parameters is an empty generator, so there is nothing to clip", stacklevel=3)
     return gradients

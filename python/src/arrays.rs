@@ -263,12 +263,6 @@ pub(crate) fn share_memory(a: &Bound<'_, PyAny>, b: &Bound<'_, PyAny>) -> bool {
     exact().unwrap_or(true)
 }
 
-/// A tuple as NumPy prints shapes.
-pub(crate) fn shape_text(shape: &[usize]) -> String {
-    let axes: Vec<_> = shape.iter().map(usize::to_string).collect();
-    if axes.len() == 1 { format!("({},)", axes[0]) } else { format!("({})", axes.join(", ")) }
-}
-
 /// Keeps a buffer alive under the arrays that show it.
 #[pyclass(frozen, module = "roptim._roptim")]
 struct BufferOwner {

@@ -8,11 +8,14 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
+use roptim::error::shape_text;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
-use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
+use roptim::{
+    Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value,
+};
 
-use crate::arrays::{self, Access, Context, Seen, as_array, look, shape_text, share_memory};
+use crate::arrays::{self, Access, Context, Seen, as_array, look, share_memory};
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
 use crate::overlap::{Interval, Map};
@@ -260,7 +263,8 @@ impl Engine {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (name, backend, threads, flush_denormals, allow_software))]
+    #[allow(clippy::too_many_arguments, reason = "the options of an optimizer, given by name")]
+    #[pyo3(signature = (name, *, backend, threads, flush_denormals, allow_software, clip_norm, clip_value, nonfinite))]
     fn new(
         py: Python<'_>,
         name: &str,
@@ -268,8 +272,21 @@ impl Engine {
         threads: Option<usize>,
         flush_denormals: bool,
         allow_software: bool,
+        clip_norm: Option<f64>,
+        clip_value: Option<f64>,
+        nonfinite: &str,
     ) -> PyResult<Self> {
-        let options = Options { threads, flush_subnormals: flush_denormals };
+        let nonfinite = match nonfinite {
+            "propagate" => Nonfinite::Propagate,
+            "raise" => Nonfinite::Raise,
+            "skip" => Nonfinite::Skip,
+            other => {
+                let allowed = "\"propagate\", \"raise\" or \"skip\"";
+                return Err(refuse(py, ErrorKind::Value, name, "nonfinite", allowed, format!("{other:?}"), None));
+            }
+        };
+        let guard = Guard { clip_norm, clip_value, nonfinite };
+        let options = Options { threads, flush_subnormals: flush_denormals, guard };
         let (optimizer, on_gpu) = match backend.split_once(':').unwrap_or((backend, "")) {
             ("cpu", "") => (Optimizer::cpu(name, &options), false),
             ("gpu", selector) => {
@@ -513,6 +530,18 @@ impl Engine {
     #[getter]
     fn update_count(&self, py: Python<'_>) -> PyResult<u64> {
         Ok(self.shared.try_use().or_raise(py)?.update_count())
+    }
+
+    /// Updates left out because a gradient was not finite.
+    #[getter]
+    fn skip_count(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.shared.try_use().or_raise(py)?.skip_count())
+    }
+
+    /// The norm of the last step's gradients, where it is bounded.
+    #[getter]
+    fn gradient_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        Ok(self.shared.try_use().or_raise(py)?.gradient_norm())
     }
 
     /// Whether an interrupted step left work half done.

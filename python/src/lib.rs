@@ -22,7 +22,7 @@ mod _roptim {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::clip::norm;
+    use crate::clip::{clip_factor, norm};
     #[pymodule_export]
     use crate::devices::devices;
     #[pymodule_export]

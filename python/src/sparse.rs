@@ -3,9 +3,10 @@
 use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use roptim::ErrorKind;
+use roptim::error::shape_text;
 use roptim::tensor::Rows;
 
-use crate::arrays::{Access, Context, as_array, shape_text};
+use crate::arrays::{Access, Context, as_array};
 use crate::errors::refuse;
 
 /// A gradient: dense, or what it is in the rows it touches.
@@ -43,8 +44,9 @@ pub(crate) fn of_rows<'py>(
         Rows::new(index, width * parts, total)
     });
     let Some(touched) = touched else {
-        let allowed = "sparse with ascending rows of the parameter";
-        return Err(refuse(py, ErrorKind::Value, context.place, context.label, allowed, "others", None));
+        let allowed = "sparse with one row of values for each of its rows";
+        let got = format!("values of shape {}", shape_text(array.shape()));
+        return Err(refuse(py, ErrorKind::Value, context.place, context.label, allowed, got, None));
     };
     Ok(Some(Gradient { array, touched: Some(touched) }))
 }

@@ -39,12 +39,16 @@ fn numbers<const N: usize>(object: &Bound<'_, PyAny>) -> Option<[f64; N]> {
     items.try_into().ok()
 }
 
+/// A whole number of 64 bits; a float that stands for one exactly.
 fn whole(object: &Bound<'_, PyAny>) -> Option<i64> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
     if object.is_instance_of::<PyBool>() {
         return None;
     }
-    let index = object.call_method0("__index__").ok();
-    index.and_then(|n| n.extract().ok()).or_else(|| number(object).filter(|x| x.fract() == 0.0).map(|x| x as i64))
+    match object.call_method0("__index__") {
+        Ok(index) => index.extract().ok(),
+        Err(_) => number(object).filter(|x| x.fract() == 0.0 && x.abs() <= EXACT).map(|x| x as i64),
+    }
 }
 
 /// The value of an object in the type that a range asks for; `None` where it has another type.
@@ -65,11 +69,12 @@ fn value(object: &Bound<'_, PyAny>, range: &Range) -> Option<Value> {
     }
 }
 
-/// Whether a word was given where one of some words is wanted: another one is a wrong value, not a wrong type.
-fn is_word(object: &Bound<'_, PyAny>, range: &Range) -> bool {
+/// Whether the type is right: another word, or a whole number of more than 64 bits, is a wrong value.
+fn is_of_type(object: &Bound<'_, PyAny>, range: &Range) -> bool {
     match range {
-        Range::OrNone(range) => is_word(object, range),
+        Range::OrNone(range) => is_of_type(object, range),
         Range::OneOf(_) => object.is_instance_of::<PyString>(),
+        Range::Whole(..) => number(object).is_some_and(|x| x.fract() == 0.0),
         _ => false,
     }
 }
@@ -85,8 +90,8 @@ pub(crate) fn hypers(given: &Bound<'_, PyDict>, known: &Hypers, place: &str) -> 
         let Some(value) = value else {
             let got = object.repr().map_or_else(|_| "something unprintable".into(), |r| r.to_string());
             let allowed = declared.map(|h| h.range.to_string()).unwrap_or_default();
-            let word = declared.is_some_and(|h| is_word(&object, &h.range));
-            let kind = if word { ErrorKind::Value } else { ErrorKind::Type };
+            let typed = declared.is_some_and(|h| is_of_type(&object, &h.range));
+            let kind = if typed { ErrorKind::Value } else { ErrorKind::Type };
             return Err(refuse(given.py(), kind, place, &name, allowed, got, None));
         };
         out.push((name, value));

@@ -1,6 +1,7 @@
 // Twin of src/cpu/run.rs: the loop that every rule's kernel runs through.
 //
 //     for each element:
+//         g within ±bound                     where gradients are clipped by value
 //         g = ±scale·g                        maximize and gradient scale: one exact factor
 //         g = g + λ·θ    or    θ = θ·(1 − lr·λ)
 //         θ, slots = kernel(θ, g, slots)      the rule
@@ -23,9 +24,11 @@ struct Chunk {
 
 const L2: u32 = 1u;
 const FLUSH_SUBNORMALS: u32 = 2u;
+const BOUNDED: u32 = 4u;
 
 // The shared pre- and post-steps. Neutral values change no bit.
 struct Frame {
+    bound: f32,
     gradient_factor: f32,
     l2: f32,
     shrink: f32,
@@ -33,7 +36,10 @@ struct Frame {
 }
 
 fn prepared(frame: Frame, p: vec4<f32>, gradient: vec4<f32>) -> vec4<f32> {
-    let g = gradient * frame.gradient_factor;
+    let is_bounded = vec4<bool>((frame.switches & BOUNDED) != 0u);
+    let below = select(gradient, vec4<f32>(frame.bound), is_bounded & (gradient > vec4<f32>(frame.bound)));
+    let within = select(below, vec4<f32>(-frame.bound), is_bounded & (below < vec4<f32>(-frame.bound)));
+    let g = within * frame.gradient_factor;
     return select(g, g + frame.l2 * p, (frame.switches & L2) != 0u);
 }
 

@@ -17,7 +17,7 @@ impl StateDict {
     /// ```text
     /// {"state": {0: {"step": 5, "exp_avg": array, …}, …},
     ///  "param_groups": [{"lr": 0.001, …, "params": [0, 1], "param_names": ["W", "b"]}],
-    ///  "roptim": {"optimizer": "Adam", "format": 1, "update_count": 5}}
+    ///  "roptim": {"optimizer": "Adam", "format": 1, "update_count": 5, "skip_count": 0}}
     /// ```
     ///
     /// `shows_step` is what the optimizer's rule declares. Where torch keeps no `step` (SGD), the steps go
@@ -35,7 +35,9 @@ impl StateDict {
             ("optimizer".into(), self.optimizer.map_or(Tree::None, Tree::Str)),
             ("format".into(), Tree::Int(self.format.into())),
             ("update_count".into(), self.update_count.into()),
+            ("skip_count".into(), self.skip_count.into()),
         ];
+        own.extend(self.unseen_end.map(|end| ("unseen_end".into(), end.into())));
         if !shows_step {
             own.push(("steps".into(), Tree::Dict(steps)));
         }
@@ -84,7 +86,8 @@ impl StateDict {
             (i, ParamState { step, slots })
         });
         let state = state.collect();
-        Ok(Self { optimizer: own.optimizer, format: STATE_FORMAT, update_count: own.update_count, groups, state })
+        let Own { optimizer, update_count, skip_count, unseen_end, .. } = own;
+        Ok(Self { optimizer, format: STATE_FORMAT, update_count, skip_count, unseen_end, groups, state })
     }
 }
 
@@ -129,6 +132,8 @@ type ReadState = (Option<u64>, BTreeMap<String, StateValue>);
 struct Own {
     optimizer: Option<String>,
     update_count: u64,
+    skip_count: u64,
+    unseen_end: Option<u64>,
     steps: BTreeMap<usize, u64>,
 }
 
@@ -150,6 +155,8 @@ impl Own {
                     own.update_count = count(&path, &value)?;
                     counted = true;
                 }
+                ("unseen_end", value) => own.unseen_end = Some(count(&path, &value)?),
+                ("skip_count", value) => own.skip_count = count(&path, &value)?,
                 ("steps", value) => {
                     for (key, value) in dict(&path, value)? {
                         let i = parameter(&path, &key)?;
@@ -160,7 +167,7 @@ impl Own {
                     }
                 }
                 _ => {
-                    let allowed = "optimizer, format, update_count or steps";
+                    let allowed = "optimizer, format, update_count, skip_count, unseen_end or steps";
                     return refuse(ErrorKind::Value, format!("a key of {at}"), allowed, path);
                 }
             }

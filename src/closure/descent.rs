@@ -13,9 +13,11 @@
 //! This is the loop of torch's LBFGS, for conjugate gradients too. Deviations, all for numbers that are
 //! not finite or steps that cannot move:
 //!
-//! - A first evaluation that is not finite ends the step where it began; only `func_evals` counts it. Without
-//!   line search the last step's end was never evaluated, so the method first goes back along its last
-//!   direction, to a tenth of the last move, a hundredth and so on, within `max_eval`.
+//! - A first evaluation that is not finite ends the step where it began; only `func_evals` counts it. But where the
+//!   step began at the last one's end, and that was never evaluated (without line search the last iteration moves
+//!   and stops), the method first goes back along its last direction, to a tenth of the last move, a hundredth and
+//!   so on, within `max_eval`.
+//! - A point that a parameter's narrower type cannot hold ([`Limits`]) counts as one that is not finite.
 //! - A direction without a finite slope is replaced by −g, and the method's memory is emptied.
 //! - Without line search, a point that is not finite is taken back and a tenth of the step tried, within
 //!   `max_eval`. The last iteration moves without evaluating, as torch does, so its loss is unknown.
@@ -98,6 +100,10 @@ pub struct Last<F> {
     pub prev_loss: f64,
 }
 
+/// What a point must stay within, where parts of it are stored in a narrower type: the largest magnitude of the
+/// elements up to an index, part by part.
+pub type Limits = Arc<[(usize, f64)]>;
+
 /// What outlives a step. Vectors are shared, so a clone is cheap.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State<F, M> {
@@ -109,16 +115,36 @@ pub struct State<F, M> {
     pub(crate) last: Option<Last<F>>,
     /// The method's own.
     pub(crate) memory: M,
+    /// A mark of the last step's end, if that was never evaluated.
+    pub(crate) unseen_end: Option<u64>,
+}
+
+/// A number that tells points apart.
+fn fingerprint<F: Real>(x: &[F]) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    x.iter().for_each(|x| hash.update(&x.to_f64().to_bits().to_le_bytes()));
+    hash.digest()
 }
 
 impl<F, M: Default> Default for State<F, M> {
     fn default() -> Self {
-        Self { func_evals: 0, n_iter: 0, last: None, memory: M::default() }
+        Self { func_evals: 0, n_iter: 0, last: None, memory: M::default(), unseen_end: None }
     }
 }
 
 impl<F: Real, M: Method<F>> State<F, M> {
-    /// As named values, under torch's names.
+    /// A mark of the last step's end, if that was never evaluated.
+    pub fn unseen_end(&self) -> Option<u64> {
+        self.unseen_end
+    }
+
+    /// With such a mark.
+    #[must_use]
+    pub fn with_unseen_end(self, unseen_end: Option<u64>) -> Self {
+        Self { unseen_end, ..self }
+    }
+
+    /// As named values, under torch's names; but for [`State::unseen_end`], which torch does not keep.
     pub fn parts(&self, options: &M::Options) -> Vec<(&'static str, Part<F>)> {
         let mut parts = vec![("func_evals", Part::Count(self.func_evals)), ("n_iter", Part::Count(self.n_iter))];
         if let Some(last) = &self.last {
@@ -222,14 +248,29 @@ impl<F: Real, M: Method<F>> Descent<F, M> {
         self.run = None;
     }
 
+    /// Says where the last step really ended, if that was never evaluated: rounding to a narrower type moves a point.
+    pub fn ended_at(&mut self, x: &[F]) {
+        if let Some(end) = &mut self.state.unseen_end {
+            *end = fingerprint(x);
+        }
+    }
+
     /// Begins a step at `x` and asks for an evaluation there; abandons a step under way.
     pub fn begin(&mut self, settings: &Settings<M::Options>, x: Vec<F>) -> Result<()> {
+        self.begin_within(settings, x, Limits::default())
+    }
+
+    /// [`Descent::begin`], with limits of the points.
+    pub fn begin_within(&mut self, settings: &Settings<M::Options>, x: Vec<F>, limits: Limits) -> Result<()> {
         self.state.check(x.len())?;
+        let begins_unseen = self.state.unseen_end.is_some_and(|end| end == fingerprint(&x));
         self.first_loss = f64::NAN;
         let nowhere = Trial { t: 0.0, loss: f64::NAN, slope: f64::NAN, gradient: Arc::default() };
         self.run = Some(Run {
             settings: settings.clone(),
-            state: self.state.clone(),
+            limits,
+            begins_unseen,
+            state: State { unseen_end: None, ..self.state.clone() },
             x: x.clone(),
             point: x,
             here: nowhere,
@@ -285,6 +326,9 @@ enum Phase<F> {
 #[derive(Debug, Clone)]
 struct Run<F: Real, M: Method<F>> {
     settings: Settings<M::Options>,
+    limits: Limits,
+    /// Whether it began at an end that was never evaluated.
+    begins_unseen: bool,
     state: State<F, M>,
     /// Where the iteration began.
     x: Vec<F>,
@@ -303,13 +347,13 @@ struct Run<F: Real, M: Method<F>> {
 impl<F: Real, M: Method<F>> Run<F, M> {
     fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask {
         self.evals += 1;
-        self.state.func_evals += 1;
+        self.state.func_evals = self.state.func_evals.saturating_add(1);
         match mem::replace(&mut self.phase, Phase::Start) {
             Phase::Start => {
                 self.here = self.trial(0.0, loss, gradient);
                 match &self.state.last {
                     _ if self.here.is_finite() => self.set_out(),
-                    Some(last) if !M::searches(&self.settings.method) => self.go_back(0.1 * last.t),
+                    Some(last) if self.begins_unseen => self.go_back(0.1 * last.t),
                     _ => Ask::Done,
                 }
             }
@@ -348,10 +392,18 @@ impl<F: Real, M: Method<F>> Run<F, M> {
     fn trial(&self, t: f64, loss: f64, gradient: &[F]) -> Trial<F> {
         let slope = dot(gradient, &self.d);
         let is_finite = gradient.len() == self.x.len()
-            && [loss, slope, largest(gradient), largest(&self.point)].iter().all(|x| x.is_finite());
+            && [loss, slope, largest(gradient)].iter().all(|x| x.is_finite())
+            && self.holds(&self.point);
         let loss = if is_finite { loss } else { f64::INFINITY };
         let slope = if is_finite { slope } else { f64::NAN };
         Trial { t, loss, slope, gradient: gradient.into() }
+    }
+
+    /// Whether the parameters can hold a point.
+    fn holds(&self, point: &[F]) -> bool {
+        let mut start = 0;
+        let within = |&(end, limit): &(usize, f64)| largest(&point[mem::replace(&mut start, end)..end]) <= limit;
+        largest(point).is_finite() && self.limits.iter().all(within)
     }
 
     fn set_out(&mut self) -> Ask {
@@ -363,6 +415,8 @@ impl<F: Real, M: Method<F>> Run<F, M> {
         let Some(last) = &self.state.last else { return Ask::Done };
         let moves = t * largest(&last.d) > self.settings.tolerance_change;
         if !moves || self.evals >= self.settings.max_eval {
+            // It ends where it began, which nobody has seen yet.
+            self.state.unseen_end = Some(fingerprint(&self.x));
             return Ask::Done;
         }
         let (d, surplus) = (last.d.clone(), last.t - t);
@@ -382,7 +436,7 @@ impl<F: Real, M: Method<F>> Run<F, M> {
             return Ask::Done;
         }
         self.iterations += 1;
-        state.n_iter += 1;
+        state.n_iter = state.n_iter.saturating_add(1);
         let g = &here.gradient;
         let mut d = match &state.last {
             Some(last) => state.memory.direction(&settings.method, last, g),
@@ -407,8 +461,9 @@ impl<F: Real, M: Method<F>> Run<F, M> {
                 return self.ask(t, Phase::Fixed { t });
             }
             self.place(t);
-            if largest(&self.point).is_finite() {
+            if self.holds(&self.point) {
                 mem::swap(&mut self.x, &mut self.point);
+                self.state.unseen_end = Some(fingerprint(&self.x));
             } else if let Some(last) = &mut self.state.last {
                 last.t = 0.0;
             }

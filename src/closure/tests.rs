@@ -430,8 +430,13 @@ fn a_step_that_ended_where_nothing_is_finite_goes_back() {
     let mut first = Lbfgs::default();
     step(&mut first, &settings, &[0.0], wall);
     let parts = first.state().parts(&settings.method).into_iter().map(named).collect();
-    let mut second = Lbfgs::from(lbfgs::State::from_parts(Parts::new("LBFGS", 1, parts)).unwrap());
+    let state = lbfgs::State::from_parts(Parts::new("LBFGS", 1, parts)).unwrap();
+    let mut second = Lbfgs::from(state.with_unseen_end(first.state().unseen_end()));
     assert_eq!(step(&mut second, &settings, &x, wall), points);
+
+    // Elsewhere, or after an end that was evaluated, a point that is not finite stays where it is.
+    assert_eq!(step(&mut first, &settings, &[0.6], wall).len(), 1);
+    assert_eq!(step(&mut second, &settings, &[0.5], wall).len(), 1);
 
     // Where nothing is finite any more it ends where it began, within its evaluations.
     let mut lost = Lbfgs::default();

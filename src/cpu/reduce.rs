@@ -1,23 +1,46 @@
-//! Sums whose bits do not depend on threads, chunks or instruction sets.
+//! Norms whose bits do not depend on threads, chunks or instruction sets.
 //!
-//! They have the shape of [`crate::linear`]'s. Squares of finite f32 numbers cannot overflow in f64; for f64
-//! arrays whose squares do, the sum is taken again over scaled values.
+//! Sums have the shape of [`crate::linear`]'s, in f64. Squares of finite f32 numbers cannot overflow there; for
+//! f64 arrays whose squares do, the sum is taken again over scaled values.
 
 use super::memory::{BLOCK, load};
 use super::pool::Threads;
-use crate::linear::{SUM_BLOCK, lanes, map, tree};
+use crate::linear::{SUM_BLOCK, join_lanes, join_tree, map};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
-/// Sum of the squares of elements `start..start + len`, each scaled first.
-struct Squares<'a> {
-    x: &'a RawTensor,
-    start: usize,
-    len: usize,
-    scale: f64,
+/// An array to take a norm of.
+#[derive(Debug, Clone)]
+pub struct Summand<'a> {
+    /// The numbers.
+    pub tensor: TensorRef<'a>,
+    /// Whether two of them are a complex one, whose magnitude counts.
+    pub is_complex: bool,
 }
 
-impl StorageVisitor for Squares<'_> {
+impl<'a> From<TensorRef<'a>> for Summand<'a> {
+    fn from(tensor: TensorRef<'a>) -> Self {
+        Self { tensor, is_complex: false }
+    }
+}
+
+/// Joins the terms of magnitudes, from `neutral` on.
+#[derive(Clone, Copy)]
+struct Fold<T, J> {
+    neutral: f64,
+    term: T,
+    join: J,
+}
+
+struct Block<'a, T, J> {
+    x: &'a RawTensor,
+    pairs: bool,
+    start: usize,
+    len: usize,
+    fold: &'a Fold<T, J>,
+}
+
+impl<T: Fn(f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<'_, T, J> {
     type Out = f64;
 
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
@@ -26,69 +49,81 @@ impl StorageVisitor for Squares<'_> {
             // SAFETY: the caller keeps the range within the tensor, whose type E is.
             unsafe { load::<E, F>(self.x, self.start + i * BLOCK, part) };
         }
-        lanes(self.len, |i| {
-            let value = buffer[i].to_f64() * self.scale;
-            value * value
-        })
-    }
-}
-
-/// The largest magnitude of a tensor, NaN where an element is NaN.
-struct Largest<'a>(&'a RawTensor);
-
-impl StorageVisitor for Largest<'_> {
-    type Out = f64;
-
-    fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
-        let mut block = [F::ZERO; BLOCK];
-        let mut found = F::ZERO;
-        for start in (0..self.0.len).step_by(BLOCK) {
-            let block = &mut block[..BLOCK.min(self.0.len - start)];
-            // SAFETY: the range lies within the tensor, whose type E is.
-            unsafe { load::<E, F>(self.0, start, block) };
-            found = block.iter().fold(found, |a, b| a.max_nan(b.abs()));
+        let Fold { neutral, term, join } = self.fold;
+        if self.pairs {
+            let modulus = |i: usize| libm::hypot(buffer[2 * i].to_f64(), buffer[2 * i + 1].to_f64());
+            join_lanes(self.len / 2, *neutral, |i| term(modulus(i)), join)
+        } else {
+            join_lanes(self.len, *neutral, |i| term(buffer[i].to_f64().abs()), join)
         }
-        found.to_f64()
     }
 }
 
-fn largest_of(x: &RawTensor) -> f64 {
-    with_storage(x.dtype, x.dtype, Largest(x))
+impl<T: Fn(f64) -> f64 + Sync, J: Fn(f64, f64) -> f64 + Sync> Fold<T, J> {
+    fn one(&self, x: &RawTensor, pairs: bool, threads: &mut Threads) -> f64 {
+        let blocks = x.len.div_ceil(SUM_BLOCK);
+        let of_block = |i: usize| {
+            let (start, len) = (i * SUM_BLOCK, SUM_BLOCK.min(x.len - i * SUM_BLOCK));
+            with_storage(x.dtype, x.dtype, Block { x, pairs, start, len, fold: self })
+        };
+        let mut joined: Vec<f64> = match threads.pool(x.len >= super::INLINE_ELEMENTS) {
+            Some(pool) => pool.install(|| map(true, blocks, of_block)),
+            None => map(false, blocks, of_block),
+        };
+        if joined.is_empty() { self.neutral } else { join_tree(&mut joined, &self.join) }
+    }
+
+    fn all(&self, of: &[Summand<'_>], threads: &mut Threads) -> f64 {
+        let mut joined: Vec<f64> = of.iter().map(|x| self.one(&x.tensor.raw, x.is_complex, threads)).collect();
+        if joined.is_empty() { self.neutral } else { join_tree(&mut joined, &self.join) }
+    }
 }
 
-/// The largest magnitude of all elements of all tensors; NaN where an element is NaN, 0 without elements.
-pub fn largest(tensors: &[TensorRef<'_>]) -> f64 {
-    tensors.iter().map(|t| largest_of(&t.raw)).fold(0.0, f64::max_nan)
+/// The largest magnitude of all; NaN where a number is NaN, 0 without numbers.
+pub fn largest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
+    Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.all(of, threads)
 }
 
-fn sum_of_squares(x: &RawTensor, scale: f64, threads: &mut Threads) -> f64 {
-    let blocks = x.len.div_ceil(SUM_BLOCK);
-    let of_block = |i: usize| {
-        let (start, len) = (i * SUM_BLOCK, SUM_BLOCK.min(x.len - i * SUM_BLOCK));
-        with_storage(x.dtype, x.dtype, Squares { x, start, len, scale })
+/// The smallest magnitude of all; NaN where a number is NaN, infinity without numbers.
+fn smallest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
+    -Fold { neutral: f64::NEG_INFINITY, term: |x: f64| -x, join: f64::max_nan }.all(of, threads)
+}
+
+/// The first array with a number that is not finite, and the magnitude of such a number: infinity or NaN.
+pub fn first_nonfinite(of: &[Summand<'_>], threads: &mut Threads) -> Option<(usize, f64)> {
+    let most = |x: &Summand<'_>, threads: &mut Threads| {
+        Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.one(&x.tensor.raw, x.is_complex, threads)
     };
-    let mut sums: Vec<f64> = match threads.pool(x.len >= super::INLINE_ELEMENTS) {
-        Some(pool) => pool.install(|| map(true, blocks, of_block)),
-        None => map(false, blocks, of_block),
-    };
-    tree(&mut sums)
+    let magnitudes = of.iter().map(|x| most(x, threads)).enumerate();
+    magnitudes.into_iter().find(|(_, most)| !most.is_finite())
 }
 
-/// The 2-norm of all elements of all tensors, in f64.
+/// The 2-norm of all numbers, of complex ones and reals alike.
 ///
-/// NaN where an element is NaN, infinity where one is infinite. Finite numbers give a finite norm
-/// wherever it is representable.
-pub fn norm(tensors: &[TensorRef<'_>], threads: &mut Threads) -> f64 {
+/// NaN where one is NaN, infinity where one is infinite. Finite numbers give a finite norm wherever it is
+/// representable.
+pub fn norm(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
+    norm_within(of, f64::INFINITY, threads)
+}
+
+/// [`norm`], of numbers that are brought into `[-bound, bound]` first.
+pub fn norm_within(of: &[Summand<'_>], bound: f64, threads: &mut Threads) -> f64 {
+    // The parts of complex numbers are summed as reals.
+    let reals: Vec<_> = of.iter().map(|x| Summand::from(x.tensor.clone())).collect();
+    let within = move |x: f64| if x > bound { bound } else { x };
     let total = |scale: f64, threads: &mut Threads| {
-        let mut sums: Vec<f64> = tensors.iter().map(|t| sum_of_squares(&t.raw, scale, threads)).collect();
-        tree(&mut sums)
+        let square = move |x: f64| {
+            let x = within(x) * scale;
+            x * x
+        };
+        Fold { neutral: 0.0, term: square, join: |a, b| a + b }.all(&reals, threads)
     };
     let plain = total(1.0, threads);
     let trustworthy = (1e-280..=1e300).contains(&plain);
-    if trustworthy || plain.is_nan() || tensors.iter().all(|t| t.raw.dtype != Dtype::F64) {
+    if trustworthy || plain.is_nan() || reals.iter().all(|x| x.tensor.raw.dtype != Dtype::F64) {
         return libm::sqrt(plain);
     }
-    let peak = tensors.iter().filter(|t| t.raw.dtype == Dtype::F64).map(|t| largest_of(&t.raw)).fold(0.0, f64::max);
+    let peak = within(largest(&reals, threads));
     if peak == 0.0 || peak.is_infinite() {
         return libm::sqrt(plain);
     }
@@ -97,31 +132,110 @@ pub fn norm(tensors: &[TensorRef<'_>], threads: &mut Threads) -> f64 {
     libm::ldexp(libm::sqrt(total(libm::ldexp(1.0, -exponent), threads)), exponent)
 }
 
+/// The p-norm of all numbers, `(Σ|x|^p)^(1/p)`: for p = ∞ the largest magnitude, for −∞ the smallest, for 0 how many
+/// are not zero.
+pub fn p_norm(of: &[Summand<'_>], p: f64, threads: &mut Threads) -> f64 {
+    let is_zero = |x: f64| x == 0.0 || x.is_nan();
+    match p {
+        2.0 => norm(of, threads),
+        f64::INFINITY => largest(of, threads),
+        f64::NEG_INFINITY if of.iter().all(|x| x.tensor.raw.len == 0) => 0.0,
+        f64::NEG_INFINITY => smallest(of, threads),
+        0.0 => {
+            let counted = |x: f64| if x.is_nan() { x } else { f64::from(u8::from(x != 0.0)) };
+            Fold { neutral: 0.0, term: counted, join: |a, b| a + b }.all(of, threads)
+        }
+        _ => {
+            // Scaled by the term that dominates, so that powers neither overflow nor vanish.
+            let scale = if p > 0.0 { largest(of, threads) } else { smallest(of, threads) };
+            if is_zero(scale) || scale.is_infinite() {
+                return if p < 0.0 && of.iter().all(|x| x.tensor.raw.len == 0) { 0.0 } else { scale };
+            }
+            let term = move |x: f64| libm::pow(x / scale, p);
+            scale * libm::pow(Fold { neutral: 0.0, term, join: |a, b| a + b }.all(of, threads), 1.0 / p)
+        }
+    }
+}
+
+/// What gradients of this norm are multiplied by so that it is at most `max_norm`, as torch has it; NaN where the
+/// norm is NaN. An infinite bound clips nothing.
+pub fn clip_factor(max_norm: f64, norm: f64) -> f64 {
+    if max_norm == f64::INFINITY && !norm.is_nan() {
+        return 1.0;
+    }
+    let factor = max_norm / (norm + 1e-6);
+    if factor > 1.0 { 1.0 } else { factor }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn one() -> Threads {
+        Threads::new(Some(1))
+    }
+
+    fn of<F: Real>(x: &[F]) -> Summand<'_> {
+        TensorRef::from(x).into()
+    }
+
     #[test]
     fn extremes() {
-        let norm = |x: &[f64]| norm(&[x.into()], &mut Threads::new(Some(1)));
+        let norm = |x: &[f64]| norm(&[of(x)], &mut one());
         assert_eq!(norm(&[3.0, 4.0]), 5.0);
         assert!((norm(&[3e200, 4e200]) / 5e200 - 1.0).abs() < 1e-15);
         assert!((norm(&[3e-200, 4e-200]) / 5e-200 - 1.0).abs() < 1e-15);
         assert_eq!(norm(&[]), 0.0);
         assert_eq!(norm(&[0.0]), 0.0);
         assert!(norm(&[f64::NAN, 1.0]).is_nan());
-        assert!(largest(&[[1.0f64].as_slice().into(), [f64::NAN].as_slice().into()]).is_nan());
-        assert_eq!(largest(&[[1.0f32, -3.0].as_slice().into(), [2.0f64].as_slice().into()]), 3.0);
+        assert!(largest(&[of(&[1.0f64]), of(&[f64::NAN])], &mut one()).is_nan());
+        assert_eq!(largest(&[of(&[1.0f32, -3.0]), of(&[2.0f64])], &mut one()), 3.0);
         assert_eq!(norm(&[f64::INFINITY, 1.0]), f64::INFINITY);
-        let f32s = vec![1e19f32; 128];
-        assert!(super::norm(&[f32s.as_slice().into()], &mut Threads::new(Some(1))).is_finite());
+        assert!(super::norm(&[of(&[1e19f32; 128])], &mut one()).is_finite());
+    }
+
+    #[test]
+    fn other_norms() {
+        let p_norm = |x: &[f64], p: f64| p_norm(&[of(x)], p, &mut one());
+        let x = [3.0, 0.0, -4.0, 1.0];
+        assert_eq!(p_norm(&x, 1.0), 8.0);
+        assert_eq!(p_norm(&x, 0.0), 3.0);
+        assert!((p_norm(&x, 3.0) - 92f64.cbrt()).abs() < 1e-14);
+        assert!((p_norm(&x, 0.5) - (3f64.sqrt() + 3.0).powi(2)).abs() < 1e-13);
+        assert_eq!((p_norm(&x, f64::INFINITY), p_norm(&x, f64::NEG_INFINITY), p_norm(&x, -1.0)), (4.0, 0.0, 0.0));
+        assert!((p_norm(&[2.0, -4.0], -1.0) - 4.0 / 3.0).abs() < 1e-15);
+        assert!((p_norm(&[1e300, 1e300], 3.0) / 2f64.cbrt() / 1e300 - 1.0).abs() < 1e-14);
+        for p in [0.0, 1.0, 3.0, -1.0, f64::INFINITY, f64::NEG_INFINITY] {
+            assert_eq!(p_norm(&[], p), 0.0, "{p}");
+            assert!(p_norm(&[1.0, f64::NAN, 2.0], p).is_nan(), "{p}");
+        }
+        assert_eq!(p_norm(&[1.0, f64::INFINITY], 3.0), f64::INFINITY);
+        assert_eq!(p_norm(&[1.0, f64::INFINITY], -1.0), 1.0);
+        let complex = Summand { is_complex: true, ..of(&[3.0, 4.0, 0.0, 1.0]) };
+        assert_eq!(super::p_norm(std::slice::from_ref(&complex), 1.0, &mut one()), 6.0);
+        assert_eq!(super::p_norm(&[complex], f64::INFINITY, &mut one()), 5.0);
+    }
+
+    #[test]
+    fn bounds_and_what_is_not_finite() {
+        assert_eq!(norm_within(&[of(&[30.0f64, -40.0])], 1.0, &mut one()), 2f64.sqrt());
+        assert_eq!(norm_within(&[of(&[f64::INFINITY, 0.0])], 3.0, &mut one()), 3.0);
+        assert!((norm_within(&[of(&[1e200f64, 1.0])], 1e199, &mut one()) / 1e199 - 1.0).abs() < 1e-15);
+        let (fine, bad) = ([1.0f32, 2.0], [0.0f32, f32::NEG_INFINITY]);
+        assert_eq!(first_nonfinite(&[of(&fine), of(&bad)], &mut one()), Some((1, f64::INFINITY)));
+        assert_eq!(first_nonfinite(&[of(&fine), of(&[f64::MAX; 3])], &mut one()), None);
+        assert_eq!((clip_factor(1.0, 0.5), clip_factor(f64::INFINITY, f64::INFINITY)), (1.0, 1.0));
+        assert_eq!((clip_factor(1.0, f64::INFINITY), clip_factor(2.0, 4.0)), (0.0, 2.0 / (4.0 + 1e-6)));
+        assert!(clip_factor(f64::INFINITY, f64::NAN).is_nan() && clip_factor(1.0, f64::NAN).is_nan());
     }
 
     #[test]
     fn same_bits_for_any_thread_count() {
         let x: Vec<f32> = (0..300_001u64).map(|i| ((i * 7919) % 1000) as f32 * 1e-3 - 0.37).collect();
-        let bits = |n| super::norm(&[x.as_slice().into()], &mut Threads::new(Some(n))).to_bits();
-        let one = bits(1);
-        assert!([2, 3, 7].into_iter().all(|n| bits(n) == one));
+        for p in [2.0, 1.0, 3.0, f64::INFINITY] {
+            let bits = |n| p_norm(&[of(&x)], p, &mut Threads::new(Some(n))).to_bits();
+            let one = bits(1);
+            assert!([2, 3, 7].into_iter().all(|n| bits(n) == one));
+        }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! for each element:
+//!     g within ±bound                     where gradients are clipped by value
 //!     g = ±scale·g                        maximize and gradient scale: one exact factor
 //!     g = g + λ·θ    or    θ = θ·(1 − lr·λ)
 //!     θ, slots = kernel(θ, g, slots)      the rule
@@ -39,6 +40,7 @@ pub struct PassFn {
 
 /// The shared pre- and post-steps, cast to the compute type. Neutral values change no bit.
 pub(crate) struct Frame<F> {
+    pub(crate) bound: F,
     pub(crate) gradient_factor: F,
     pub(crate) l2: Option<F>,
     pub(crate) shrink: F,
@@ -49,11 +51,25 @@ impl<F: Real> Frame<F> {
     pub(crate) fn new(shared: &Shared) -> Self {
         let scale = F::from_f64(shared.gradient_scale);
         Self {
+            bound: F::from_f64(shared.gradient_bound),
             gradient_factor: if shared.maximize { -scale } else { scale },
             l2: if let Decay::L2(lambda) = shared.decay { Some(F::from_f64(lambda)) } else { None },
             shrink: if let Decay::Decoupled(factor) = shared.decay { F::from_f64(factor) } else { F::ONE },
             smallest: if shared.flush_subnormals { F::MIN_POSITIVE } else { F::ZERO },
         }
+    }
+
+    /// An element of the gradient within the bound, times the factor. NaN stays.
+    #[inline(always)]
+    pub(super) fn prepared(&self, g: F) -> F {
+        let g = if g > self.bound { self.bound } else { g };
+        let g = if g < -self.bound { -self.bound } else { g };
+        g * self.gradient_factor
+    }
+
+    /// Whether [`Frame::prepared`] changes nothing.
+    pub(super) fn leaves_gradients(&self) -> bool {
+        self.gradient_factor == F::ONE && self.bound.to_f64().is_infinite()
     }
 }
 
@@ -79,7 +95,7 @@ fn sweep<K: Kernel, F: Real>(
         assert!(k >= count || slot.len() == n);
     }
     for i in 0..n {
-        let g = g[i] * frame.gradient_factor;
+        let g = frame.prepared(g[i]);
         let g = if let Some(lambda) = frame.l2 { g + lambda * p[i] } else { g };
         let theta = p[i] * frame.shrink;
         let mut slots = <K::S<F> as SlotValues<F>>::from_fn(|k| match k {

@@ -2,6 +2,7 @@
 
 use super::SlotPointers;
 use super::memory::{load, store_rows, whole, whole_mut};
+use super::run::Frame;
 use crate::hyper::Hypers;
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{MAX_SLOTS, Moment, Shared, Work};
@@ -46,7 +47,7 @@ impl StorageVisitor for Run<'_, '_> {
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
         let TensorJob { hypers, at, shared, shape, dtype, p, g, slots: pointers, lengths } = self.job;
         let n = p.len;
-        let scale = F::from_f64(if shared.maximize { -shared.gradient_scale } else { shared.gradient_scale });
+        let frame = Frame::<F>::new(shared);
         let (mut p_copy, mut g_copy) = (Vec::new(), Vec::new());
         // SAFETY: tensors and slots are what the caller of `execute_tensors` promised; each is borrowed once.
         unsafe {
@@ -54,9 +55,9 @@ impl StorageVisitor for Run<'_, '_> {
             if !p_lies {
                 copy::<E, F>(p, &mut p_copy);
             }
-            if g.strides.is_some() || !G::IS_COMPUTE_TYPE || scale != F::ONE {
+            if g.strides.is_some() || !G::IS_COMPUTE_TYPE || !frame.leaves_gradients() {
                 copy::<G, F>(g, &mut g_copy);
-                g_copy.iter_mut().for_each(|x| *x = *x * scale);
+                g_copy.iter_mut().for_each(|x| *x = frame.prepared(*x));
             }
             let slot = |k: usize| whole_mut::<F>(pointers[k], 0, lengths[k]);
             let work = Work {

@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
 use crate::rule::{KernelFacts, Row, SlotSet};
 use crate::rules::RuleId;
-use crate::shader::{CHUNK_WORDS, FIRST_SLOT_BINDING, FLUSH_SUBNORMALS, L2, ROW_WORDS};
+use crate::shader::{BOUNDED, CHUNK_WORDS, FIRST_SLOT_BINDING, FLUSH_SUBNORMALS, FRAME_WORDS, L2, ROW_WORDS};
 use crate::store::ParamInfo;
 use crate::tensor::{RawTensor, TensorMut, TensorRef};
 
@@ -470,10 +470,12 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     let frame = Frame::<f32>::new(&row.shared);
     let l2 = if frame.l2.is_some() { L2 } else { 0 };
     let flush = if row.shared.flush_subnormals { FLUSH_SUBNORMALS } else { 0 };
-    let [factor, decay, shrink] = [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
+    let bounded = if frame.bound.is_finite() { BOUNDED } else { 0 };
+    let [bound, factor, decay, shrink] =
+        [frame.bound, frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
     let mut words = [0; ROW_WORDS];
-    let (head, coefficients) = words.split_at_mut(4);
-    head.copy_from_slice(&[factor, decay, shrink, l2 | flush]);
+    let (head, coefficients) = words.split_at_mut(FRAME_WORDS);
+    head.copy_from_slice(&[bound, factor, decay, shrink, l2 | flush | bounded]);
     for (word, &value) in coefficients.iter_mut().zip(&row.coefficients) {
         *word = (value as f32).to_bits();
     }
@@ -483,7 +485,7 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rule::{Decay, MAX_COEFFICIENTS, Shared};
+    use crate::rule::{MAX_COEFFICIENTS, Shared};
 
     /// An executor of Adam over one parameter of three elements on a device of its own; `None` without
     /// an adapter.
@@ -503,7 +505,7 @@ mod tests {
 
     /// One step with every coefficient but `eps` 1: where gradient and moments are zero it is 0/0.
     fn step(executor: &mut Executor, w: &mut [f32; 3], g: [f32; 3]) -> Result<()> {
-        let shared = Shared { gradient_scale: 1.0, maximize: false, decay: Decay::None, flush_subnormals: true };
+        let shared = Shared { flush_subnormals: true, ..Shared::NEUTRAL };
         let mut coefficients = [0.0; MAX_COEFFICIENTS];
         for (value, name) in coefficients.iter_mut().zip(RuleId::Adam.kernels()[0].coefficients) {
             *value = if *name == "eps" { 0.0 } else { 1.0 };

@@ -11,7 +11,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::Optimizer;
-use crate::closure::descent::{Descent, Settings, State};
+use crate::closure::descent::{Descent, Limits, Settings, State};
 use crate::closure::parts::{Part, Parts};
 use crate::closure::{Ask, ClosureRule, Machine};
 use crate::cpu::memory::{gather, spread};
@@ -46,8 +46,17 @@ pub(super) trait Minimizer: Debug + Send {
     /// Evaluations and iterations in all steps.
     fn counts(&self) -> [u64; 2];
 
+    /// A mark of the last step's end, if that was never evaluated.
+    fn unseen_end(&self) -> Option<u64>;
+
     /// Takes a saved state whose vectors have the parts of this one's in this order; on an error nothing changes.
-    fn load(&mut self, place: &str, values: &BTreeMap<String, StateValue>, order: &[Range<usize>]) -> Result<()>;
+    fn load(
+        &mut self,
+        place: &str,
+        values: &BTreeMap<String, StateValue>,
+        order: &[Range<usize>],
+        unseen_end: Option<u64>,
+    ) -> Result<()>;
 }
 
 /// The minimizer of a method that knows nothing yet of its function, after so many evaluations and iterations.
@@ -82,6 +91,7 @@ struct Flat<F: Real, R: ClosureRule> {
 #[derive(Debug)]
 struct UnderWay<F: Real, R: ClosureRule> {
     settings: Settings<R::Options>,
+    limits: Limits,
     /// Where it began.
     start: Vec<F>,
     /// By parameter, once the first gradients are known: whether it has none, and so is left alone.
@@ -94,6 +104,11 @@ impl<F: Real, R: ClosureRule> Flat<F, R> {
     fn new(n: usize, [func_evals, n_iter]: [u64; 2]) -> Self {
         let state = State { func_evals, n_iter, ..State::default() };
         Self { machine: state.into(), n, under_way: None, gradient: Vec::new() }
+    }
+
+    /// The machine with the state of the last step that was done.
+    fn lasting(&self) -> &Descent<F, R::Memory<F>> {
+        self.under_way.as_ref().and_then(|under_way| under_way.before.as_ref()).unwrap_or(&self.machine)
     }
 
     /// Leaves the parameters in these parts of the vector out of the step, whatever their values are. Where they
@@ -113,7 +128,7 @@ impl<F: Real, R: ClosureRule> Flat<F, R> {
         }
         let mut x = under_way.start.clone();
         parts.iter().for_each(|range| x[range.clone()].fill(F::ZERO));
-        self.machine.begin(&under_way.settings, x)
+        self.machine.begin_within(&under_way.settings, x, under_way.limits.clone())
     }
 }
 
@@ -153,8 +168,16 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
         let mut start = vec![F::ZERO; self.n];
         each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut start[part]));
         let settings = Settings::of(h, R::options(h));
-        self.machine.begin(&settings, start.clone())?;
-        self.under_way = Some(UnderWay { settings, start, rests: None, before: None });
+        let narrow = params.iter().any(|p| p.raw.dtype != F::DTYPE);
+        let mut limits = Vec::new();
+        if narrow {
+            each_part(params.iter().map(|p| (p.raw.len, p.raw.dtype)), |part, dtype| {
+                limits.push((part.end, dtype.largest()));
+            });
+        }
+        let limits = Limits::from(limits);
+        self.machine.begin_within(&settings, start.clone(), limits.clone())?;
+        self.under_way = Some(UnderWay { settings, limits, start, rests: None, before: None });
         Ok(())
     }
 
@@ -183,6 +206,9 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
         spread_all(self.machine.point(), params, rests);
         if ask == Ask::Done {
             self.under_way = None;
+            let mut end = vec![F::ZERO; self.n];
+            each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut end[part]));
+            self.machine.ended_at(&end);
         }
         Ok(ask)
     }
@@ -200,23 +226,33 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
     }
 
     fn names(&self, h: &Hypers) -> Vec<&'static str> {
-        self.machine.state().parts(&R::options(h)).into_iter().map(|(name, _)| name).collect()
+        self.lasting().state().parts(&R::options(h)).into_iter().map(|(name, _)| name).collect()
     }
 
     fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Vec<(&'static str, StateValue)> {
-        let parts = self.machine.state().parts(&R::options(h));
+        let parts = self.lasting().state().parts(&R::options(h));
         parts.into_iter().filter(|(name, _)| wanted(name)).map(|(name, part)| (name, shown(part))).collect()
     }
 
     fn counts(&self) -> [u64; 2] {
-        let state = self.machine.state();
+        let state = self.lasting().state();
         [state.func_evals, state.n_iter]
     }
 
-    fn load(&mut self, place: &str, values: &BTreeMap<String, StateValue>, order: &[Range<usize>]) -> Result<()> {
+    fn unseen_end(&self) -> Option<u64> {
+        self.lasting().state().unseen_end()
+    }
+
+    fn load(
+        &mut self,
+        place: &str,
+        values: &BTreeMap<String, StateValue>,
+        order: &[Range<usize>],
+        unseen_end: Option<u64>,
+    ) -> Result<()> {
         let read = |(name, value): (&String, &StateValue)| Ok((name.clone(), part::<F>(place, name, value, order)?));
         let parts = values.iter().map(read).collect::<Result<_>>()?;
-        self.machine = State::from_parts(Parts::new(place, self.n, parts))?.into();
+        self.machine = State::from_parts(Parts::new(place, self.n, parts))?.with_unseen_end(unseen_end).into();
         Ok(())
     }
 }
@@ -342,7 +378,7 @@ impl Optimizer {
     /// # Ok::<(), roptim::Error>(())
     /// ```
     pub fn begin(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
-        let place = format!("{}.step", self.preset.name);
+        let place = self.place_of("step");
         self.minimizer(&place)?;
         self.refuse_under_way(&place)?;
         self.check(params, &vec![None; params.len()])?;
@@ -360,7 +396,7 @@ impl Optimizer {
         params: &mut [TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<Ask> {
-        let place = format!("{}.step", self.preset.name);
+        let place = self.place_of("step");
         if !self.minimizer(&place)?.is_running() {
             return Err(Error::refuse(ErrorKind::Value, place, "step", "under way", "an answer without a question"));
         }
@@ -377,7 +413,7 @@ impl Optimizer {
         let ask = ask?;
         if ask == Ask::Done {
             self.entries.iter_mut().for_each(|entry| entry.step = entry.step.saturating_add(1));
-            self.update_count += 1;
+            self.update_count = self.update_count.saturating_add(1);
         }
         Ok(ask)
     }
@@ -385,10 +421,10 @@ impl Optimizer {
     /// Ends a step under way as if it had not begun: parameters and state are as before it. Without one nothing
     /// happens. Without the parameters, where they cannot be reached, the optimizer is torn.
     pub fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>) -> Result<()> {
-        let place = format!("{}.step", self.preset.name);
-        if !self.minimizer(&place)?.is_running() {
+        if !self.minimizer.as_ref().is_some_and(|minimizer| minimizer.is_running()) {
             return Ok(());
         }
+        let place = self.place_of("step");
         let torn = std::mem::replace(&mut self.torn, false);
         let fitting = params.map(|params| self.check(params, &vec![None; params.len()]).map(|()| params));
         self.torn = true;
@@ -427,6 +463,11 @@ impl Optimizer {
         seasoned.map_or(Vec::new(), |(minimizer, hypers)| minimizer.state(hypers, &|_| true))
     }
 
+    /// A mark of the last step's end, if the method never evaluated there.
+    pub(super) fn unseen_end(&self) -> Option<u64> {
+        self.minimizer.as_ref()?.unseen_end()
+    }
+
     /// A copy of one value of it.
     pub fn joint_value(&self, index: usize, key: &str) -> Option<StateValue> {
         let (minimizer, hypers) = self.seasoned().filter(|_| index == 0)?;
@@ -455,7 +496,7 @@ impl Optimizer {
             ranges.insert(source, range);
         });
         let order: Vec<Range<usize>> = sources.iter().filter_map(|source| ranges.get(source).cloned()).collect();
-        minimizer.load(&format!("{place}: state"), &state.slots, &order)?;
+        minimizer.load(&format!("{place}: state"), &state.slots, &order, saved.unseen_end)?;
         Ok(Some(minimizer))
     }
 }

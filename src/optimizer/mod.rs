@@ -1,6 +1,7 @@
 //! An optimizer: a preset, its groups, the store, and an executor.
 
 mod closure;
+mod guard;
 mod state;
 
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use crate::rule::{Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, S
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
+use guard::Verdict;
+pub use guard::{Guard, Nonfinite};
 
 /// Where and how steps run; the same for all groups.
 #[derive(Debug, Clone)]
@@ -23,11 +26,13 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Whether slots below the smallest normal number are stored as zero.
     pub flush_subnormals: bool,
+    /// Bounds of the gradients.
+    pub guard: Guard,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: None, flush_subnormals: true }
+        Self { threads: None, flush_subnormals: true, guard: Guard::default() }
     }
 }
 
@@ -73,6 +78,11 @@ pub struct Optimizer {
     /// Of methods that evaluate the loss several times in a step.
     minimizer: Option<Box<dyn closure::Minimizer>>,
     flush_subnormals: bool,
+    guard: Guard,
+    /// For what reads gradients before a step.
+    threads: cpu::Threads,
+    gradient_norm: Option<f64>,
+    skip_count: u64,
     update_count: u64,
     allocations: u64,
     torn: bool,
@@ -93,6 +103,8 @@ struct Scratch {
     fresh: Vec<SlotSet>,
     /// Sparse gradients of rules whose other rows do not rest, with zeros in these.
     dense: Vec<Buffer>,
+    /// What all gradients are multiplied by.
+    gradient_scale: f64,
 }
 
 impl Scratch {
@@ -129,7 +141,7 @@ impl Optimizer {
     /// An optimizer by its registry name, on the CPU.
     pub fn cpu(name: &str, options: &Options) -> Result<Self> {
         let executor = cpu::Executor::new(cpu::Threads::new(options.threads));
-        Ok(Self::with_backend(Preset::find(name)?, Backend::Cpu(executor), options))
+        Self::with_backend(Preset::find(name)?, Backend::Cpu(executor), options)
     }
 
     /// An optimizer by its registry name, on a GPU.
@@ -141,22 +153,32 @@ impl Optimizer {
             return Err(cpu_only(preset));
         }
         let executor = gpu::Executor::new(preset.name, rule, device)?;
-        Ok(Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options))
+        Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options)
     }
 
-    fn with_backend(preset: &'static Preset, backend: Backend, options: &Options) -> Self {
-        Self {
+    fn with_backend(preset: &'static Preset, backend: Backend, options: &Options) -> Result<Self> {
+        options.guard.check(preset.name)?;
+        if preset.needs_closure() && options.guard != Guard::default() {
+            let got = format!("{:?}", options.guard);
+            return Err(Error::refuse(ErrorKind::Value, preset.name, "bounds of gradients", "absent", got)
+                .with_remedy("a line search needs the gradients of the loss it is told"));
+        }
+        Ok(Self {
             preset,
             groups: Vec::new(),
             entries: Vec::new(),
             backend,
             minimizer: None,
             flush_subnormals: options.flush_subnormals,
+            guard: options.guard,
+            threads: cpu::Threads::new(options.threads),
+            gradient_norm: None,
+            skip_count: 0,
             update_count: 0,
             allocations: 0,
             torn: false,
             scratch: Scratch::default(),
-        }
+        })
     }
 
     /// The registry entry.
@@ -177,6 +199,16 @@ impl Optimizer {
     /// Applied updates, the clock of schedules.
     pub fn update_count(&self) -> u64 {
         self.update_count
+    }
+
+    /// Updates that were left out because a gradient was not finite.
+    pub fn skip_count(&self) -> u64 {
+        self.skip_count
+    }
+
+    /// The 2-norm of the last step's gradients before they were scaled; none without a bound on it.
+    pub fn gradient_norm(&self) -> Option<f64> {
+        self.gradient_norm
     }
 
     /// Grows whenever host slots are allocated or replaced, so that a caller can keep a map of them.
@@ -227,6 +259,10 @@ impl Optimizer {
         }
     }
 
+    fn place_of(&self, call: &str) -> String {
+        format!("{}.{call}", self.preset.name)
+    }
+
     fn place(&self, group: usize) -> String {
         if self.groups.len() > 1 { format!("{} group {group}", self.preset.name) } else { self.preset.name.into() }
     }
@@ -271,7 +307,7 @@ impl Optimizer {
 
     fn check(&self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         let refuse = |kind, name: String, allowed: String, got: String| {
-            Err(Error::refuse(kind, format!("{}.step", self.preset.name), name, allowed, got))
+            Err(Error::refuse(kind, self.place_of("step"), name, allowed, got))
         };
         if self.torn {
             return Err(Error::plain(
@@ -290,7 +326,7 @@ impl Optimizer {
                 );
             }
         }
-        let place = format!("{}.step", self.preset.name);
+        let place = self.place_of("step");
         for (i, ((entry, p), g)) in self.entries.iter().zip(params).zip(gradients).enumerate() {
             if g.is_some() && entry.step == u64::MAX {
                 return refuse(
@@ -320,7 +356,7 @@ impl Optimizer {
             (None, _) => info.reals(),
             (Some(_), Sparse::Refused) => {
                 return Err(Error::refuse(ErrorKind::Type, place, label(), "dense", "a sparse one")
-                    .with_remedy("use SparseAdam, SGD or Adagrad for sparse gradients"));
+                    .with_remedy("use SparseAdam, SGD, Adagrad, LBFGS or ConjugateGradient for sparse gradients"));
             }
             (Some(rows), _) => {
                 if let Some(Value::Float(decay)) = self.groups[*group].get("weight_decay")
@@ -360,7 +396,7 @@ impl Optimizer {
     /// and state untouched. With no gradient at all nothing happens. On an error nothing has changed.
     pub fn step(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         if self.preset.needs_closure() {
-            let place = format!("{}.step", self.preset.name);
+            let place = self.place_of("step");
             return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
                 .with_remedy("a step evaluates loss and gradients several times"));
         }
@@ -368,8 +404,13 @@ impl Optimizer {
         if gradients.iter().all(Option::is_none) {
             return Ok(());
         }
+        let Verdict::Go(scale) = self.judge(gradients)? else {
+            self.skip_count = self.skip_count.saturating_add(1);
+            return Ok(());
+        };
         self.torn = true;
         self.scratch.clear(self.groups.len(), self.entries.len());
+        self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients),
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients),
@@ -387,8 +428,17 @@ impl Optimizer {
                 entry.scalars = self.scratch.scalars[*row];
             }
         }
-        self.update_count += 1;
+        self.update_count = self.update_count.saturating_add(1);
         Ok(())
+    }
+
+    fn common(&self) -> Shared {
+        Shared {
+            gradient_bound: self.guard.clip_value.unwrap_or(f64::INFINITY),
+            gradient_scale: self.scratch.gradient_scale,
+            flush_subnormals: self.flush_subnormals,
+            ..Shared::NEUTRAL
+        }
     }
 
     /// Allocates the slots that the step needs. On an error none is left behind.
@@ -426,7 +476,8 @@ impl Optimizer {
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<()> {
         self.allocate(gradients)?;
-        let Self { groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let common = self.common();
+        let Self { groups, entries, backend, scratch, .. } = self;
         #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
         let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
         executor.clear();
@@ -434,7 +485,7 @@ impl Optimizer {
             let Some(gradient) = &gradients[i] else { continue };
             let hypers = &groups[entry.group];
             let at = Moment { step: entry.step + 1, fresh: scratch.fresh[i] };
-            let row = scratch.row(i, entry, at, |scalars| row(rule, hypers, at, scalars, *flush_subnormals));
+            let row = scratch.row(i, entry, at, |scalars| row(rule, hypers, at, scalars, common));
             let facts = rule.with_kernel(hypers, Facts);
             let mut slots = [std::ptr::null_mut(); MAX_SLOTS];
             for (pointer, &k) in slots.iter_mut().zip(facts.slots) {
@@ -465,7 +516,8 @@ impl Optimizer {
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<()> {
         self.allocate(gradients)?;
-        let Self { groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let common = self.common();
+        let Self { groups, entries, backend, scratch, .. } = self;
         #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
         let Backend::Cpu(executor) = backend else { unreachable!("tensor rules run on the CPU") };
         let mut jobs = Vec::new();
@@ -476,7 +528,7 @@ impl Optimizer {
             jobs.push(cpu::TensorJob {
                 hypers,
                 at: Moment { step: entry.step + 1, fresh: scratch.fresh[i] },
-                shared: shared(hypers, *flush_subnormals),
+                shared: shared(hypers, common),
                 shape: &entry.info.shape,
                 dtype: entry.info.dtype,
                 p: params[i].raw.clone(),
@@ -492,7 +544,8 @@ impl Optimizer {
 
     #[cfg(feature = "gpu")]
     fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        let Self { preset, groups, entries, backend, scratch, flush_subnormals, .. } = self;
+        let common = self.common();
+        let Self { preset, groups, entries, backend, scratch, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
         let Method::Elementwise(rule) = preset.method else { unreachable!("`gpu` refused the others") };
         let mut jobs = Vec::new();
@@ -513,7 +566,7 @@ impl Optimizer {
             let kernel = rule.with_kernel(hypers, Facts);
             let fresh = executor.missing(index, SlotSet::of(kernel.slots));
             let at = Moment { step: entry.step + 1, fresh };
-            let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, *flush_subnormals));
+            let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, common));
             jobs.push(gpu::Job { index, row, kernel, fresh });
         }
         executor.step(&scratch.rows, &jobs, params, gradients)
@@ -631,7 +684,7 @@ impl Optimizer {
     ///
     /// Where all parameters share one state, it is emptied.
     pub fn reset(&mut self, index: usize) -> Result<()> {
-        self.refuse_under_way(&format!("{}.reset", self.preset.name))?;
+        self.refuse_under_way(&self.place_of("reset"))?;
         self.reset_minimizer();
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
@@ -667,13 +720,14 @@ fn cpu_only(preset: &Preset) -> Error {
         .with_remedy("this optimizer has no GPU form")
 }
 
-fn shared(hypers: &Hypers, flush_subnormals: bool) -> Shared {
-    Shared { gradient_scale: 1.0, maximize: hypers.flag("maximize"), decay: decay(hypers), flush_subnormals }
+/// What the steps of all groups have in common; decay and direction are the group's.
+fn shared(hypers: &Hypers, common: Shared) -> Shared {
+    Shared { maximize: hypers.flag("maximize"), decay: decay(hypers), ..common }
 }
 
 /// The coefficients of one group at one moment; the scalar slots are brought to after the update.
-fn row(rule: RuleId, hypers: &Hypers, at: Moment, scalars: &mut ScalarSlots, flush_subnormals: bool) -> Row {
-    Row { shared: shared(hypers, flush_subnormals), coefficients: rule.coefficients(hypers, at, scalars) }
+fn row(rule: RuleId, hypers: &Hypers, at: Moment, scalars: &mut ScalarSlots, common: Shared) -> Row {
+    Row { shared: shared(hypers, common), coefficients: rule.coefficients(hypers, at, scalars) }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 #[cfg(feature = "gpu")]
 use super::Backend;
 use super::Optimizer;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::rule::ScalarSlots;
 use crate::store::{Array, GroupState, ParamState, STATE_FORMAT, StateDict, StateValue};
 use crate::tensor::Buffer;
@@ -50,6 +50,8 @@ impl Optimizer {
             optimizer: Some(self.preset.name.to_owned()),
             format: STATE_FORMAT,
             update_count: self.update_count,
+            skip_count: self.skip_count,
+            unseen_end: self.unseen_end(),
             groups: groups.collect(),
             state,
         })
@@ -111,6 +113,7 @@ impl Optimizer {
         }
         self.groups = groups;
         self.update_count = saved.update_count;
+        self.skip_count = saved.skip_count;
         self.torn = false;
         Ok(())
     }
@@ -183,7 +186,12 @@ impl Optimizer {
                 return refuse(ErrorKind::Type, key, "an array".into(), value.kind().into());
             };
             if array.shape != shape {
-                return refuse(ErrorKind::Value, key, format!("of shape {shape:?}"), format!("{:?}", array.shape));
+                return refuse(
+                    ErrorKind::Value,
+                    key,
+                    format!("of shape {}", shape_text(&shape)),
+                    shape_text(&array.shape),
+                );
             }
             let wanted = info.dtype.of_state();
             loaded.slots[k] = Some(match array.dtype {

@@ -23,7 +23,7 @@
 //! parameter; torch's runs in bfloat16.
 
 use super::common::{WEIGHT_DECAY, lr};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::hyper::{Choice, Hyper, Hypers, Range, Value};
 use crate::linear::{Matrix, product, sum_of_squares};
 use crate::real::{Dtype, Real};
@@ -98,7 +98,7 @@ impl TensorRule for Muon {
             return Err(Error::refuse(ErrorKind::Type, place, label, "of real numbers", dtype));
         }
         if shape.len() != 2 {
-            let got = format!("{} in shape {shape:?}", shape.len());
+            let got = format!("{} in shape {}", shape.len(), shape_text(shape));
             return Err(Error::refuse(ErrorKind::Value, place, label, "of two axes", got)
                 .with_remedy("give vectors, convolution kernels and embeddings to AdamW beside it"));
         }

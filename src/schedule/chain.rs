@@ -52,6 +52,9 @@ impl Chain {
     /// The schedule of torch's class of this name, numbers in the order of the fields.
     pub fn new(class: &str, numbers: &[f64]) -> Result<Self> {
         Ok(match (class, numbers) {
+            ("StepLR", &[step_size, _]) if step_size < 1.0 => {
+                return Err(Error::refuse(ErrorKind::Value, class, "step_size", "a whole number >= 1", step_size));
+            }
             ("StepLR", &[step_size, gamma]) => Self::Step { step_size, gamma },
             ("MultiStepLR", &[gamma, count, passed]) => Self::MultiStep { gamma, count, passed },
             ("ConstantLR", &[factor, total_iters]) => Self::Constant { factor, total_iters },
@@ -179,6 +182,7 @@ mod tests {
                 assert!((current - closed).abs() < 1e-12, "{class} epoch {epoch}: {current} {closed}");
             }
         }
+        assert!(Chain::new("StepLR", &[0.0, 0.5]).is_err());
         assert!(Chain::new("StepLR", &[1.0]).is_err() && Chain::new("Step", &[1.0, 2.0]).is_err());
     }
 }

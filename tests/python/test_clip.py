@@ -103,8 +103,9 @@ def test_large_and_nonfinite_gradients() -> None:
         (([np.ones(2)], -1.0), "max_norm must be a number >= 0, got -1.0"),
         (([np.ones(2)], math.nan), "max_norm must be a number >= 0, got nan"),
         (([np.ones(2)], "1"), "max_norm must be a number >= 0, got '1'"),
-        (([np.ones(2)], 1.0, np.ones(2)), "norm_type must be 2 or inf, got array([1., 1.])"),
-        (([np.ones(2)], 1.0, 3), "norm_type must be 2 or inf, got 3"),
+        (([np.ones(2)], 1.0, np.ones(2)), "norm_type must be a number or an infinity, got array([1., 1.])"),
+        (([np.ones(2)], 1.0, math.nan), "norm_type must be a number or an infinity, got nan"),
+        (([np.ones(2)], 1.0, "fro"), "norm_type must be a number or an infinity, got 'fro'"),
         (
             ([[1.0]], 1.0),
             "gradient 0 must be a numpy.ndarray, got an object of type list; convert it with numpy.asarray",

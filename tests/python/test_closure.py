@@ -1851,3 +1851,125 @@ def test_any_faults(name: str, data: st.DataObject) -> None:
         if name != "LBFGS":
             assert f(x)[0] <= before
             assert 0 not in closure.faults or np.array_equal(x, kept)
+
+
+# ---- narrow parameters ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "mixed"])
+def test_a_point_that_a_parameter_cannot_hold_is_none(name: str, make: Make) -> None:
+    """A loss that only falls, and one whose first step is far too long: no parameter becomes infinite."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtypes = {"float16": [np.float16], "bfloat16": [ml_dtypes.bfloat16], "mixed": [np.float32, np.float64]}[name]
+
+    def ramp_of(params: list[Any]) -> Any:
+        return -sum(float(p.astype(np.float64).sum()) for p in params), [np.full_like(p, -1) for p in params]
+
+    def bowl(params: list[Any]) -> Any:
+        with np.errstate(over="ignore"):
+            loss = sum(float((p.astype(np.float64) ** 2).sum()) for p in params)
+            return loss, [(2 * p.astype(np.float64)).astype(p.dtype) for p in params]
+
+    for function, lr in ((ramp_of, 1e6), (bowl, 1e6 if name == "float16" else 1e300)):
+        params = [np.array([1, 2], dtype) for dtype in dtypes]
+        opt = make(params, lr=lr, max_iter=3, max_eval=40)
+        for _ in range(4):
+            opt.step(lambda params=params, function=function: function(params))
+            assert all(np.isfinite(p.astype(np.float64)).all() for p in params)
+
+
+def test_a_step_goes_back_only_from_where_the_last_one_ended_unseen() -> None:
+    nan = math.nan, [np.zeros(2)]
+
+    def bowl(p: Any) -> Any:
+        return float(p @ p), [2 * p]
+
+    # The user wrote the values.
+    p = np.array([1.0, 2.0])
+    opt = LBFGS([p], max_iter=3)
+    opt.step(lambda: bowl(p))
+    p[:] = 0.25
+    answers = itertools.chain([nan], itertools.repeat(None))
+    opt.step(lambda: next(answers) or bowl(p))
+    assert (p == 0.25).all()
+    # The end was evaluated: max_eval ended the step.
+    p = np.array([1.0, 2.0])
+    opt = LBFGS([p], lr=0.1, max_iter=100, max_eval=5)
+    opt.step(lambda: bowl(p))
+    end = p.copy()
+    opt.step(lambda: nan)
+    assert np.array_equal(p, end)
+    # It was not: back to a tenth of the last move, also after a save.
+    p = np.array([1.0, 2.0])
+    opt = LBFGS([p], lr=0.1, max_iter=1)
+    opt.step(lambda: bowl(p))
+    again, q = LBFGS([np.empty(2)], lr=0.1, max_iter=1), p.copy()
+    again = LBFGS([q], lr=0.1, max_iter=1)
+    again.load_state_dict(opt.state_dict())
+    for each, values in ((opt, p), (again, q)):
+        calls = iter([nan, None])
+        each.step(lambda values=values, calls=calls: next(calls, None) or bowl(values))
+    assert np.array_equal(p, q)
+    assert p[0] > end[0]
+
+
+def test_the_state_in_a_closure_is_that_of_the_last_step() -> None:
+    a, b = Parameter(np.array([1.0])), Parameter(np.array([2.0]))
+    opt = LBFGS([a, b], line_search_fn="strong_wolfe", max_iter=2)
+
+    def both() -> float:
+        a.grad, b.grad = 2 * a.data, 8 * b.data
+        return float(a.data @ a.data + 4 * b.data @ b.data)
+
+    opt.step(both)
+    keys = set(opt.state[a])
+    seen = []
+
+    def one() -> float:
+        loss = both()
+        b.grad = None
+        seen.append(set(opt.state[a]))
+        return loss
+
+    before = b.data.copy()
+    opt.step(one)
+    assert len(seen) > 1
+    assert all(each == keys for each in seen)
+    assert np.array_equal(b.data, before)
+
+
+@pytest.mark.parametrize("loss", ["0.5", b"7", 10**400, 1j, None, [1.0, 2.0]])
+def test_a_loss_that_is_no_number_is_refused(loss: Any, make: Make) -> None:
+    x = np.array([1.0, 2.0])
+    opt = make([x])
+    with pytest.raises(roptim.RoptimTypeError, match=r"step: the closure's loss must be a number, got"):
+        opt.step(lambda: (loss, [2 * x]))
+    assert x.tolist() == [1.0, 2.0]
+    assert not opt.state_dict()["state"]
+
+
+def test_whole_numbers_are_whole_numbers_of_64_bits() -> None:
+    for name, value in (("max_iter", 2**70), ("history_size", 1e300), ("max_eval", 2.5), ("max_iter", -(2**70))):
+        with pytest.raises(roptim.RoptimError, match=f"^LBFGS: {name} must be .*a whole number >= 1, got"):
+            LBFGS([np.ones(1)], **{name: value})
+
+
+def test_counts_do_not_wrap() -> None:
+    x = np.array([1.0, 2.0])
+    opt = LBFGS([x])
+    opt.step(lambda: (float(x @ x), [2 * x]))
+    saved = opt.state_dict()
+    saved["state"][0]["func_evals"] = saved["roptim"]["update_count"] = 2**64 - 1
+    opt.load_state_dict(saved)
+    opt.step(lambda: (float(x @ x), [2 * x]))
+    assert opt.state[0]["func_evals"] == opt.update_count == 2**64 - 1
+
+
+def test_when_nobody_has_a_gradient_the_memory_stays() -> None:
+    x = np.array([1.0, 2.0])
+    opt = LBFGS([x], line_search_fn="strong_wolfe")
+    opt.step(lambda: (float(x @ x), [2 * x]))
+    keys, before = set(opt.state[0]), x.copy()
+    opt.step(lambda: (1.0, [None]))
+    assert set(opt.state[0]) == keys
+    assert np.array_equal(x, before)

@@ -85,6 +85,11 @@ def test_a_scipy_array_is_a_sparse_gradient(monkeypatch: pytest.MonkeyPatch) -> 
         (([0, 1], np.ones((1, 3)), (6, 3)), r"values must be of shape \(2, 3\), got \(1, 3\)"),
         (([[0], [0], [0]], [1.0], (6, 3)), "indices must be of shape"),
         (([0], [1.0], 6), "shape must be a tuple of integers, got 6"),
+        (([0], np.ones((1, 3)), (2.7, 3)), r"shape must be a tuple of integers, got \(2\.7, 3\)"),
+        (([0], np.ones((1, 3)), "ab"), "shape must be a tuple of integers, got 'ab'"),
+        (([0], np.ones((1, 3)), (-2, 3)), r"shape must be one that an array can have, of axes, got \(-2, 3\)"),
+        (([0], np.ones((1, 3)), (2**62, 2**62)), "shape must be one that an array can have"),
+        (([[0], [1, 2]], np.ones((1, 3)), (6, 3)), "indices and values must be arrays, got ragged ones"),
     ],
 )
 def test_refused_sparse_gradients(arguments: Any, message: str) -> None:
@@ -216,3 +221,46 @@ def test_scalar_state_reads_and_writes_as_a_float() -> None:
     opt.state = {}
     opt.step([np.ones(2)])
     assert opt.state[0]["mu_product"] == product
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_rows_named_twice_are_summed_in_single(dtype: Any) -> None:
+    sparse, dense = np.zeros((2, 1), dtype), np.zeros((2, 1), dtype)
+    g = SparseGrad(np.zeros(5000, np.int64), np.ones((5000, 1), dtype), (2, 1))
+    roptim.SGD([sparse], lr=1e-3).step([g])
+    roptim.SGD([dense], lr=1e-3).step([np.array([[5000], [0]], np.float32)])
+    assert np.array_equal(sparse, dense)
+    assert g.toarray()[0] == 5000
+    assert SparseGrad([0], np.ones((1, 1), dtype), (2, 1)).coalesced().dtype == dtype
+
+
+def test_what_a_sparse_gradient_is_made_of_stays() -> None:
+    index = np.array([0, 1])
+    g = SparseGrad(index, np.ones((2, 3)), (5, 3))
+    index[:] = 10**9
+    assert g.toarray()[:2].all()
+    for name in ("indices", "values", "shape"):
+        with pytest.raises(AttributeError):
+            setattr(g, name, None)
+    with pytest.raises(ValueError, match="read-only"):
+        g.indices[0] = 7
+
+
+def test_any_array_of_scipy_is_a_sparse_gradient() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    for dense in (np.array([0.0, 2.0, 0.0]), np.arange(6.0).reshape(2, 3)):
+        for form in (sparse.coo_array, sparse.csr_array):
+            p = np.zeros_like(dense)
+            roptim.SGD([p], lr=1.0).step([form(dense)])
+            assert np.array_equal(p, -dense)
+
+
+def test_zeroing_a_sparse_gradient_leaves_zeros() -> None:
+    p = roptim.Parameter(np.ones((4, 2), np.float32))
+    p.grad = SparseGrad([1], np.ones((1, 2), np.float32), p.shape)
+    opt = roptim.SGD([p], lr=1.0)
+    opt.zero_grad(set_to_none=False)
+    assert p.grad.shape == p.shape
+    assert not p.grad.any()
+    opt.step()
+    assert (p.data == 1).all()

@@ -312,7 +312,7 @@ def test_layout_is_torchs() -> None:
     opt, _ = trained(AdamW)
     saved = opt.state_dict()
     assert list(saved) == ["state", "param_groups", "roptim"]
-    assert saved["roptim"] == {"optimizer": "AdamW", "format": 1, "update_count": 3}
+    assert saved["roptim"] == {"optimizer": "AdamW", "format": 1, "update_count": 3, "skip_count": 0}
     assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [2]]
     assert list(saved["state"]) == [0, 1, 2]
     assert list(saved["state"][0]) == ["step", "exp_avg", "exp_avg_sq"]
@@ -414,7 +414,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         s["param_groups"][0]["bettas"] = 1
 
     want = {
-        shapes: "exp_avg of parameter 1 must be of shape [5], got [4]",
+        shapes: "exp_avg of parameter 1 must be of shape (5,), got (4,)",
         dtypes: "exp_avg of parameter 1 must be float32, got float64",
         keys: "state key of parameter 1 must be one of exp_avg, exp_avg_sq, max_exp_avg_sq, got momentum_buffer",
         missing: "exp_avg_sq of parameter 1 must be present, got none",

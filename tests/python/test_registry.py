@@ -13,9 +13,9 @@ import pytest
 
 import roptim
 from roptim.__main__ import state_bytes, state_names
-from roptim.optimizer import REGISTRY
+from roptim.optimizer import OPTIONS, REGISTRY
 
-EXTRAS = {"backend", "allow_software", "threads", "flush_denormals"}
+EXTRAS = set(OPTIONS)
 SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
 # torch's order of positional arguments.
 POSITIONAL = {

@@ -1,0 +1,100 @@
+//! What stands between the gradients and a step: bounds, and what happens where one is not finite.
+//!
+//! Everything here only reads. A step with a bound on the norm, or one that minds what is not finite, reads its
+//! gradients once before it writes anything.
+
+use super::Optimizer;
+use crate::cpu::reduce::{Summand, clip_factor, first_nonfinite, norm_within};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hyper::{Hyper, Range, Value};
+use crate::tensor::TensorRef;
+
+/// What a step does with gradients that are not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Nonfinite {
+    /// Uses them.
+    #[default]
+    Propagate,
+    /// Refuses and changes nothing.
+    Raise,
+    /// Leaves the update out and counts it.
+    Skip,
+}
+
+/// Bounds of the gradients, over all groups, before decay and `maximize`. First each element is brought into
+/// `[-clip_value, clip_value]`, then all are scaled so that their 2-norm is at most `clip_norm`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Guard {
+    /// Largest 2-norm of all gradients together.
+    pub clip_norm: Option<f64>,
+    /// Largest magnitude of an element.
+    pub clip_value: Option<f64>,
+    /// What happens where a gradient is not finite.
+    pub nonfinite: Nonfinite,
+}
+
+const BOUND: Hyper = Hyper {
+    name: "clip_norm",
+    default: Value::None,
+    range: Range::OrNone(&Range::AtLeastOrInfinite(0.0)),
+    doc: "bound of the gradients",
+};
+
+impl Guard {
+    /// Refuses bounds that are none.
+    pub(super) fn check(&self, place: &str) -> Result<()> {
+        for (name, bound) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
+            Hyper { name, ..BOUND }.check(place, bound.map_or(Value::None, Value::Float))?;
+        }
+        Ok(())
+    }
+}
+
+/// What becomes of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Verdict {
+    /// It goes on with gradients multiplied by this.
+    Go(f64),
+    /// It is left out.
+    Skip,
+}
+
+impl Optimizer {
+    /// Reads the gradients as far as the guard asks for it.
+    pub(super) fn judge(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<Verdict> {
+        let Guard { clip_norm, clip_value, nonfinite } = self.guard;
+        if clip_norm.is_none() && nonfinite == Nonfinite::Propagate {
+            return Ok(Verdict::Go(1.0));
+        }
+        let present: Vec<(usize, Summand<'_>)> = gradients
+            .iter()
+            .enumerate()
+            .filter_map(|(i, g)| {
+                let is_complex = self.entries[i].info.dtype.is_complex();
+                g.as_ref().map(|tensor| (i, Summand { tensor: tensor.clone(), is_complex }))
+            })
+            .collect();
+        let (indices, summands): (Vec<usize>, Vec<Summand<'_>>) = present.into_iter().unzip();
+        let norm = clip_norm.map(|_| norm_within(&summands, clip_value.unwrap_or(f64::INFINITY), &mut self.threads));
+        self.gradient_norm = norm;
+        // A finite norm of unbounded values says that all are finite.
+        let known_finite = clip_value.is_none() && norm.is_some_and(f64::is_finite);
+        if nonfinite != Nonfinite::Propagate
+            && !known_finite
+            && let Some((which, magnitude)) = first_nonfinite(&summands, &mut self.threads)
+        {
+            if nonfinite == Nonfinite::Skip {
+                return Ok(Verdict::Skip);
+            }
+            let index = indices[which];
+            let name = format!("gradient of {}", self.entries[index].info.label(index));
+            let got = if magnitude.is_nan() { "NaN" } else { "an infinite number" };
+            return Err(Error::refuse(ErrorKind::Nonfinite, self.place_of("step"), name, "finite", got)
+                .with_remedy("nonfinite=\"skip\" leaves such updates out"));
+        }
+        Ok(Verdict::Go(match (clip_norm, norm) {
+            (Some(max_norm), Some(norm)) => clip_factor(max_norm, norm),
+            _ => 1.0,
+        }))
+    }
+}
