@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from roptim import lr_scheduler, utils
+from roptim import lr_finder, lr_scheduler, schedules, utils
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,
@@ -30,6 +30,7 @@ from roptim._errors import (
 )
 from roptim._files import load, save
 from roptim._groups import ParamGroup
+from roptim._hooks import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from roptim._parameter import Parameter
 from roptim._roptim import __version__
 from roptim._sparse import SparseGrad
@@ -52,7 +53,7 @@ from roptim.optimizers import (
     Rprop,
     SparseAdam,
 )
-from roptim.utils import clip_grad_norm_
+from roptim.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 __all__ = [
     "ASGD",
@@ -94,9 +95,16 @@ __all__ = [
     "TornError",
     "__version__",
     "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
     "devices",
+    "get_total_norm",
     "load",
+    "lr_finder",
     "lr_scheduler",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
     "save",
+    "schedules",
     "utils",
 ]

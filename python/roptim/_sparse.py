@@ -93,7 +93,8 @@ class SparseGrad:
     @property
     def dtype(self) -> np.dtype[Any]:
         """What the values are."""
-        return self.values.dtype
+        dtype: np.dtype[Any] = self.values.dtype
+        return dtype
 
     def coalesced(self) -> SparseGrad:
         """The same gradient with each row once, in ascending order.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,12 +14,25 @@ import numpy as np
 from roptim import _roptim, _tree
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, FixedList, ParamGroup, refuse_misspelling, settled, shown
+from roptim._hooks import (
+    EVERYWHERE,
+    Hook,
+    Hooks,
+    RemovableHandle,
+    register,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+    stepped,
+)
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
+from roptim._scheduled import decoded, encoded, is_scheduled, value_at, values_at
 from roptim._state import State
 
 #: Every optimizer of the engine by class name, as data.
 REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim.registry()}
+
+__all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
 _FORMAT = 1
 #: What the constructors take besides hyperparameters and torch's switches, with defaults: options of the whole
@@ -70,6 +85,22 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _assigner(
+    engine: Engine, index: int, scheduled: dict[int, dict[str, Any]]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Takes what is assigned to a group: a number ends a schedule, a schedule or function begins one."""
+
+    def assign(changes: dict[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in changes.items() if is_scheduled(value)}
+        values = engine.set_hypers(index, {**changes, **values_at(given, engine.update_count)})
+        kept = {key: value for key, value in scheduled.pop(index, {}).items() if key not in changes}
+        if kept or given:
+            scheduled[index] = {**kept, **given}
+        return values
+
+    return assign
+
+
 class Optimizer:
     """Base class of all optimizers, and of those written in Python.
 
@@ -101,6 +132,12 @@ class Optimizer:
     _engine_name: ClassVar[str | None] = None
     #: Whether step was ever called: schedulers warn if they are stepped first.
     _step_called = False
+    #: Whether groups were loaded that a scheduler had written to: a new one then leaves them as they are.
+    _resumed = False
+    _hooks: Hooks | None = None
+    _in_step = False
+    #: The count of updates that the groups show scheduled values for; None to ask again.
+    _shown_at: int | None = None
 
     param_groups: FixedList
     defaults: dict[str, Any]
@@ -126,13 +163,7 @@ class Optimizer:
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("step")
         if own is not None:
-
-            @functools.wraps(own)
-            def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-                self._step_called = True
-                return own(self, *args, **kwargs)
-
-            cls.step = step  # type: ignore[method-assign]  # the same signature, by functools.wraps
+            cls.step = _hooked(own)  # type: ignore[method-assign]  # the same signature, by functools.wraps
 
     def _construct(self, arguments: dict[str, Any]) -> None:
         """The constructor of an optimizer of the engine: ``arguments`` is its ``locals()``.
@@ -163,7 +194,7 @@ class Optimizer:
         if self._engine_name is not None:
             self._engine = Engine(self._engine_name, **checked_options(self._place, self._options))
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
-            self._engine.check_hypers({key: value for key, value in defaults.items() if key in hypers})
+            self._engine.check_hypers({key: value_at(value, 0) for key, value in defaults.items() if key in hypers})
         else:
             for name, value in self._options.items():
                 if value != OPTIONS[name]:
@@ -173,6 +204,8 @@ class Optimizer:
                     raise refuse(RoptimValueError, self._place, name, allowed, repr(value))
         self._hypers = hypers
         self.param_groups = FixedList()
+        #: Hyperparameters that are functions of the count of updates, by index of the groups that have some.
+        self._scheduled: dict[int, dict[str, Any]] = {}
         self._state = State(self._engine)
 
     # ---- parameters -------------------------------------------------------------------------------------
@@ -216,6 +249,8 @@ class Optimizer:
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
         index = len(self.param_groups)
+        scheduled = {key: options[key] for key in self._hypers if is_scheduled(options.get(key))}
+        options.update(values_at(scheduled, self.update_count))
         if self._engine is not None:
             hypers = {key: options[key] for key in self._hypers if key in options}
             engine_values = self._engine.add_group(hypers, objects, names)
@@ -226,8 +261,9 @@ class Optimizer:
         if names is not None:
             group["param_names"] = names
         self._specs.append(spec)
-        engine = self._engine
-        apply = None if engine is None else (lambda changes: engine.set_hypers(index, changes))
+        apply = None if self._engine is None else _assigner(self._engine, index, self._scheduled)
+        if scheduled:
+            self._scheduled[index] = scheduled
         self.param_groups._add(ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply))
         self._state._register(objects, names)
 
@@ -309,8 +345,30 @@ class Optimizer:
         gradients, closure = self._told_apart(gradients, closure)
         if closure is not None:
             loss, gradients = _evaluated(closure)
+        self._follow_schedules()
         self._engine.step(None if gradients is None else self._read(gradients))
+        self._show_schedules()
         return loss
+
+    def _follow_schedules(self) -> None:
+        """Brings scheduled hyperparameters to their values for the coming update."""
+        if not self._scheduled:
+            return
+        assert self._engine is not None
+        count = self._engine.update_count
+        if self._shown_at == count:
+            return
+        for index, scheduled in self._scheduled.items():
+            values = values_at(scheduled, count)
+            dict.update(self.param_groups[index], shown(values, self._engine.set_hypers(index, values)))
+        self._shown_at = count
+
+    def _show_schedules(self) -> None:
+        """The same after an update, for readers of the groups. What is refused here is refused again, and raised,
+        before the next update."""
+        if self._scheduled:
+            with contextlib.suppress(Exception):
+                self._follow_schedules()
 
     def _told_apart(self, gradients: Any, closure: Any) -> tuple[Any, Callable[[], Any] | None]:
         """Gradients and closure, of which the first argument of step may be either."""
@@ -340,6 +398,43 @@ class Optimizer:
             read = zip(self._specs, gradients, strict=True)
             return [leaf for i, (spec, tree) in enumerate(read) for leaf in _tree.read(spec, tree, place, f"group {i}")]
         return _tree.read(self._all, gradients, place)
+
+    # ---- hooks ------------------------------------------------------------------------------------------
+
+    def _register(self, kind: str, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        if self._hooks is None:
+            self._hooks = Hooks()
+        return register(getattr(self._hooks, kind), f"{self._place}.register_{kind}_hook", hook, prepend)
+
+    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Calls ``hook(optimizer, args, kwargs)`` before each step; ``args`` begin with the optimizer.
+
+        It returns None, or ``(args, kwargs)`` that take the place of the step's. Returns a handle whose
+        ``remove()`` takes the hook away. Hooks run in the order they were registered in.
+        """
+        return self._register("step_pre", hook)
+
+    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+        """Calls ``hook(optimizer, args, kwargs)`` after each step that did not raise."""
+        return self._register("step_post", hook)
+
+    def register_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Calls ``hook(optimizer)`` before :meth:`state_dict` begins; with ``prepend`` before other such hooks."""
+        return self._register("state_dict_pre", hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Calls ``hook(optimizer, state_dict)`` at the end of :meth:`state_dict`; what it returns, if not None, is
+        returned in its place."""
+        return self._register("state_dict_post", hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Calls ``hook(optimizer, state_dict)`` before :meth:`load_state_dict`, with a shallow copy; what it
+        returns, if not None, is loaded in its place."""
+        return self._register("load_state_dict_pre", hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Calls ``hook(optimizer)`` after :meth:`load_state_dict`."""
+        return self._register("load_state_dict_post", hook, prepend)
 
     # ---- state ------------------------------------------------------------------------------------------
 
@@ -395,8 +490,18 @@ class Optimizer:
         dict
             ``"state"``: ``{index: {"step": int, slot: array}}``, without parameters never updated;
             ``"param_groups"``: options of each group with ``"params"`` as indices and, where names were
-            given, ``"param_names"``; ``"roptim"``: class, format version and count of updates.
+            given, ``"param_names"``; ``"roptim"``: class, format version, counts of updates, schedules.
         """
+        hooks = self._hooks or Hooks()
+        for hook in list(hooks.state_dict_pre.values()):
+            hook(self)
+        state_dict = self._state_dict()
+        for hook in list(hooks.state_dict_post.values()):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def _state_dict(self) -> dict[str, Any]:
         groups, start = [], 0
         for group in self.param_groups:
             options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -405,7 +510,13 @@ class Optimizer:
             start += count
         if self._engine is not None:
             saved = self._engine.state_dict()
-            return {"state": saved["state"], "param_groups": groups, "roptim": saved["roptim"]}
+            about = saved["roptim"]
+            if self._scheduled:
+                about["schedules"] = {
+                    index: {name: encoded(value) for name, value in scheduled.items()}
+                    for index, scheduled in self._scheduled.items()
+                }
+            return {"state": saved["state"], "param_groups": groups, "roptim": about}
         state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
         about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0}
         return {"state": state, "param_groups": groups, "roptim": about}
@@ -414,7 +525,8 @@ class Optimizer:
         """Replaces options and state by those of ``state_dict``, which is not kept.
 
         Parameters are matched by name where both sides have names, else by position. A dict without the
-        ``"roptim"`` entry, from torch, is accepted when its state fits this class.
+        ``"roptim"`` entry, from torch, is accepted when its state fits this class. Schedules go on where they
+        were; functions as hyperparameters must be given again at construction.
 
         Raises
         ------
@@ -431,6 +543,12 @@ class Optimizer:
                 raise refuse(
                     RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict)))
                 )
+        hooks = self._hooks or Hooks()
+        if hooks.load_state_dict_pre:
+            state_dict = dict(state_dict)
+            for hook in list(hooks.load_state_dict_pre.values()):
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
         groups = state_dict["param_groups"]
         if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
             raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))
@@ -444,7 +562,11 @@ class Optimizer:
         if self._engine is None:
             self._load_own(place, state_dict)
         else:
+            schedules = self._loaded_schedules(place, state_dict)
             self._load_engine(place, state_dict)
+            self._scheduled.clear()
+            self._scheduled.update(schedules)
+            self._shown_at = None
         for index, (group, keys) in enumerate(zip(self.param_groups, own_keys, strict=True)):
             for key in [key for key in group if key not in fixed and key not in keys]:
                 dict.__delitem__(group, key)
@@ -453,6 +575,39 @@ class Optimizer:
                 hypers = self._engine.hypers(index)
                 given = {key: settled(value) for key, value in groups[index].items() if key in self._hypers}
                 dict.update(group, {**hypers, **shown(given, hypers)})
+        self._resumed = any("initial_lr" in group for group in self.param_groups)
+        self._show_schedules()
+        for hook in list(hooks.load_state_dict_post.values()):
+            hook(self)
+
+    def _loaded_schedules(self, place: str, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """The schedules after a load: those of the saved run, or, of one that knows none, this optimizer's."""
+        about = state_dict.get("roptim")
+        if not isinstance(about, Mapping):
+            return dict(self._scheduled)
+        saved = about.get("schedules", {})
+        groups = range(len(self.param_groups))
+        fits = isinstance(saved, Mapping) and all(
+            index in groups and isinstance(each, Mapping) and self._hypers.issuperset(each)
+            for index, each in saved.items()
+        )
+        if not fits:
+            raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", repr(saved))
+        for index, mine in self._scheduled.items():
+            for name in mine.keys() - saved.get(index, {}).keys():
+                warnings.warn(
+                    f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
+                    "assign the schedule again to go on with it",
+                    stacklevel=3,
+                )
+        return {
+            index: {
+                name: decoded(place, f"{name} of group {index}", form, self._scheduled.get(index, {}).get(name))
+                for name, form in each.items()
+            }
+            for index, each in saved.items()
+            if each
+        }
 
     def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
         assert self._engine is not None
@@ -476,7 +631,10 @@ class Optimizer:
             index: {key: _plain(value) for key, value in entry.items()} if isinstance(entry, Mapping) else entry
             for index, entry in state_dict["state"].items()
         }
-        self._engine.load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        own = {"state": state, "param_groups": groups}
+        if isinstance(about, Mapping):
+            own["roptim"] = {key: value for key, value in about.items() if key != "schedules"}
+        self._engine.load_state_dict({**state_dict, **own})
 
     def _load_own(self, place: str, state_dict: Mapping[str, Any]) -> None:
         own = type(self).__name__
@@ -516,11 +674,14 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         internal = {"_engine", "_state", "param_groups", "_specs", "_all", "_options", "defaults", "_place", "_hypers"}
+        # Hooks are not copied, as in torch: what they do belongs to the original.
+        internal |= {"_hooks", "_in_step", "_scheduled", "_shown_at"}
         return {
             "defaults": self.defaults,
             "options": self._options,
             "specs": self._specs,
             "groups": [dict(group) for group in self.param_groups],
+            "scheduled": self._scheduled,
             "state": self._state._own if self._engine is None else _roptim.dumps(self._engine.state_dict()),
             "attributes": {key: value for key, value in vars(self).items() if key not in internal},
         }
@@ -531,6 +692,8 @@ class Optimizer:
             self.add_param_group(group)
         self._specs = saved["specs"]
         self.__dict__.update(saved["attributes"])
+        self._scheduled.clear()
+        self._scheduled.update(saved["scheduled"])
         if self._engine is None:
             self._state._own = saved["state"]
         else:
@@ -544,6 +707,28 @@ class Optimizer:
                 f"    {key}: {group[key]}" for key in sorted(group, key=str) if key not in ("params", "param_names")
             ]
         return "\n".join([*lines, ")"])
+
+
+def _hooked(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A step with the hooks around it, once also where it calls the step of a base class."""
+
+    @functools.wraps(own)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        self._step_called = True
+        hooks = self._hooks
+        if (hooks is None and not EVERYWHERE.step_pre and not EVERYWHERE.step_post) or self._in_step:
+            return own(self, *args, **kwargs)
+        self._in_step = True
+        try:
+            return stepped(own, self, hooks or Hooks(), (self, *args), kwargs)
+        finally:
+            self._in_step = False
+
+    return step
+
+
+# The base class's own, which __init_subclass__ does not see.
+Optimizer.step = _hooked(Optimizer.step)  # type: ignore[method-assign]  # as there
 
 
 class ClosureOptimizer(Optimizer):
@@ -594,7 +779,9 @@ class ClosureOptimizer(Optimizer):
                 losses.append(loss)
             return number, None if given is None else self._read(given)
 
+        self._follow_schedules()
         self._engine.minimize(evaluate)
+        self._show_schedules()
         return losses[0]
 
 

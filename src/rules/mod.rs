@@ -8,6 +8,7 @@ pub mod adagrad;
 pub mod adam;
 pub mod adamax;
 pub mod asgd;
+pub mod average;
 mod common;
 pub mod conjugate_gradient;
 pub mod lbfgs;
@@ -79,6 +80,9 @@ pub static REGISTRY: &[Preset] = &[
     Preset::of("ConjugateGradient", Method::Closure(ClosureRuleId::ConjugateGradient)),
 ];
 
+/// What uses the same executors and is no optimizer.
+pub static HELPERS: &[Preset] = &[Preset::of("Average", Method::Elementwise(RuleId::Average))];
+
 macro_rules! rules {
     ($($id:ident => $rule:ty $(, $shader:literal)?;)+) => {
         /// Names a rule.
@@ -139,6 +143,7 @@ rules! {
     RmsProp => rmsprop::RmsProp, "rmsprop.wgsl";
     Rprop => rprop::Rprop, "rprop.wgsl";
     SparseAdam => sparse_adam::SparseAdam;
+    Average => average::Average, "average.wgsl";
 }
 
 macro_rules! tensor_rules {
@@ -224,7 +229,7 @@ impl Preset {
 
     /// Looks an optimizer up by its class name.
     pub fn find(name: &str) -> Result<&'static Self> {
-        REGISTRY.iter().find(|p| p.name == name).ok_or_else(|| {
+        REGISTRY.iter().chain(HELPERS).find(|p| p.name == name).ok_or_else(|| {
             let names: Vec<_> = REGISTRY.iter().map(|p| p.name).collect();
             Error::refuse(ErrorKind::Name, "roptim", "optimizer", format!("one of {}", names.join(", ")), name)
         })

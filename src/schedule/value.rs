@@ -321,9 +321,8 @@ impl Schedule {
             Self::Linear { steps, .. }
             | Self::Polynomial { steps, .. }
             | Self::Cosine { steps, .. }
-            | Self::SqrtDecay { steps, .. } => Some(*steps),
-            // Its last value is that of the last of its updates.
-            Self::OneCycle { steps, .. } => Some(steps.saturating_sub(1)),
+            | Self::SqrtDecay { steps, .. }
+            | Self::OneCycle { steps, .. } => Some(*steps),
             Self::Step { .. } | Self::InverseSqrt { .. } | Self::WarmRestarts { .. } | Self::Cyclic { .. } => None,
             Self::Piecewise { points, .. } => points.last().map(|point| point.0),
             Self::Sequence(parts) => parts.iter().try_fold(0u64, |n, part| Some(n.saturating_add(part.length()?))),

@@ -35,7 +35,24 @@ OPTIMIZERS = {
         "Muon",
     )
 }
-SCHEDULERS = ("StepLR", "CosineAnnealingLR", "ReduceLROnPlateau")
+SCHEDULERS = (
+    "StepLR",
+    "MultiStepLR",
+    "ConstantLR",
+    "LinearLR",
+    "ExponentialLR",
+    "CosineAnnealingLR",
+    "PolynomialLR",
+    "LambdaLR",
+    "MultiplicativeLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "OneCycleLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "ChainedScheduler",
+    "SWALR",
+)
 
 
 def extract_optimizers(source: Path, out: Path, suffix: str) -> list[Path]:

@@ -1,0 +1,380 @@
+"""Averages of parameters over training, and of statistics over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from roptim import _tree
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._parameter import Parameter
+from roptim._roptim import Engine
+from roptim.optimizer import OPTIONS, checked_options
+
+AvgFn = Callable[[Any, Any, int], Any]
+MultiAvgFn = Callable[[list[Any], list[Any], int], None]
+
+_PLACE = "AveragedModel"
+
+
+class _Known:
+    """An average that the engine knows; as a function it does the same in NumPy."""
+
+    def __init__(self, decay: float | None, lerp: bool) -> None:
+        self.decay = decay
+        self.lerp = lerp
+
+    def _joined(self, average: Any, value: Any, count: int) -> Any:
+        weight = 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
+        if self.lerp:
+            return average + weight * (value - average)
+        if self.decay is None:
+            return average + (value - average) / (count + 1)
+        return self.decay * average + (1.0 - self.decay) * value
+
+    def __call__(self, average: Any, value: Any, count: int) -> Any:
+        if not self.lerp:
+            return self._joined(average, value, count)
+        for a, x in zip(average, value, strict=True):
+            a[...] = self._joined(a, x, count)
+        return None
+
+    def __repr__(self) -> str:
+        kind = "swa" if self.decay is None else "ema"
+        decay = "" if self.decay is None else repr(self.decay)
+        return f"get_{kind}{'_multi' if self.lerp else ''}_avg_fn({decay})"
+
+
+def _decay(place: str, decay: Any) -> float:
+    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.number)):
+        raise refuse(RoptimTypeError, place, "decay", "a number in [0, 1]", repr(decay))
+    if not 0 <= decay <= 1:
+        raise refuse(RoptimValueError, place, "decay", "a number in [0, 1]", repr(decay))
+    return float(decay)
+
+
+def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
+    r"""Exponential average of one array: ``f(average, value, count)`` is :math:`decay \cdot average + (1 - decay)
+    \cdot value`."""
+    return _Known(_decay("get_ema_avg_fn", decay), lerp=False)
+
+
+def get_swa_avg_fn() -> AvgFn:
+    """Equal average of one array: ``f(average, value, count)`` is ``average + (value - average) / (count + 1)``."""
+    return _Known(None, lerp=False)
+
+
+def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
+    """The same as :func:`get_ema_avg_fn` for lists of arrays, in place, as ``average + (1 - decay) * (value -
+    average)``."""
+    return _Known(_decay("get_ema_multi_avg_fn", decay), lerp=True)
+
+
+def get_swa_multi_avg_fn() -> MultiAvgFn:
+    """The same as :func:`get_swa_avg_fn` for lists of arrays, in place, as ``average + 1 / (count + 1) * (value -
+    average)``."""
+    return _Known(None, lerp=True)
+
+
+class AveragedModel:
+    r"""An average of parameters over training: stochastic weight averaging, exponential moving averages, or one of
+    your own.
+
+    .. math::
+        a_1 = x_1, \quad a_n = a_{n-1} + (x_n - a_{n-1}) / n
+        \quad \text{(default)}, \quad a_n = \beta a_{n-1} + (1 - \beta) x_n \quad \text{(get\_ema\_avg\_fn)}
+
+    ::
+
+        average = roptim.swa_utils.AveragedModel(params, avg_fn=roptim.swa_utils.get_ema_avg_fn(0.999))
+        for x, y in batches:
+            opt.step(gradients(params, x, y))
+            average.update_parameters(params)
+        with average.applied_to(params):
+            evaluate(params)
+
+    Source: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, *Averaging weights leads to wider optima and better
+    generalization*, UAI 2018.
+
+    Parameters
+    ----------
+    model
+        The parameters: arrays or Parameters in a list, dict, nested containers, (name, array) pairs, or one array.
+        They are copied; until the first update the average is this copy.
+    device : str, optional
+        Where the averages live and are updated: ``backend`` by torch's name.
+    avg_fn : callable, optional
+        ``avg_fn(average, value, count)`` returns the new average of one array; ``count`` is how many are in it.
+    multi_avg_fn : callable, optional
+        ``multi_avg_fn(averages, values, count)`` changes a list of arrays in place.
+    use_buffers : bool
+        Average the buffers too. By default they are copied at each update.
+    buffers
+        What goes with the parameters without being trained, running statistics say, in any container.
+    backend, allow_software, threads
+        As in the optimizers. The averages of this module run in the engine, others where they are called.
+
+    Attributes
+    ----------
+    module
+        The averages, in the container's shape: arrays, where the parameters were Parameters Parameters.
+    buffers
+        The averaged or copied buffers.
+    n_averaged : int
+        Updates so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: str | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+        *,
+        buffers: Any = None,
+        backend: str = "cpu",
+        allow_software: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise refuse(RoptimValueError, _PLACE, "multi_avg_fn", "None beside avg_fn", repr(multi_avg_fn))
+        for name, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
+            if function is not None and not callable(function):
+                raise refuse(RoptimTypeError, _PLACE, name, "callable", repr(function))
+        self._spec, objects, self._names = _tree.flatten(_tree.listed(model, _PLACE), _PLACE)
+        self._single = self._spec.kind == "leaf"
+        self._averages = [_copied(_PLACE, f"parameter {i}", p) for i, p in enumerate(objects)]
+        self.module = _built(self._spec, iter(self._averages))
+        self._use_buffers = bool(use_buffers)
+        self._buffer_spec: _tree.Spec | None = None
+        self._buffers: list[Any] = []
+        if buffers is not None:
+            self._buffer_spec, objects, _ = _tree.flatten(_tree.listed(buffers, _PLACE), _PLACE)
+            self._buffers = [np.array(b) for b in objects]
+        self.n_averaged = 0
+        self._function = avg_fn or multi_avg_fn or get_swa_avg_fn()
+        self._is_multi = multi_avg_fn is not None
+        self._engine: Engine | None = None
+        self._options = {"backend": device or backend, "allow_software": allow_software, "threads": threads}
+        if isinstance(self._function, _Known):
+            options = checked_options(_PLACE, {**OPTIONS, "flush_denormals": False, **self._options})
+            self._engine = Engine("Average", **options)
+            known = {"decay": self._function.decay, "lerp": self._function.lerp}
+            self._engine.add_group(known, self._averages, None)
+        elif (device or backend) != "cpu":
+            allowed = '"cpu" for a function of your own'
+            raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(device or backend))
+
+    @property
+    def buffers(self) -> Any:
+        return None if self._buffer_spec is None else _built(self._buffer_spec, iter(self._buffers))
+
+    def update_parameters(self, model: Any, buffers: Any = None) -> None:
+        """Joins parameters, in the shape in which they were given, to the average; the first time it becomes them.
+
+        Raises
+        ------
+        RoptimError
+            If something does not fit; nothing has changed then.
+        """
+        place = f"{_PLACE}.update_parameters"
+        values = [np.asarray(p) for p in _tree.read(self._spec, model, place)]
+        new_buffers = self._read_buffers(place, buffers)
+        for i, (average, value) in enumerate(zip(self._averages, values, strict=True)):
+            if value.shape != average.shape:
+                raise refuse(RoptimValueError, place, f"parameter {i}", f"of shape {average.shape}", str(value.shape))
+            if value.dtype != average.dtype:
+                raise refuse(RoptimTypeError, place, f"parameter {i}", str(average.dtype), str(value.dtype))
+        if self._engine is not None:
+            self._engine.step(values)
+        else:
+            self._join(self._averages, values)
+        if self._use_buffers and self.n_averaged > 0 and self._buffers:
+            joined = _Known(None, lerp=False) if self._is_multi and self._engine is None else self._function
+            for mine, theirs in zip(self._buffers, new_buffers, strict=True):
+                average = joined._joined if isinstance(joined, _Known) else joined
+                # Whole numbers are cut, as torch does.
+                mine[...] = np.asarray(average(mine, theirs, self.n_averaged)).astype(mine.dtype)
+        else:
+            for mine, theirs in zip(self._buffers, new_buffers, strict=True):
+                mine[...] = theirs
+        self.n_averaged += 1
+
+    def _join(self, averages: list[Any], values: list[Any]) -> None:
+        """One update by a function of the user's, all or nothing."""
+        if self.n_averaged == 0:
+            results: list[Any] = values
+        elif self._is_multi:
+            results = [np.array(average) for average in averages]
+            multi: Any = self._function
+            multi(results, values, self.n_averaged)
+        else:
+            results = [
+                np.asarray(self._function(np.array(average), value, self.n_averaged))
+                for average, value in zip(averages, values, strict=True)
+            ]
+        for i, (average, result) in enumerate(zip(averages, results, strict=True)):
+            if result.shape != average.shape:
+                got = str(result.shape)
+                raise refuse(RoptimValueError, _PLACE, f"average {i}", f"of shape {average.shape}", got)
+        for average, result in zip(averages, results, strict=True):
+            average[...] = result.astype(average.dtype, copy=False)
+
+    def _read_buffers(self, place: str, buffers: Any) -> list[Any]:
+        if self._buffer_spec is None:
+            if buffers is not None:
+                raise refuse(RoptimTypeError, place, "buffers", "given at construction too", "none there")
+            return []
+        if buffers is None:
+            raise refuse(RoptimTypeError, place, "buffers", "given as at construction", "none")
+        found = [np.asarray(b) for b in _tree.read(self._buffer_spec, buffers, place)]
+        for i, (mine, theirs) in enumerate(zip(self._buffers, found, strict=True)):
+            if mine.shape != theirs.shape:
+                raise refuse(RoptimValueError, place, f"buffer {i}", f"of shape {mine.shape}", str(theirs.shape))
+        return found
+
+    def copy_to(self, model: Any) -> None:
+        """Writes the averages into parameters of the same shape, in place."""
+        self._write(f"{_PLACE}.copy_to", model, [np.array(a) for a in self._averages])
+
+    @contextmanager
+    def applied_to(self, model: Any) -> Iterator[None]:
+        """Within the block the parameters have the averages' values; afterwards their own again, bit for bit."""
+        place = f"{_PLACE}.applied_to"
+        before = [np.array(p) for p in _tree.read(self._spec, model, place)]
+        self._write(place, model, [np.array(a) for a in self._averages])
+        try:
+            yield
+        finally:
+            self._write(place, model, before)
+
+    def _write(self, place: str, model: Any, values: list[Any]) -> None:
+        params = _tree.read(self._spec, model, place)
+        for i, (p, value) in enumerate(zip(params, values, strict=True)):
+            if p.shape != value.shape:
+                raise refuse(RoptimValueError, place, f"parameter {i}", f"of shape {value.shape}", str(p.shape))
+        for p, value in zip(params, values, strict=True):
+            p[...] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy: ``n_averaged``, ``module`` (a list of arrays, by name in a dict where there are names), and
+        ``buffers`` where there are some."""
+        arrays = [np.array(a) for a in self._averages]
+        module: Any = dict(zip(self._names, arrays, strict=True)) if self._names else arrays
+        state = {"n_averaged": self.n_averaged, "module": module}
+        if self._buffers:
+            state["buffers"] = [b.copy() for b in self._buffers]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replaces averages and count by those of :meth:`state_dict`, checked before anything is written."""
+        place = f"{_PLACE}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            got = f"an object of type {type(state_dict).__name__}"
+            raise refuse(RoptimTypeError, place, "state_dict", "a dict", got)
+        for key in ("n_averaged", "module"):
+            if key not in state_dict:
+                raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", repr(sorted(state_dict)))
+        count, module = state_dict["n_averaged"], state_dict["module"]
+        if isinstance(count, np.ndarray) and count.size == 1:
+            count = count.item()
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
+            raise refuse(RoptimValueError, place, "n_averaged", "a whole number >= 0", repr(count))
+        if isinstance(module, Mapping) and self._names:
+            if module.keys() != set(self._names):
+                raise refuse(RoptimKeyError, place, "module", f"one with {self._names}", repr(sorted(module)))
+            module = [module[name] for name in self._names]
+        elif isinstance(module, Mapping):
+            module = list(module.values())
+        checked = []
+        for what, mine, theirs in (
+            ("average", self._averages, module),
+            ("buffer", self._buffers, state_dict.get("buffers", [])),
+        ):
+            if len(theirs) != len(mine):
+                raise refuse(RoptimValueError, place, f"number of {what}s", str(len(mine)), str(len(theirs)))
+            for i, (own, given) in enumerate(zip(mine, theirs, strict=True)):
+                array = np.asarray(given)
+                if array.shape != own.shape or array.dtype != own.dtype:
+                    got = f"{array.dtype} of shape {array.shape}"
+                    raise refuse(RoptimValueError, place, f"{what} {i}", f"{own.dtype} of shape {own.shape}", got)
+                checked.append((own, array))
+        for own, array in checked:
+            own[...] = array
+        self.n_averaged = int(count)
+        if self._engine is not None:
+            for i in range(len(self._averages)):
+                self._engine.set_step_of(i, self.n_averaged)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        functions = {"multi_avg_fn" if self._is_multi else "avg_fn": self._function}
+        given = {**functions, "use_buffers": self._use_buffers, "buffers": self.buffers, **self._options}
+        return _rebuilt, (type(self), self.module, given, self.state_dict())
+
+    def __repr__(self) -> str:
+        return f"AveragedModel({self._function!r}, n_averaged={self.n_averaged})"
+
+
+def _rebuilt(cls: type[AveragedModel], module: Any, given: dict[str, Any], state: dict[str, Any]) -> AveragedModel:
+    average = cls(module, **given)
+    average.load_state_dict(state)
+    return average
+
+
+def _copied(place: str, label: str, p: Any) -> Any:
+    if not isinstance(p, (np.ndarray, Parameter)):
+        got = f"an object of type {type(p).__name__}"
+        raise refuse(RoptimTypeError, place, label, "a numpy.ndarray or Parameter", got)
+    if isinstance(p, Parameter):
+        return Parameter(np.array(p.data), name=p.name)
+    return np.array(p)
+
+
+def _built(spec: _tree.Spec, leaves: Iterator[Any]) -> Any:
+    """The container of a shape with these leaves."""
+    if spec.kind == "leaf":
+        return next(leaves)
+    children = [_built(child, leaves) for child in spec.children]
+    if spec.kind in ("mapping", "pairs"):
+        return dict(zip(spec.keys, children, strict=True))
+    return children
+
+
+def cumulative_stats(batches: Iterable[Any], axis: int | tuple[int, ...] = 0) -> tuple[Any, Any]:
+    """Mean and variance over batches, in place of torch's ``update_bn``: what a batch-norm layer would store.
+
+    The mean of the batches' means and of their unbiased variances, each batch with the same weight, in float64:
+    torch's cumulative moving average.
+
+    Parameters
+    ----------
+    batches : iterable of array
+        At least one, each of more than one row.
+    axis : int or tuple of int
+        The axes that a batch is averaged over.
+
+    Returns
+    -------
+    (mean, variance) : arrays of float64
+    """
+    place = "cumulative_stats"
+    mean: Any = 0.0
+    variance: Any = 0.0
+    count = 0
+    for batch in batches:
+        x = np.asarray(batch, np.float64)
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        rows = math.prod(x.shape[a] for a in axes)
+        if rows < 2:
+            raise refuse(RoptimValueError, place, f"batch {count}", "of at least 2 rows", str(rows))
+        count += 1
+        mean = mean + (x.mean(axis=axes) - mean) / count
+        variance = variance + (x.var(axis=axes, ddof=1) - variance) / count
+    if not count:
+        raise refuse(RoptimValueError, place, "batches", "at least one", "none")
+    return mean, variance

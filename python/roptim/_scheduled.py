@@ -1,0 +1,57 @@
+"""Hyperparameters that are functions of the count of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim.schedules import Schedule
+
+
+def is_scheduled(value: object) -> bool:
+    """Whether a hyperparameter's value is a schedule, a function, or a tuple or list with one in it."""
+    if isinstance(value, (tuple, list)):
+        return any(is_scheduled(item) for item in value)
+    return isinstance(value, Schedule) or (callable(value) and not isinstance(value, (type, np.generic, np.ndarray)))
+
+
+def value_at(value: Any, t: int) -> Any:
+    """The hyperparameter's value for update ``t``."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value_at(item, t) for item in value)
+    return value(t) if is_scheduled(value) else value
+
+
+def values_at(scheduled: Mapping[str, Any], t: int) -> dict[str, Any]:
+    """The values of several for update ``t``."""
+    return {name: value_at(value, t) for name, value in scheduled.items()}
+
+
+def encoded(value: Any) -> Any:
+    """A form that a file can hold: the text of a schedule, None for a function, numbers as they are."""
+    if isinstance(value, (tuple, list)):
+        return [encoded(item) for item in value]
+    if isinstance(value, Schedule):
+        return value.to_json()
+    return None if is_scheduled(value) else float(value)
+
+
+def decoded(place: str, name: str, form: Any, own: Any) -> Any:
+    """The value of such a form; ``own`` is this optimizer's, whose functions stand for the saved ones."""
+    if isinstance(form, str):
+        return Schedule.from_json(form)
+    if isinstance(form, (list, tuple)):
+        owns: Sequence[Any] = own if isinstance(own, (list, tuple)) and len(own) == len(form) else [None] * len(form)
+        return tuple(decoded(place, name, item, each) for item, each in zip(form, owns, strict=True))
+    if form is None:
+        if is_scheduled(own) and not isinstance(own, (Schedule, tuple, list)):
+            return own
+        got = "none" if own is None else repr(own)
+        remedy = "no file holds a function: construct the optimizer with it"
+        raise refuse(RoptimValueError, place, name, "the function that it was in the saved run", got, remedy)
+    if isinstance(form, (int, float)) and not isinstance(form, bool):
+        return form
+    raise refuse(RoptimTypeError, place, name, "a schedule", f"an object of type {type(form).__name__}")
