@@ -69,12 +69,19 @@ pub struct Entry {
     pub slots: Vec<Option<Arc<Buffer>>>,
     /// Scalar slots, in the order of the declaration.
     pub scalars: ScalarSlots,
+    /// How messages call it, where that is neither its name nor its number.
+    pub title: Option<String>,
 }
 
 impl Entry {
     /// A parameter that was never updated.
     pub fn new(info: ParamInfo, group: usize, slots: usize, scalars: ScalarSlots) -> Self {
-        Self { info, group, step: 0, slots: vec![None; slots], scalars }
+        Self { info, group, step: 0, slots: vec![None; slots], scalars, title: None }
+    }
+
+    /// How messages call it.
+    pub fn label(&self, index: usize) -> String {
+        self.title.clone().unwrap_or_else(|| self.info.label(index))
     }
 
     /// Allocates the slots that are missing, each of the shape it is given; returns which were.

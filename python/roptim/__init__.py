@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from roptim import lr_finder, lr_scheduler, schedules, utils
+from roptim import lr_finder, lr_scheduler, schedules, swa_utils, utils
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,
@@ -106,5 +106,6 @@ __all__ = [
     "register_optimizer_step_pre_hook",
     "save",
     "schedules",
+    "swa_utils",
     "utils",
 ]

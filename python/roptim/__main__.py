@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import re
 import sys
 from typing import Any
 
 import numpy as np
 
 import roptim
+from roptim import schedules
+from roptim._gallery import UPDATES, examples, printable, text_plot
 from roptim.optimizer import REGISTRY
+from roptim.schedules import Schedule
 
 
 def state_bytes(name: str) -> float:
@@ -36,7 +43,7 @@ def state_names(entry: dict[str, Any]) -> str:
     return ", ".join(["step"] * entry["shows_step"] + entry["scalars"] + entry["slots"] + entry["joint"])
 
 
-def _list() -> None:
+def _list(options: argparse.Namespace) -> None:
     rows = [("optimizer", "backends", "bytes", "state", "paper")]
     for name, entry in REGISTRY.items():
         bytes_ = f"{state_bytes(name):.3g}"
@@ -48,10 +55,47 @@ def _list() -> None:
     print("each pair it remembers, at most history_size")
 
 
-def _devices() -> None:
+def _devices(options: argparse.Namespace) -> None:
     for device in roptim.devices():
         note = " (only with allow_software=True)" if device.software else ""
         print(f"{device.backend:<8} {device.kind:<11} {device.name}  {device.driver}{note}")
+
+
+def _end(schedule: Schedule) -> int:
+    """The update to show a schedule to: its length, or what the examples are made for."""
+    return UPDATES if schedule.length is None else schedule.length
+
+
+def _describe(call: str, schedule: Schedule, updates: int | None) -> None:
+    last = _end(schedule) if updates is None else updates - 1
+    length = "without end" if schedule.length is None else f"length {schedule.length}"
+    print(call)
+    print(f"{length}; {schedule(0):.4g} at update 0, {schedule(last):.4g} at update {last}")
+    print(printable(text_plot(schedule, last + 1), sys.stdout.encoding))
+
+
+def _schedules(options: argparse.Namespace) -> None:
+    if options.json is not None:
+        schedule = Schedule.from_json(options.json)
+        _describe(schedules._text(json.loads(schedule.to_json())), schedule, options.updates)
+        return
+    if options.name is not None:
+        shown = [example for example in examples() if re.search(rf"\b{options.name}\(", example.call)]
+        for i, (call, schedule) in enumerate(shown):
+            print(end="\n" * (i > 0))
+            _describe(call, schedule, options.updates)
+        return
+    for call, schedule in examples():
+        ends = f"{schedule(0):.3g} to {schedule(_end(schedule)):.3g}"
+        print(f"{printable(schedule.sparkline(), sys.stdout.encoding)}  {ends:<15} {call}")
+    print(f"values: of update 0 and at the end, or of update {UPDATES} where there is none")
+
+
+def _whole_number(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text}")
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +105,27 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every optimizer with its state and paper").set_defaults(run=_list)
     commands.add_parser("devices", help="every device that steps can run on").set_defaults(run=_devices)
-    parser.parse_args(arguments).run()
+    about = "every schedule with its curve; of one function, or of a schedule's text, a larger one"
+    drawn = commands.add_parser("schedules", help=about, description=about)
+    which = drawn.add_mutually_exclusive_group()
+    names = [name for name in schedules.__all__ if name != "Schedule"]
+    which.add_argument("name", nargs="?", choices=names, metavar="NAME", help="a function of roptim.schedules")
+    which.add_argument("--json", metavar="TEXT", help="the text form of a schedule, as Schedule.to_json returns it")
+    drawn.add_argument("--updates", type=_whole_number, metavar="N", help="how many updates the larger curves show")
+    drawn.set_defaults(run=_schedules)
+    options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Papers have names that not every terminal has letters for.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except roptim.RoptimError as error:
+        parser.error(str(error))
+    except BrokenPipeError:
+        # The reader has seen enough (| head). What is left goes nowhere, or Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

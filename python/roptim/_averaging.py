@@ -11,9 +11,10 @@ import numpy as np
 
 from roptim import _tree
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
-from roptim.optimizer import OPTIONS, checked_options
+from roptim.optimizer import checked_options
 
 AvgFn = Callable[[Any, Any, int], Any]
 MultiAvgFn = Callable[[list[Any], list[Any], int], None]
@@ -207,15 +208,15 @@ class AveragedModel:
 
     def _join(self, averages: list[Any], values: list[Any]) -> None:
         """One update by a function of the user's, all or nothing."""
+        function: Any = self._function
         if self.n_averaged == 0:
             results: list[Any] = values
         elif self._is_multi:
             results = [np.array(average) for average in averages]
-            multi: Any = self._function
-            multi(results, values, self.n_averaged)
+            function(results, values, self.n_averaged)
         else:
             results = [
-                np.asarray(self._function(np.array(average), value, self.n_averaged))
+                np.asarray(function(np.array(average), value, self.n_averaged))
                 for average, value in zip(averages, values, strict=True)
             ]
         for i, (average, result) in enumerate(zip(averages, results, strict=True)):

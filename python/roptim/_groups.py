@@ -14,6 +14,18 @@ SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "
 #: torch's choices between kernels, which ask for nothing here.
 SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
+#: What the constructors take besides hyperparameters and torch's switches, with defaults: options of the whole
+#: optimizer, no keys of groups.
+OPTIONS: dict[str, Any] = {
+    "backend": "cpu",
+    "allow_software": False,
+    "threads": None,
+    "flush_denormals": True,
+    "clip_norm": None,
+    "clip_value": None,
+    "nonfinite": "propagate",
+}
+
 
 def edit_distance(a: str, b: str) -> int:
     """Insertions, deletions and substitutions that turn one word into the other."""
@@ -26,7 +38,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
-    """Raises if ``key`` looks like a misspelled name of a hyperparameter."""
+    """Raises if ``key`` looks like a misspelled name of a hyperparameter, or is an option of the whole optimizer."""
+    if key in OPTIONS and key not in known:
+        remedy = "give it to the constructor: it holds for all groups"
+        raise refuse(RoptimKeyError, place, "group key", "no option of the whole optimizer", repr(key), remedy)
     if not isinstance(key, str) or len(key) < 4 or key in SCHEDULER_KEYS or key in SWITCHES:
         return
     names = set(known)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._groups import settled
 from roptim.schedules import Schedule
 
 
@@ -30,28 +31,32 @@ def values_at(scheduled: Mapping[str, Any], t: int) -> dict[str, Any]:
     return {name: value_at(value, t) for name, value in scheduled.items()}
 
 
+#: What a function is in a file.
+FUNCTION = "function"
+
+
 def encoded(value: Any) -> Any:
-    """A form that a file can hold: the text of a schedule, None for a function, numbers as they are."""
+    """A form that a file can hold: the text of a schedule, a word for a function, other values as they are."""
     if isinstance(value, (tuple, list)):
         return [encoded(item) for item in value]
     if isinstance(value, Schedule):
         return value.to_json()
-    return None if is_scheduled(value) else float(value)
+    return FUNCTION if is_scheduled(value) else settled(value)
 
 
 def decoded(place: str, name: str, form: Any, own: Any) -> Any:
     """The value of such a form; ``own`` is this optimizer's, whose functions stand for the saved ones."""
-    if isinstance(form, str):
-        return Schedule.from_json(form)
-    if isinstance(form, (list, tuple)):
-        owns: Sequence[Any] = own if isinstance(own, (list, tuple)) and len(own) == len(form) else [None] * len(form)
-        return tuple(decoded(place, name, item, each) for item, each in zip(form, owns, strict=True))
-    if form is None:
+    if form == FUNCTION and isinstance(form, str):
         if is_scheduled(own) and not isinstance(own, (Schedule, tuple, list)):
             return own
         got = "none" if own is None else repr(own)
         remedy = "no file holds a function: construct the optimizer with it"
         raise refuse(RoptimValueError, place, name, "the function that it was in the saved run", got, remedy)
-    if isinstance(form, (int, float)) and not isinstance(form, bool):
+    if isinstance(form, str):
+        return Schedule.from_json(form)
+    if isinstance(form, (list, tuple)):
+        owns: Sequence[Any] = own if isinstance(own, (list, tuple)) and len(own) == len(form) else [None] * len(form)
+        return tuple(decoded(place, name, item, each) for item, each in zip(form, owns, strict=True))
+    if form is None or isinstance(form, (int, float)):
         return form
     raise refuse(RoptimTypeError, place, name, "a schedule", f"an object of type {type(form).__name__}")

@@ -111,7 +111,9 @@ class SparseGrad:
         else:
             values = np.zeros((len(kept), *self.values.shape[1:]), _sum_dtype(self.values))
             # In the order given, so that the bits do not depend on anything else.
-            np.add.at(values, where.reshape(-1), self.values.astype(values.dtype, copy=False))
+            # A sum that is not finite is the business of whoever takes the gradient.
+            with np.errstate(all="ignore"):
+                np.add.at(values, where.reshape(-1), self.values.astype(values.dtype, copy=False))
         index = np.stack(np.unravel_index(kept, self.shape[: len(self._axes)])) if self.indices.ndim == 2 else kept
         out = SparseGrad(index, values, self.shape)
         out._rows = kept
@@ -120,15 +122,19 @@ class SparseGrad:
     #: Rows counted over all sparse axes, ascending; known once coalesced.
     _rows: Any = None
 
+    def _is_unique(self) -> bool:
+        """Whether no row is named twice."""
+        return bool(len(np.unique(self._axes, axis=1).T) == self._axes.shape[1])
+
     def _become(self, other: SparseGrad) -> None:
         """Takes the place of another gradient of this shape."""
         self.__dict__.update(other.__dict__)
 
     def toarray(self) -> np.ndarray[Any, Any]:
         """As a dense array; sums of half-precision rows are float32."""
-        twice = len(np.unique(self._axes, axis=1).T) < self._axes.shape[1]
-        dense = np.zeros(self.shape, _sum_dtype(self.values) if twice else self.values.dtype)
-        np.add.at(dense, tuple(self._axes), self.values.astype(dense.dtype, copy=False))
+        dense = np.zeros(self.shape, self.values.dtype if self._is_unique() else _sum_dtype(self.values))
+        with np.errstate(all="ignore"):
+            np.add.at(dense, tuple(self._axes), self.values.astype(dense.dtype, copy=False))
         return dense
 
     def __repr__(self) -> str:

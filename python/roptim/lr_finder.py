@@ -619,8 +619,10 @@ def _bases(opt: Optimizer) -> list[float]:
         if "lr" not in group:
             raise refuse(RoptimKeyError, _TEST, f"group {i}", "one with 'lr'", "none")
         value = settled(group["lr"])
+        remedy = "the test sets the learning rate itself: give the optimizer a number, without a schedule"
+        if "lr" in opt._scheduled.get(i, {}):
+            raise refuse(RoptimTypeError, _TEST, f"lr of group {i}", "a number", "a schedule", remedy)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            remedy = "the test sets the learning rate itself: give the optimizer a number, without a schedule"
             raise refuse(RoptimTypeError, _TEST, f"lr of group {i}", "a number", _kind(value), remedy)
         if not 0 <= value < math.inf:
             raise refuse(RoptimValueError, _TEST, f"lr of group {i}", "a finite number >= 0", repr(value))

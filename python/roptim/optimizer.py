@@ -13,7 +13,16 @@ import numpy as np
 
 from roptim import _roptim, _tree
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
-from roptim._groups import SCHEDULER_KEYS, SWITCHES, FixedList, ParamGroup, refuse_misspelling, settled, shown
+from roptim._groups import (
+    OPTIONS,
+    SCHEDULER_KEYS,
+    SWITCHES,
+    FixedList,
+    ParamGroup,
+    refuse_misspelling,
+    settled,
+    shown,
+)
 from roptim._hooks import (
     EVERYWHERE,
     Hook,
@@ -35,17 +44,6 @@ REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim
 __all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
 _FORMAT = 1
-#: What the constructors take besides hyperparameters and torch's switches, with defaults: options of the whole
-#: optimizer, no keys of groups.
-OPTIONS: dict[str, Any] = {
-    "backend": "cpu",
-    "allow_software": False,
-    "threads": None,
-    "flush_denormals": True,
-    "clip_norm": None,
-    "clip_value": None,
-    "nonfinite": "propagate",
-}
 _OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
 
 
@@ -71,7 +69,10 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
         bound = settled(options[name])
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
             raise refuse(RoptimTypeError, place, name, "None or a number >= 0", repr(options[name]))
-        bounds[name] = None if bound is None else float(bound)
+        try:
+            bounds[name] = None if bound is None else float(bound)
+        except OverflowError:
+            raise refuse(RoptimValueError, place, name, "None or a number >= 0", "one beyond all floats") from None
     if not isinstance(options["nonfinite"], str):
         allowed = '"propagate", "raise" or "skip"'
         raise refuse(RoptimTypeError, place, "nonfinite", allowed, repr(options["nonfinite"]))
@@ -192,13 +193,14 @@ class Optimizer:
         self._engine: Engine | None = None
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
-            self._engine = Engine(self._engine_name, **checked_options(self._place, self._options))
+            self._options = checked_options(self._place, self._options)
+            self._engine = Engine(self._engine_name, **self._options)
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value_at(value, 0) for key, value in defaults.items() if key in hypers})
         else:
             for name, value in self._options.items():
-                if value != OPTIONS[name]:
-                    default = OPTIONS[name]
+                default = OPTIONS[name]
+                if type(value) is not type(default) or value != default:
                     shown_default = f'"{default}"' if isinstance(default, str) else repr(default)
                     allowed = f"{shown_default} for an optimizer written in Python"
                     raise refuse(RoptimValueError, self._place, name, allowed, repr(value))
@@ -470,7 +472,8 @@ class Optimizer:
 
     @property
     def gradient_norm(self) -> float | None:
-        """The 2-norm of all gradients of the last step before clipping; None without ``clip_norm``."""
+        """The 2-norm of all gradients of the last step, bounded by ``clip_value`` but not yet scaled; None without
+        ``clip_norm``."""
         return self._engine.gradient_norm if self._engine is not None else None
 
     @property
@@ -600,14 +603,26 @@ class Optimizer:
                     "assign the schedule again to go on with it",
                     stacklevel=3,
                 )
-        return {
-            index: {
-                name: decoded(place, f"{name} of group {index}", form, self._scheduled.get(index, {}).get(name))
-                for name, form in each.items()
-            }
-            for index, each in saved.items()
-            if each
-        }
+        loaded: dict[int, dict[str, Any]] = {}
+        count = about.get("update_count", 0)
+        for index, each in saved.items():
+            values = {}
+            for key, form in each.items():
+                name = f"{key} of group {index}"
+                values[key] = decoded(place, name, form, self._scheduled.get(index, {}).get(key))
+                if not is_scheduled(values[key]):
+                    raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
+            if values:
+                loaded[index] = values
+                # What the loaded group will have, with every check of a group.
+                at = values_at(values, count) if isinstance(count, int) else {}
+                numbers = {key: state_dict["param_groups"][index].get(key, self.defaults[key]) for key in self._hypers}
+                self._check_group({**numbers, **at})
+        return loaded
+
+    def _check_group(self, hypers: dict[str, Any]) -> None:
+        assert self._engine is not None
+        self._engine.check_hypers({key: _plain(settled(value)) for key, value in hypers.items()})
 
     def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
         assert self._engine is not None

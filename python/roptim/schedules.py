@@ -13,6 +13,7 @@ on; in ``a.then(b)`` the second one begins at the first one's length, where it i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,8 +53,18 @@ def _count(place: str, name: str, value: Any, low: int = 0) -> int:
 
 def _number(place: str, name: str, value: Any) -> float:
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise refuse(RoptimValueError, place, name, "a finite number", "one beyond all floats") from None
     raise refuse(RoptimTypeError, place, name, "a number", repr(value))
+
+
+def _word(place: str, name: str, value: Any, words: Iterable[str]) -> str:
+    if isinstance(value, str) and value in words:
+        return value
+    *others, last = map(repr, words)
+    raise refuse(RoptimValueError, place, name, f"{', '.join(others)} or {last}", repr(value))
 
 
 class Schedule:
@@ -124,6 +135,8 @@ class Schedule:
         """The schedule of a text; raises RoptimValueError where it is none."""
         if not isinstance(text, str):
             raise refuse(RoptimTypeError, "schedules.from_json", "text", "a str", f"{type(text).__name__}")
+        if not text.isascii() and "\ud800" <= max(text) <= "\udfff":
+            raise refuse(RoptimValueError, "schedules.from_json", "text", "text that UTF-8 can hold", ascii(text))
         return cls(_roptim.Schedule(text))
 
     def plot(self, ax: Any = None, n: int | None = None) -> Any:
@@ -143,22 +156,24 @@ class Schedule:
         import matplotlib.pyplot as plt
 
         shown = self._span() if n is None else _count("plot", "n", n, 1)
-        t = np.unique(np.linspace(0, max(shown - 1, 0), min(shown, 2000)).astype(np.int64))
+        points = min(shown, 2000)
+        t = sorted({(shown - 1) * i // max(points - 1, 1) for i in range(points)})
         ax = plt.subplots()[1] if ax is None else ax
-        ax.plot(t, [self(int(each)) for each in t])
+        ax.plot(t, [self(each) for each in t])
         ax.set_xlabel("update")
         ax.set_ylabel("value")
         return ax
 
     def _span(self) -> int:
-        return 1000 if self.length is None else self.length + self.length // 10 + 1
+        return 1000 if self.length is None else min(self.length + self.length // 10 + 1, 2**64 - 1)
 
     def sparkline(self, width: int = 24) -> str:
         """The curve in one line of text."""
-        shown = np.linspace(0, self._span() - 1, _count("sparkline", "width", width, 1)).astype(np.int64)
-        values = np.array([self(int(t)) for t in shown])
-        low, high = float(values.min()), float(values.max())
-        heights = np.zeros(len(values)) if high <= low else (values - low) / (high - low)
+        width, last = _count("sparkline", "width", width, 1), self._span() - 1
+        values = np.array([self(last * i // max(width - 1, 1)) for i in range(width)]) / 2
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        heights = np.nan_to_num((values - low) / (high - low) if high > low else np.zeros(width), posinf=1, neginf=0)
         return "".join(_BARS[round(height * (len(_BARS) - 1))] for height in heights.tolist())
 
     def __repr__(self) -> str:
@@ -168,7 +183,8 @@ class Schedule:
         return isinstance(other, Schedule) and self._engine == other._engine
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        # Zeros of either sign are equal.
+        return hash(re.sub(r"-(0\.0(?![0-9e]))", r"\1", self.to_json()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Schedule.from_json, (self.to_json(),)
@@ -193,7 +209,9 @@ def _text(tree: Any) -> str:
         first, *others = map(_text, fields)
         return "".join([f"({first})" if " * " in first else first, *(f".then({other})" for other in others)])
     if name == "product":
-        factors = [f"{f['constant']['value']!r}" if _is_factor(f) else _text(f) for f in fields]
+        # A number stands for itself beside a schedule; two numbers would multiply.
+        plain = [_is_factor(f) and (i > 0 or not _is_factor(fields[1])) for i, f in enumerate(fields)]
+        factors = [f"{f['constant']['value']!r}" if p else _text(f) for f, p in zip(fields, plain, strict=True)]
         return " * ".join(factors)
     if name in ("clip", "shift"):
         inner = _text(fields.pop("of"))
@@ -323,8 +341,7 @@ def one_cycle(
     Source: Smith, Topin, *Super-convergence: very fast training of neural networks using large learning rates*, 2018.
     """
     place = "schedules.one_cycle"
-    if anneal not in ("cos", "linear"):
-        raise refuse(RoptimValueError, place, "anneal", "'cos' or 'linear'", repr(anneal))
+    _word(place, "anneal", anneal, ("cos", "linear"))
     if not isinstance(three_phase, (bool, np.bool_)):
         raise refuse(RoptimTypeError, place, "three_phase", "True or False", repr(three_phase))
     numbers = {
@@ -350,9 +367,7 @@ def cyclic(
     ``mode`` is ``"triangular"``, ``"triangular2"`` (half as high from cycle to cycle) or ``"exp_range"`` (times
     ``gamma**t``), as in CyclicLR. Source: Smith, *Cyclical learning rates for training neural networks*, WACV 2017.
     """
-    if mode not in ("triangular", "triangular2", "exp_range"):
-        allowed = "'triangular', 'triangular2' or 'exp_range'"
-        raise refuse(RoptimValueError, "schedules.cyclic", "mode", allowed, repr(mode))
+    _word("schedules.cyclic", "mode", mode, ("triangular", "triangular2", "exp_range"))
     counts = {"up": up, "down": up if down is None else down}
     return _make("cyclic", **_fields("cyclic", counts, {"base": base, "peak": peak, "gamma": gamma}), mode=mode)
 
@@ -382,9 +397,7 @@ def warmup_stable_decay(
     """
     tails = {"linear": lambda: linear(peak, floor, decay_steps), "sqrt": lambda: sqrt_decay(decay_steps, peak, floor)}
     tails["cosine"] = lambda: cosine(decay_steps, peak, floor)
-    if tail not in tails:
-        allowed = "'linear', 'sqrt' or 'cosine'"
-        raise refuse(RoptimValueError, "schedules.warmup_stable_decay", "tail", allowed, repr(tail))
+    _word("schedules.warmup_stable_decay", "tail", tail, tails)
     return warmup(warmup_steps, peak).then(constant(peak, stable_steps)).then(tails[tail]())
 
 

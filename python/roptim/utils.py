@@ -26,7 +26,7 @@ def clip_grad_norm_(
 ) -> float:
     r"""Scales gradients in place so that their common norm is at most ``max_norm``.
 
-    The factor is :math:`\min(1, max\_norm / (norm + 10^{-6}))` as in torch; the norm is that of all
+    The factor is :math:`\min(1, max\_norm / (norm + 10^{-6}))` as in torch, without a bound 1; the norm is that of all
     gradients together, summed in float64, and the same to the last bit for any number of threads. To clip
     within a step, without a pass of its own and without touching the gradients, give ``clip_norm`` to the
     optimizer.
@@ -131,28 +131,31 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
     bound = _bound(place, "clip_value", clip_value)
     gradients = _gradients(place, parameters)
     _norm(place, gradients, math.inf, written=True)
-    for g in gradients:
-        if isinstance(g, SparseGrad):
-            g._become(g.coalesced())
-        array = g.values if isinstance(g, SparseGrad) else g
-        parts = (array.real, array.imag) if array.dtype.kind == "c" else (array,)
-        for part in parts:
-            limit = part.dtype.type(bound)
-            np.copyto(part, limit, where=part > limit)
-            np.copyto(part, -limit, where=part < -limit)
+    with np.errstate(all="ignore"):
+        for g in gradients:
+            if isinstance(g, SparseGrad) and not g._is_unique():
+                g._become(g.coalesced())
+            for part in _parts(g):
+                # A bound that the dtype cannot hold is infinite in it, and bounds nothing.
+                limit = np.asarray(bound).astype(part.dtype)
+                np.copyto(part, limit, where=part > limit)
+                np.copyto(part, -limit, where=part < -limit)
 
 
 def _number(place: str, name: str, value: Any, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or np.iscomplexobj(value):
         raise refuse(RoptimTypeError, place, name, allowed, repr(value))
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise refuse(RoptimValueError, place, name, allowed, "one beyond all floats") from None
 
 
 def _bound(place: str, name: str, value: Any) -> float:
     bound = _number(place, name, value, "a number >= 0")
     if not bound >= 0:
         raise refuse(RoptimValueError, place, name, "a number >= 0", repr(value))
-    return bound
+    return abs(bound)
 
 
 def _order(place: str, norm_type: Any) -> float:
@@ -183,12 +186,24 @@ def _norm(place: str, gradients: list[Any], p: float, *, written: bool) -> float
     return total
 
 
+def _parts(g: Any) -> list[Any]:
+    """What of a gradient is written to, as reals."""
+    array = g.values if isinstance(g, SparseGrad) else g
+    return [array.real, array.imag] if array.dtype.kind == "c" else [array]
+
+
 def _scale(gradients: list[Any], factor: float) -> None:
-    if factor != 1.0:
-        with np.errstate(invalid="ignore"):
-            for g in gradients:
-                array = g.values if isinstance(g, SparseGrad) else g
-                np.multiply(array, array.dtype.type(factor), out=array)
+    """Multiplies in the type that a step computes in, and rounds once."""
+    if factor == 1.0:
+        return
+    # Nothing here is the caller's business, and nothing may stop it half-way.
+    with np.errstate(all="ignore"):
+        for g in gradients:
+            for part in _parts(g):
+                if part.dtype.itemsize == 2:
+                    part[...] = (part.astype(np.float32) * np.float32(factor)).astype(part.dtype)
+                else:
+                    np.multiply(part, part.dtype.type(factor), out=part)
 
 
 def _gradients(place: str, parameters: Any) -> list[Any]:

@@ -350,6 +350,9 @@ impl Engine {
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
         let hypers = self.shared.try_use().and_then(|mut optimizer| {
             let group = optimizer.add_group(&changes, infos)?;
+            for (i, registered) in added.iter().enumerate() {
+                optimizer.set_title(table.params.len() + i, &registered.label);
+            }
             Ok(optimizer.groups()[group].clone())
         });
         let hypers = hypers.or_raise(py)?;

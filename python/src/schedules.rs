@@ -2,7 +2,7 @@
 
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::basic::CompareOp;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 use roptim::schedule::chain::{At, Chain};
 use roptim::schedule::cycle::{self, Anneal, Cycles};
@@ -168,9 +168,14 @@ impl Schedule {
     }
 
     /// The values of `n` updates from `start` on.
-    fn values<'py>(&self, py: Python<'py>, start: u64, n: u64) -> Bound<'py, PyArray1<f64>> {
-        let values: Vec<f64> = (0..n).map(|i| self.value.at(start.saturating_add(i))).collect();
-        values.into_pyarray(py)
+    fn values<'py>(&self, py: Python<'py>, start: u64, n: u64) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        let mut values = Vec::new();
+        let room = usize::try_from(n).ok().filter(|&n| values.try_reserve_exact(n).is_ok());
+        if room.is_none() {
+            return Err(PyMemoryError::new_err(format!("schedule: {n} values could not be allocated")));
+        }
+        values.extend((0..n).map(|i| self.value.at(start.saturating_add(i))));
+        Ok(values.into_pyarray(py))
     }
 
     /// This one and then another.

@@ -5,7 +5,7 @@
 
 use super::memory::{BLOCK, load};
 use super::pool::Threads;
-use crate::linear::{SUM_BLOCK, join_lanes, join_tree, map};
+use crate::linear::{SUM_BLOCK, join_lanes, join_tree, map, tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
@@ -91,8 +91,9 @@ fn smallest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
 
 /// The first array with a number that is not finite, and the magnitude of such a number: infinity or NaN.
 pub fn first_nonfinite(of: &[Summand<'_>], threads: &mut Threads) -> Option<(usize, f64)> {
+    // Parts of complex numbers by themselves: the magnitude of finite ones may be too large.
     let most = |x: &Summand<'_>, threads: &mut Threads| {
-        Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.one(&x.tensor.raw, x.is_complex, threads)
+        Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.one(&x.tensor.raw, false, threads)
     };
     let magnitudes = of.iter().map(|x| most(x, threads)).enumerate();
     magnitudes.into_iter().find(|(_, most)| !most.is_finite())
@@ -106,24 +107,31 @@ pub fn norm(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
     norm_within(of, f64::INFINITY, threads)
 }
 
-/// [`norm`], of numbers that are brought into `[-bound, bound]` first.
+/// [`norm`], of numbers that are brought into `[-bound, bound]` first; the bound is rounded to the type that a step
+/// computes in.
 pub fn norm_within(of: &[Summand<'_>], bound: f64, threads: &mut Threads) -> f64 {
-    // The parts of complex numbers are summed as reals.
-    let reals: Vec<_> = of.iter().map(|x| Summand::from(x.tensor.clone())).collect();
-    let within = move |x: f64| if x > bound { bound } else { x };
+    let bound_of = |dtype: Dtype| if dtype == Dtype::F64 { bound } else { f64::from(bound as f32) };
     let total = |scale: f64, threads: &mut Threads| {
-        let square = move |x: f64| {
-            let x = within(x) * scale;
-            x * x
+        let one = |x: &Summand<'_>| {
+            let bound = bound_of(x.tensor.raw.dtype);
+            let square = move |x: f64| {
+                let x = if x > bound { bound } else { x } * scale;
+                x * x
+            };
+            // The parts of complex numbers are summed as reals.
+            Fold { neutral: 0.0, term: square, join: |a, b| a + b }.one(&x.tensor.raw, false, threads)
         };
-        Fold { neutral: 0.0, term: square, join: |a, b| a + b }.all(&reals, threads)
+        tree(&mut of.iter().map(one).collect::<Vec<f64>>())
     };
     let plain = total(1.0, threads);
     let trustworthy = (1e-280..=1e300).contains(&plain);
-    if trustworthy || plain.is_nan() || reals.iter().all(|x| x.tensor.raw.dtype != Dtype::F64) {
+    let is_wide = |x: &&Summand<'_>| x.tensor.raw.dtype == Dtype::F64;
+    if trustworthy || plain.is_nan() || !of.iter().any(|x| is_wide(&x)) {
         return libm::sqrt(plain);
     }
-    let peak = within(largest(&reals, threads));
+    let reals: Vec<_> = of.iter().filter(is_wide).map(|x| Summand::from(x.tensor.clone())).collect();
+    let peak = largest(&reals, threads);
+    let peak = if peak > bound { bound } else { peak };
     if peak == 0.0 || peak.is_infinite() {
         return libm::sqrt(plain);
     }

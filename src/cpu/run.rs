@@ -40,7 +40,7 @@ pub struct PassFn {
 
 /// The shared pre- and post-steps, cast to the compute type. Neutral values change no bit.
 pub(crate) struct Frame<F> {
-    pub(crate) bound: F,
+    pub(crate) bound: Option<F>,
     pub(crate) gradient_factor: F,
     pub(crate) l2: Option<F>,
     pub(crate) shrink: F,
@@ -51,7 +51,7 @@ impl<F: Real> Frame<F> {
     pub(crate) fn new(shared: &Shared) -> Self {
         let scale = F::from_f64(shared.gradient_scale);
         Self {
-            bound: F::from_f64(shared.gradient_bound),
+            bound: Some(F::from_f64(shared.gradient_bound)).filter(|bound| bound.to_f64().is_finite()),
             gradient_factor: if shared.maximize { -scale } else { scale },
             l2: if let Decay::L2(lambda) = shared.decay { Some(F::from_f64(lambda)) } else { None },
             shrink: if let Decay::Decoupled(factor) = shared.decay { F::from_f64(factor) } else { F::ONE },
@@ -62,14 +62,18 @@ impl<F: Real> Frame<F> {
     /// An element of the gradient within the bound, times the factor. NaN stays.
     #[inline(always)]
     pub(super) fn prepared(&self, g: F) -> F {
-        let g = if g > self.bound { self.bound } else { g };
-        let g = if g < -self.bound { -self.bound } else { g };
+        let g = if let Some(bound) = self.bound {
+            let g = if g > bound { bound } else { g };
+            if g < -bound { -bound } else { g }
+        } else {
+            g
+        };
         g * self.gradient_factor
     }
 
     /// Whether [`Frame::prepared`] changes nothing.
     pub(super) fn leaves_gradients(&self) -> bool {
-        self.gradient_factor == F::ONE && self.bound.to_f64().is_infinite()
+        self.gradient_factor == F::ONE && self.bound.is_none()
     }
 }
 

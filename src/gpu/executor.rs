@@ -470,9 +470,9 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     let frame = Frame::<f32>::new(&row.shared);
     let l2 = if frame.l2.is_some() { L2 } else { 0 };
     let flush = if row.shared.flush_subnormals { FLUSH_SUBNORMALS } else { 0 };
-    let bounded = if frame.bound.is_finite() { BOUNDED } else { 0 };
+    let bounded = if frame.bound.is_some() { BOUNDED } else { 0 };
     let [bound, factor, decay, shrink] =
-        [frame.bound, frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
+        [frame.bound.unwrap_or(0.0), frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
     let mut words = [0; ROW_WORDS];
     let (head, coefficients) = words.split_at_mut(FRAME_WORDS);
     head.copy_from_slice(&[bound, factor, decay, shrink, l2 | flush | bounded]);

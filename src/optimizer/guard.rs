@@ -87,7 +87,7 @@ impl Optimizer {
                 return Ok(Verdict::Skip);
             }
             let index = indices[which];
-            let name = format!("gradient of {}", self.entries[index].info.label(index));
+            let name = format!("gradient of {}", self.entries[index].label(index));
             let got = if magnitude.is_nan() { "NaN" } else { "an infinite number" };
             return Err(Error::refuse(ErrorKind::Nonfinite, self.place_of("step"), name, "finite", got)
                 .with_remedy("nonfinite=\"skip\" leaves such updates out"));

@@ -331,12 +331,12 @@ impl Optimizer {
             if g.is_some() && entry.step == u64::MAX {
                 return refuse(
                     ErrorKind::Value,
-                    format!("step of {}", entry.info.label(i)),
+                    format!("step of {}", entry.label(i)),
                     "below 2^64 - 1".into(),
                     entry.step.to_string(),
                 );
             }
-            fits(&place, || entry.info.label(i), &entry.info, &p.raw)?;
+            fits(&place, || entry.label(i), &entry.info, &p.raw)?;
             if let Some(g) = g {
                 self.check_gradient(&place, i, g)?;
             }
@@ -345,8 +345,9 @@ impl Optimizer {
     }
 
     fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
-        let Entry { info, group, .. } = &self.entries[i];
-        let label = || format!("gradient of {}", info.label(i));
+        let entry = &self.entries[i];
+        let Entry { info, group, .. } = entry;
+        let label = || format!("gradient of {}", entry.label(i));
         let declared = self.preset.declaration().sparse;
         let elements = match (&g.rows, declared) {
             (None, Sparse::Required) => {
@@ -552,7 +553,7 @@ impl Optimizer {
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
             if gradient.rows.is_some() {
-                let label = format!("gradient of {}", entry.info.label(index));
+                let label = format!("gradient of {}", entry.label(index));
                 return Err(Error::refuse(
                     ErrorKind::Type,
                     format!("{}.step", preset.name),
@@ -673,6 +674,11 @@ impl Optimizer {
         };
         let slots = self.preset.declaration().slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name);
         slots.chain(self.joint_names(index)).collect()
+    }
+
+    /// Sets how messages call a parameter.
+    pub fn set_title(&mut self, index: usize, title: &str) {
+        self.entries[index].title = Some(title.to_owned());
     }
 
     /// Sets a parameter's step count. Its slots stay.

@@ -168,8 +168,8 @@ pub enum Schedule {
     },
 }
 
-/// Most schedules within schedules.
-const MAX_DEPTH: usize = 64;
+/// Most schedules within schedules: what a reader of JSON still takes.
+const MAX_DEPTH: usize = 60;
 
 impl Schedule {
     /// Refuses numbers that no schedule has: not finite, of no length, ends that do not fit.
@@ -183,7 +183,7 @@ impl Schedule {
             Err(Error::refuse(ErrorKind::Value, format!("schedules.{name}"), what, allowed, got))
         };
         if depth == 0 {
-            return refuse("schedules within it", "within 64 of each other", "one more".into());
+            return refuse("schedules within it", "within 60 of each other", "one more".into());
         }
         for (what, x) in self.numbers() {
             if !x.is_finite() {
@@ -233,6 +233,7 @@ impl Schedule {
                 }
                 parts.iter().try_for_each(|part| part.check_within(depth - 1))
             }
+            Self::Product(parts) if parts.is_empty() => refuse("factors", "at least one", "none".into()),
             Self::Product(parts) => parts.iter().try_for_each(|part| part.check_within(depth - 1)),
             Self::Clip { of, low, high } => {
                 if let (Some(low), Some(high)) = (low, high)
@@ -326,15 +327,19 @@ impl Schedule {
             Self::Step { .. } | Self::InverseSqrt { .. } | Self::WarmRestarts { .. } | Self::Cyclic { .. } => None,
             Self::Piecewise { points, .. } => points.last().map(|point| point.0),
             Self::Sequence(parts) => parts.iter().try_fold(0u64, |n, part| Some(n.saturating_add(part.length()?))),
-            Self::Product(parts) => parts.iter().try_fold(0, |n, part| Some(part.length_in_product()?.max(n))),
+            Self::Product(parts) if parts.iter().all(Self::is_number) => None,
+            Self::Product(parts) => {
+                let curves = parts.iter().filter(|part| !part.is_number());
+                curves.into_iter().try_fold(0, |n, part| Some(part.length()?.max(n)))
+            }
             Self::Clip { of, .. } => of.length(),
             Self::Shift { of, by } => Some(of.length()?.saturating_add_signed(*by)),
         }
     }
 
-    /// A number has no length of its own in a product.
-    fn length_in_product(&self) -> Option<u64> {
-        if matches!(self, Self::Constant { steps: None, .. }) { Some(0) } else { self.length() }
+    /// Whether it is a number, which has no length of its own in a product.
+    fn is_number(&self) -> bool {
+        matches!(self, Self::Constant { steps: None, .. })
     }
 
     /// The value of update `t`.
@@ -346,16 +351,16 @@ impl Schedule {
                 if t >= *steps {
                     *end
                 } else {
-                    start + (end - start) * x(*steps)
+                    between(*start, *end, x(*steps))
                 }
             }
             Self::Polynomial { peak, floor, steps, power } => {
                 floor + (peak - floor) * libm::pow(1.0 - x(*steps), *power)
             }
             Self::Exponential { start, gamma, steps } => {
-                start * libm::pow(*gamma, steps.map_or(t, |steps| t.min(steps)) as f64)
+                times(*start, libm::pow(*gamma, steps.map_or(t, |steps| t.min(steps)) as f64))
             }
-            Self::Step { start, every, gamma } => start * libm::pow(*gamma, (t / every) as f64),
+            Self::Step { start, every, gamma } => times(*start, libm::pow(*gamma, (t / every) as f64)),
             Self::Cosine { peak, floor, steps } => {
                 if t >= *steps {
                     *floor
@@ -382,13 +387,13 @@ impl Schedule {
             Self::Cyclic { base, peak, up, down, mode, gamma } => {
                 let t = t as f64;
                 let (cycle, height) = triangle(t, *up as f64, *down as f64);
-                base + (peak - base) * height * mode.scale(t, cycle, *gamma)
+                base + times((peak - base) * height, mode.scale(t, cycle, *gamma))
             }
             Self::Piecewise { points, lines } => {
                 let next = points.partition_point(|point| point.0 <= t);
                 match (points.get(next.saturating_sub(1)), points.get(next)) {
                     (Some(&(from, a)), Some(&(to, b))) if *lines => {
-                        a + (b - a) * ((t - from) as f64 / (to - from) as f64)
+                        between(a, b, (t - from) as f64 / (to - from) as f64)
                     }
                     (Some(&(_, a)), _) => a,
                     (None, _) => f64::NAN,
@@ -441,6 +446,17 @@ impl Schedule {
     pub fn scaled(self, factor: f64) -> Self {
         Self::Product(vec![self, Self::Constant { value: factor, steps: None }])
     }
+}
+
+/// On the line from `a` to `b`, also where their difference is too large for a number.
+fn between(a: f64, b: f64, part: f64) -> f64 {
+    let rise = b - a;
+    if rise.is_finite() { a + rise * part } else { a * (1.0 - part) + b * part }
+}
+
+/// The product, 0 where the first factor is, however large the second has grown.
+fn times(a: f64, grown: f64) -> f64 {
+    if a == 0.0 { a } else { a * grown }
 }
 
 /// Within warm restarts: updates since the last restart, and the length of the run.
@@ -602,7 +618,7 @@ mod tests {
         for _ in 0..70 {
             deep = Schedule::Shift { of: deep.into(), by: 0 };
         }
-        assert!(message(deep).contains("within 64 of each other"));
+        assert!(message(deep).contains("within 60 of each other"));
         assert_eq!(Schedule::Sequence(vec![]).check().unwrap_err().kind(), ErrorKind::Value);
     }
 }

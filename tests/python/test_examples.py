@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 import roptim
+from roptim import lr_scheduler, schedules, swa_utils
 from roptim.optimizer import REGISTRY
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SCHEDULES_PAGE = Path(__file__).parents[2] / "docs" / "schedules.md"
 
 Load = Callable[[str], Any]
 Output = pytest.CaptureFixture[str]
@@ -438,3 +440,172 @@ def test_trajectories_gradient_agrees_with_difference_quotients(load: Load) -> N
     point = example.START.copy()
     check_gradients(lambda: float(example.loss(*point)), {"point": point}, {"point": example.gradient(point)})
     np.testing.assert_allclose(example.gradient(example.MINIMUM), 0, atol=1e-15)
+
+
+# ---- one_cycle.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_cycle(demo_libraries: None, load: Load) -> Any:
+    """The example as a module."""
+    return load("one_cycle")
+
+
+def test_one_cycle_ends_lower_than_constant_rates_and_plots(one_cycle: Any, tmp_path: Path, capsys: Output) -> None:
+    assert one_cycle.main(["--seeds", "2", "--epochs", "10", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / one_cycle.PICTURE).read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    peak = float(re.search(r"falls fastest at (\S+)", said).group(1))
+    assert 0.01 < peak < 1
+    # Means of the test loss after the last epoch, and of the averaged parameters.
+    cycle, suggested, third = re.findall(r"^(?:one cycle, peak|constant,) \S+ +(\S+) +\S+ +(\S+) +\S+$", said, re.M)
+    assert float(cycle[0]) < min(float(suggested[0]), float(third[0]))
+    assert float(suggested[1]) < float(suggested[0])
+    assert said.count("is lower than") == 2
+
+
+def test_one_cycle_fails_where_the_cycle_is_no_better(
+    one_cycle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    # Instead of the cycle a rate with which little is learned.
+    monkeypatch.setattr(one_cycle, "one_cycle", lambda steps, peak, **others: schedules.constant(1e-3 * peak))
+    assert one_cycle.main(["--seeds", "1", "--epochs", "4", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("NOT LOWER") == 2
+
+
+def test_one_cycle_trains_with_the_schedules_values(one_cycle: Any) -> None:
+    data = one_cycle.load_data()
+    runs = one_cycle.train_all(data, seeds=1, epochs=4, peak=0.05)
+    run = runs[one_cycle.CYCLE][0]
+    updates = len(run.lr)
+    assert updates == 4 * -(-len(data.train_labels) // 32)
+    assert run.lr == schedules.one_cycle(updates, 0.05).values(updates).tolist()
+    assert max(run.lr) == pytest.approx(0.05, rel=1e-3)
+    momenta = [max(run.momentum), run.momentum[np.argmax(run.lr)], run.momentum[-1]]
+    assert momenta == pytest.approx([0.95, min(run.momentum), 0.95], abs=1e-12)
+    assert min(run.momentum) == pytest.approx(0.85, abs=1e-4)
+    # Of four epochs the last one is averaged: the average is what it ended with.
+    for each in runs.values():
+        assert each[0].averaged == each[0].results[-1]
+        assert len(each[0].results) == 4
+    assert runs[one_cycle.THIRD][0].lr == [0.05 / 3] * updates
+
+
+def test_one_cycle_averages_the_last_quarter(one_cycle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Watched(one_cycle.AveragedModel):
+        def update_parameters(self, model: Any) -> None:
+            super().update_parameters(model)
+            seen.append({name: p.data.copy() for name, p in model.items()})
+            for name, average in self.module.items():
+                want = np.mean([each[name] for each in seen], axis=0)
+                np.testing.assert_allclose(average.data, want, rtol=0, atol=1e-6)
+
+    monkeypatch.setattr(one_cycle, "AveragedModel", Watched)
+    one_cycle.train(one_cycle.load_data(), 0, 8, 0.05, 0.9)
+    assert len(seen) == 2
+
+
+# ---- schedules.py -------------------------------------------------------------------------------------------
+
+
+def test_schedules_draws_the_same_pictures_each_time(load: Load, tmp_path: Path, capsys: Output) -> None:
+    pytest.importorskip("matplotlib")
+    example = load("schedules")
+    for folder in ("first", "second"):
+        assert example.main(["--output", str(tmp_path / folder)]) == 0
+    for name in (example.SCHEDULES_PICTURE, example.SCHEDULERS_PICTURE):
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
+        assert first == second
+        assert first.startswith(b"\x89PNG")
+        assert len(first) < 300_000
+        assert name in SCHEDULES_PAGE.read_text(encoding="utf-8")
+        assert (SCHEDULES_PAGE.parent / name).is_file()
+
+
+def test_schedules_shows_every_scheduler(load: Load) -> None:
+    pytest.importorskip("matplotlib")
+    shown = [re.match(r"[\w.]+", panel.call).group() for panel in load("schedules").PANELS]
+    assert len(shown) == len(set(shown))
+    assert set(shown) == set(lr_scheduler.__all__) - {"LRScheduler"} | {"swa_utils.SWALR"}
+
+
+def test_schedules_notes_are_true(load: Load) -> None:
+    pytest.importorskip("matplotlib")
+    example = load("schedules")
+    calls = {panel.call.split("(")[0]: panel.call for panel in example.PANELS}
+    rates = {name: example.learning_rates(call) for name, call in calls.items()}
+    for name, values in rates.items():
+        assert len(values) == example.EPOCHS, name
+        assert np.all((values >= 0) & (values <= 1 + 1e-12)), name
+        assert np.ptp(values) > 0.4, name
+    cosine = rates["CosineAnnealingLR"]
+    assert (np.diff(cosine[:51]) < 0).all()
+    assert (np.diff(cosine[50:]) > 0).all()
+    assert np.flatnonzero(np.diff(rates["ReduceLROnPlateau"]))[0] == example.STALL + 8
+    for name in ("CyclicLR", "OneCycleLR"):
+        momenta = np.array(in_epochs(calls[name], "momentum", example.EPOCHS))
+        assert np.corrcoef(momenta, rates[name])[0, 1] < -0.999
+    assert {panel.note for panel in example.PANELS} == {
+        "",
+        "rises again after T_max",
+        "momentum goes the other way",
+        f"the loss falls until epoch {example.STALL}",
+    }
+
+
+# ---- docs/schedules.md --------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_on_schedules_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", SCHEDULES_PAGE.read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 4
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, namespace)
+
+
+def conversions(table: str) -> list[tuple[str, str]]:
+    """Scheduler and value of each row of a table of the page."""
+    page = SCHEDULES_PAGE.read_text(encoding="utf-8")
+    body = re.search(rf"<!-- {table}:.*?-->\n(.*?)\n<!-- end of {table} -->", page, re.S).group(1)
+    return [re.findall(r"`([^`]+)`", row)[:2] for row in body.splitlines()[2:]]
+
+
+def in_epochs(call: str, key: str, epochs: int) -> list[float]:
+    """What a scheduler of torch's makes of lr 0.1 or of the momentum."""
+    opt = roptim.SGD([np.zeros(1)], lr=0.1, momentum=0.9)
+    opt.step([np.zeros(1)])
+    known = {**vars(lr_scheduler), "swa_utils": swa_utils, "opt": opt, "f": lambda t: 1 / (1 + t / 20)}
+    scheduler = eval(call, known)
+    values = [opt.param_groups[0][key]]
+    for _ in range(epochs - 1):
+        scheduler.step()
+        values.append(opt.param_groups[0][key])
+    return values
+
+
+@pytest.mark.parametrize(("call", "value"), conversions("conversions"))
+def test_a_scheduler_has_a_value_with_the_same_values(call: str, value: str) -> None:
+    # The cosine is the same to T_max, where the curve of torch's turns up.
+    epochs = 51 if call.startswith("CosineAnnealingLR") else 100
+    schedule = eval(value, {**vars(schedules), "lr": 0.1, "f": lambda t: 1 / (1 + t / 20)})
+    assert in_epochs(call, "lr", epochs) == pytest.approx([schedule(t) for t in range(epochs)], rel=1e-12)
+    if epochs < 100:
+        later = in_epochs(call, "lr", 100)
+        assert later[75] > 2 * schedule(75) == 2 * schedule(50)
+
+
+@pytest.mark.parametrize(("call", "value"), conversions("momenta"))
+def test_a_cycled_momentum_has_a_value_with_the_same_values(call: str, value: str) -> None:
+    momentum = eval(value, vars(schedules))
+    got = in_epochs(call, "momentum", 100)
+    assert got == pytest.approx([momentum(t) for t in range(100)], rel=1e-12)
+    assert max(got) - min(got) > 0.09
+
+
+def test_every_scheduler_has_a_row_or_a_reason() -> None:
+    rows = {re.match(r"[\w.]+", call).group() for call, _ in conversions("conversions")}
+    assert rows == set(lr_scheduler.__all__) - {"LRScheduler", "ReduceLROnPlateau"} | {"swa_utils.SWALR"}
+    assert "`ReduceLROnPlateau` has no counterpart" in SCHEDULES_PAGE.read_text(encoding="utf-8")

@@ -1444,3 +1444,17 @@ def test_reset_does_nothing_at_any_time() -> None:
     finder.reset()
     assert snapshot(opt) == before
     assert finder.history is history
+
+
+def test_a_scheduled_learning_rate_is_refused_and_others_go_on() -> None:
+    p, q = np.ones(3), np.ones(3)
+    schedule = roptim.schedules.linear(0.0, 0.5, 20)
+    with pytest.raises(roptim.RoptimTypeError, match="lr of group 0 must be a number, got a schedule"):
+        LRFinder(roptim.SGD([p], lr=schedule), loss_and_gradients=lambda _: (1.0, [p])).range_test([0], num_iter=3)
+    tested, plain = (roptim.SGD([x], lr=0.1, momentum=schedule) for x in (p, q))
+    LRFinder(tested, loss_and_gradients=lambda _: (float(p @ p), [2 * p])).range_test([0], num_iter=5)
+    for opt, x in ((tested, p), (plain, q)):
+        for _ in range(4):
+            opt.step([2 * x])
+    assert np.array_equal(p, q)
+    assert tested.param_groups[0]["momentum"] == plain.param_groups[0]["momentum"] == schedule(4)

@@ -13,7 +13,8 @@ import pytest
 
 import roptim
 from roptim.__main__ import state_bytes, state_names
-from roptim.optimizer import OPTIONS, REGISTRY
+from roptim._groups import OPTIONS
+from roptim.optimizer import REGISTRY
 
 EXTRAS = set(OPTIONS)
 SWITCHES = {"foreach", "fused", "capturable", "differentiable"}

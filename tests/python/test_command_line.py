@@ -1,0 +1,250 @@
+"""``python -m roptim``: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import roptim
+from roptim import schedules
+from roptim.__main__ import main
+from roptim._gallery import UPDATES, examples, printable, text_plot
+from roptim.optimizer import REGISTRY
+from roptim.schedules import Schedule
+
+Output = pytest.CaptureFixture[str]
+
+FUNCTIONS = [name for name in schedules.__all__ if name != "Schedule"]
+NAMESPACE = {name: getattr(schedules, name) for name in schedules.__all__}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def run(capsys: Output, *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: Output, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "roptim", *arguments]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=60)
+
+
+# ---- the examples -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_has_an_example(name: str) -> None:
+    assert any(call.startswith(f"{name}(") for call, _ in examples())
+
+
+def test_what_is_public_is_in_all() -> None:
+    functions = {
+        name
+        for name, value in vars(schedules).items()
+        if inspect.isfunction(value) and value.__module__ == "roptim.schedules" and not name.startswith("_")
+    }
+    assert functions == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("way", [r"\.then\(", r"\.clip\(", r"\.shift\(", r" \* ", r"^sequence\("])
+def test_every_way_to_join_schedules_has_an_example(way: str) -> None:
+    assert any(re.search(way, call) for call, _ in examples())
+
+
+def test_examples_are_different_and_end_with_what_is_drawn() -> None:
+    shown = examples()
+    assert len({schedule for _, schedule in shown}) == len(shown)
+    for call, schedule in shown:
+        assert schedule.length is None or schedule.length <= UPDATES, call
+        assert np.isfinite(schedule.values(2 * UPDATES)).all(), call
+
+
+# ---- schedules ----------------------------------------------------------------------------------------------
+
+
+def test_schedules_lists_each_with_its_curve_and_ends(capsys: Output) -> None:
+    *lines, explanation = run(capsys, "schedules").splitlines()
+    assert len(lines) == len(examples())
+    for line, (call, schedule) in zip(lines, examples(), strict=True):
+        curve, first, last, shown_call = re.fullmatch(r"(\S+)  (\S+) to (\S+) +(.*)", line).groups()
+        assert curve == schedule.sparkline()
+        assert float(first) == pytest.approx(schedule(0), rel=5e-3)
+        assert float(last) == pytest.approx(schedule(schedule.length or UPDATES), rel=5e-3)
+        assert shown_call == call
+    assert str(UPDATES) in explanation
+
+
+def called(call: str) -> set[str]:
+    """The functions that an expression calls."""
+    calls = [node.func for node in ast.walk(ast.parse(call, mode="eval")) if isinstance(node, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_schedules_of_a_name_shows_what_has_it(name: str, capsys: Output) -> None:
+    blocks = run(capsys, "schedules", name).strip("\n").split("\n\n")
+    shown = [block.splitlines()[0] for block in blocks]
+    assert shown == [call for call, _ in examples() if name in called(call)]
+    for block in blocks:
+        call, about, *plot = block.splitlines()
+        schedule = eval(call, dict(NAMESPACE))
+        end = UPDATES if schedule.length is None else schedule.length
+        length = "without end" if schedule.length is None else f"length {end}"
+        assert about == f"{length}; {schedule(0):.4g} at update 0, {schedule(end):.4g} at update {end}"
+        assert "\n".join(plot) == text_plot(schedule, end + 1)
+
+
+def heights(plot: str) -> tuple[float, float, list[int], int]:
+    """What a reader sees: the largest and smallest value, each column in eighths, the last update."""
+    *rows, axis = plot.splitlines()
+    margin = axis.index("0") - 1
+    columns = [row[margin + 1 :].ljust(64) for row in rows]
+    assert {row[margin] for row in rows} == {"|"}
+    eighths = [sum(BARS.find(bar) + 1 for bar in column) for column in zip(*columns, strict=True)]
+    return float(rows[0][: margin - 1]), float(rows[-1][: margin - 1]), eighths, int(axis.split()[-1])
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.call)
+def test_the_plot_has_the_values(example: tuple[str, Schedule]) -> None:
+    schedule = example[1]
+    high, low, eighths, last = heights(text_plot(schedule, UPDATES + 1))
+    values = schedule.values(UPDATES + 1)
+    assert (high, low) == pytest.approx((values.max(), values.min()), rel=1e-3)
+    assert last == UPDATES
+    assert len(eighths) == 64
+    spread = values.max() - values.min()
+    for column, height in enumerate(eighths):
+        value = schedule(column * UPDATES // 63)
+        want = 1 + 47 * (value - values.min()) / spread if spread else 1
+        assert abs(height - want) <= 0.5 + 1e-9
+
+
+def test_the_plot_has_no_gaps_below_a_bar() -> None:
+    rows = [row[8:].ljust(64) for row in text_plot(schedules.cosine(1000, peak=0.1234, floor=0.1), 1001).splitlines()]
+    for column in zip(*rows[:-1], strict=True):
+        assert re.fullmatch(r" *[▁▂▃▄▅▆▇█]?█*", "".join(column))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.exponential(2.0, steps=3000),  # infinite from update 1024 on
+        schedules.cosine(2**64 - 1),
+        schedules.linear(-1.7e308, 1.7e308, 10),
+        schedules.constant(0.0, 1),
+        schedules.constant(-1e-320),
+    ],
+    ids=lambda schedule: schedule.to_json(),
+)
+def test_no_schedule_is_too_much_for_the_plot(schedule: Schedule, capsys: Output) -> None:
+    call, about, *plot = run(capsys, "schedules", "--json", schedule.to_json()).splitlines()
+    assert eval(call, dict(NAMESPACE)) == schedule
+    assert about
+    assert len(plot) == 7
+    assert "nan" not in "".join(plot)
+
+
+def test_values_that_are_not_finite_are_left_out() -> None:
+    high, low, eighths, _ = heights(text_plot(schedules.exponential(2.0, steps=3000), 3001))
+    assert low == 1
+    assert math.isfinite(high)
+    assert min(eighths[:21]) > 0
+    assert set(eighths[23:]) == {0}
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.call)
+def test_json_is_what_a_state_holds(example: tuple[str, Schedule], capsys: Output) -> None:
+    schedule = example[1]
+    opt = roptim.SGD([np.zeros(1)], lr=schedule)
+    text = opt.state_dict()["roptim"]["schedules"][0]["lr"]
+    call, *_ = run(capsys, "schedules", "--json", text).splitlines()
+    assert eval(call, dict(NAMESPACE)) == schedule
+
+
+def test_updates_says_how_far(capsys: Output) -> None:
+    text = schedules.step(5000, 0.5).to_json()
+    _, about, *plot = run(capsys, "schedules", "--json", text, "--updates", "10001").splitlines()
+    assert about == "without end; 1 at update 0, 0.25 at update 10000"
+    assert plot[-1].split() == ["0", "10000"]
+    assert run(capsys, "schedules", "cosine", "--updates", "1").count("at update 0, ") == 4
+
+
+def test_what_is_no_schedule_is_refused(capsys: Output) -> None:
+    for text in ("", "x", "__import__('os')", "cosine(3)", "[]", '{"cosine": {"steps": 0, "peak": 1, "floor": 0}}'):
+        assert "schedules." in refused(capsys, "schedules", "--json", text).splitlines()[-1]
+    assert "invalid choice: 'Schedule'" in refused(capsys, "schedules", "Schedule")
+    assert "invalid choice: 'cosine(3)'" in refused(capsys, "schedules", "cosine(3)")
+    assert "not allowed with" in refused(capsys, "schedules", "cosine", "--json", "{}")
+    for number in ("0", "-1", "x", "1.5", "", str(2**64)):
+        assert "--updates: must be a whole number >= 1" in refused(capsys, "schedules", "cosine", f"--updates={number}")
+
+
+# ---- outputs of other kinds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "latin-1"])
+def test_bars_are_replaced_where_the_output_has_none(encoding: str) -> None:
+    assert printable(f"{BARS} x", encoding) == "_.:-=+*# x"
+    assert printable(BARS, "utf-8") == printable(BARS, "utf-16") == BARS
+
+
+@pytest.mark.parametrize("arguments", [["schedules"], ["schedules", "cosine"], ["list"]])
+def test_a_terminal_without_utf_8_is_enough(arguments: list[str]) -> None:
+    done = process(*arguments, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    text = done.stdout.decode("ascii")
+    if arguments == ["list"]:
+        assert "Polak, Ribi?re" in text
+    else:
+        assert "?" not in text
+        assert "#" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "roptim", "schedules"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait(timeout=60) == 1
+
+
+# ---- the other commands -------------------------------------------------------------------------------------
+
+
+def test_list_has_every_optimizer(capsys: Output) -> None:
+    names = [line.split()[0] for line in run(capsys, "list").splitlines()]
+    assert names[1 : 1 + len(REGISTRY)] == list(REGISTRY)
+
+
+def test_devices_begin_with_the_cpu(capsys: Output) -> None:
+    lines = run(capsys, "devices").splitlines()
+    assert len(lines) == len(roptim.devices())
+    assert lines[0].startswith(roptim.devices()[0].backend)
+
+
+def test_a_command_is_required_and_known(capsys: Output) -> None:
+    assert "required: command" in refused(capsys)
+    assert "invalid choice" in refused(capsys, "draw")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"roptim {roptim.__version__}\n"
