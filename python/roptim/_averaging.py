@@ -29,7 +29,14 @@ class _Known:
         self.decay = decay
         self.lerp = lerp
 
-    def _joined(self, average: Any, value: Any, count: int) -> Any:
+    def joined(self, average: Any, value: Any, count: int) -> Any:
+        """The new average of one array."""
+        if average.dtype.kind in "iu" and self.decay is None:
+            # Exact, and cut towards zero.
+            total = average.astype(object) * count + value.astype(object)
+            return np.asarray(np.sign(total) * (abs(total) // (count + 1)), object)
+        if average.dtype.kind in "iu":
+            average, value = average.astype(np.float64), value.astype(np.float64)
         weight = 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
         if self.lerp:
             return average + weight * (value - average)
@@ -39,9 +46,9 @@ class _Known:
 
     def __call__(self, average: Any, value: Any, count: int) -> Any:
         if not self.lerp:
-            return self._joined(average, value, count)
+            return self.joined(np.asarray(average), np.asarray(value), count)
         for a, x in zip(average, value, strict=True):
-            a[...] = self._joined(a, x, count)
+            a[...] = self.joined(a, np.asarray(x), count)
         return None
 
     def __repr__(self) -> str:
@@ -51,7 +58,7 @@ class _Known:
 
 
 def _decay(place: str, decay: Any) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.number)):
+    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.integer, np.floating)):
         raise refuse(RoptimTypeError, place, "decay", "a number in [0, 1]", repr(decay))
     if not 0 <= decay <= 1:
         raise refuse(RoptimValueError, place, "decay", "a number in [0, 1]", repr(decay))
@@ -148,28 +155,34 @@ class AveragedModel:
             if function is not None and not callable(function):
                 raise refuse(RoptimTypeError, _PLACE, name, "callable", repr(function))
         self._spec, objects, self._names = _tree.flatten(_tree.listed(model, _PLACE), _PLACE)
-        self._single = self._spec.kind == "leaf"
-        self._averages = [_copied(_PLACE, f"parameter {i}", p) for i, p in enumerate(objects)]
-        self.module = _built(self._spec, iter(self._averages))
+        self._averages = [_copied(f"parameter {i}", p) for i, p in enumerate(objects)]
         self._use_buffers = bool(use_buffers)
         self._buffer_spec: _tree.Spec | None = None
         self._buffers: list[Any] = []
         if buffers is not None:
             self._buffer_spec, objects, _ = _tree.flatten(_tree.listed(buffers, _PLACE), _PLACE)
-            self._buffers = [np.array(b) for b in objects]
+            self._buffers = [np.array(_numbers(_PLACE, f"buffer {i}", b)) for i, b in enumerate(objects)]
         self.n_averaged = 0
         self._function = avg_fn or multi_avg_fn or get_swa_avg_fn()
         self._is_multi = multi_avg_fn is not None
+        self._options: dict[str, Any] = {"backend": backend if device is None else device}
+        self._options.update(allow_software=allow_software, threads=threads)
+        self._attach()
+
+    def _attach(self) -> None:
+        """The container of the averages, and the engine that updates them."""
+        self.module = _built(self._spec, iter(self._averages))
         self._engine: Engine | None = None
-        self._options = {"backend": device or backend, "allow_software": allow_software, "threads": threads}
+        options = checked_options(_PLACE, {**OPTIONS, "flush_denormals": False, **self._options})
         if isinstance(self._function, _Known):
-            options = checked_options(_PLACE, {**OPTIONS, "flush_denormals": False, **self._options})
-            self._engine = Engine("Average", **options)
+            self._engine = Engine("AveragedModel", **options)
             known = {"decay": self._function.decay, "lerp": self._function.lerp}
             self._engine.add_group(known, self._averages, None)
-        elif (device or backend) != "cpu":
+            for i in range(len(self._averages)):
+                self._engine.set_step_of(i, self.n_averaged)
+        elif options["backend"] != "cpu":
             allowed = '"cpu" for a function of your own'
-            raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(device or backend))
+            raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(options["backend"]))
 
     @property
     def buffers(self) -> Any:
@@ -181,50 +194,60 @@ class AveragedModel:
         Raises
         ------
         RoptimError
-            If something does not fit; nothing has changed then.
+            If something does not fit; nothing has changed then, nor after an error of a function of your own.
         """
         place = f"{_PLACE}.update_parameters"
-        values = [np.asarray(p) for p in _tree.read(self._spec, model, place)]
+        values = [
+            _numbers(place, f"parameter {i}", p, average)
+            for i, (p, average) in enumerate(zip(self._read(place, model), self._averages, strict=True))
+        ]
         new_buffers = self._read_buffers(place, buffers)
-        for i, (average, value) in enumerate(zip(self._averages, values, strict=True)):
-            if value.shape != average.shape:
-                raise refuse(RoptimValueError, place, f"parameter {i}", f"of shape {average.shape}", str(value.shape))
-            if value.dtype != average.dtype:
-                raise refuse(RoptimTypeError, place, f"parameter {i}", str(average.dtype), str(value.dtype))
+        if self._use_buffers and self.n_averaged > 0:
+            joined = self._joined("buffer", self._buffers, new_buffers)
+            # Truth values have no average.
+            new_buffers = [n if n.dtype == bool else j for n, j in zip(new_buffers, joined, strict=True)]
         if self._engine is not None:
             self._engine.step(values)
         else:
-            self._join(self._averages, values)
-        if self._use_buffers and self.n_averaged > 0 and self._buffers:
-            joined = _Known(None, lerp=False) if self._is_multi and self._engine is None else self._function
-            for mine, theirs in zip(self._buffers, new_buffers, strict=True):
-                average = joined._joined if isinstance(joined, _Known) else joined
-                # Whole numbers are cut, as torch does.
-                mine[...] = np.asarray(average(mine, theirs, self.n_averaged)).astype(mine.dtype)
-        else:
-            for mine, theirs in zip(self._buffers, new_buffers, strict=True):
-                mine[...] = theirs
+            results = values if self.n_averaged == 0 else self._joined("average", self._averages, values)
+            for average, result in zip(self._averages, results, strict=True):
+                average[...] = result
+        for mine, theirs in zip(self._buffers, new_buffers, strict=True):
+            mine[...] = theirs
         self.n_averaged += 1
 
-    def _join(self, averages: list[Any], values: list[Any]) -> None:
-        """One update by a function of the user's, all or nothing."""
+    def _joined(self, what: str, averages: list[Any], values: list[Any]) -> list[Any]:
+        """The new averages, apart from the old ones, in their dtypes."""
         function: Any = self._function
-        if self.n_averaged == 0:
-            results: list[Any] = values
-        elif self._is_multi:
-            results = [np.array(average) for average in averages]
-            function(results, values, self.n_averaged)
-        else:
+        results: list[Any]
+        if isinstance(function, _Known):
             results = [
-                np.asarray(function(np.array(average), value, self.n_averaged))
-                for average, value in zip(averages, values, strict=True)
+                x if x.dtype == bool else function.joined(np.asarray(a), x, self.n_averaged)
+                for a, x in zip(averages, values, strict=True)
             ]
+        elif self._is_multi:
+            # Whole numbers are averaged as floats, and cut afterwards.
+            results = [np.array(a, np.float64 if a.dtype.kind in "iu" else a.dtype) for a in averages]
+            function(results, values, self.n_averaged)
+            if len(results) != len(averages):
+                got = str(len(results))
+                raise refuse(RoptimValueError, _PLACE, f"number of {what}s", f"{len(averages)} after multi_avg_fn", got)
+        else:
+            results = [function(np.array(a), x, self.n_averaged) for a, x in zip(averages, values, strict=True)]
+        checked = []
         for i, (average, result) in enumerate(zip(averages, results, strict=True)):
-            if result.shape != average.shape:
-                got = str(result.shape)
-                raise refuse(RoptimValueError, _PLACE, f"average {i}", f"of shape {average.shape}", got)
-        for average, result in zip(averages, results, strict=True):
-            average[...] = result.astype(average.dtype, copy=False)
+            array = np.asarray(result)
+            if array.shape != average.shape:
+                allowed, got = f"of shape {average.shape}", str(array.shape)
+                raise refuse(RoptimValueError, _PLACE, f"{what} {i}", allowed, got)
+            _numbers(_PLACE, f"{what} {i}", array.astype(np.float64) if array.dtype == object else array)
+            if array.dtype.kind == "c" and average.dtype.kind != "c":
+                raise refuse(RoptimTypeError, _PLACE, f"{what} {i}", "of real numbers", str(array.dtype))
+            checked.append(array.astype(average.dtype))
+        return checked
+
+    def _read(self, place: str, model: Any) -> list[Any]:
+        return _tree.read(self._spec, model, place, what="parameter")
 
     def _read_buffers(self, place: str, buffers: Any) -> list[Any]:
         if self._buffer_spec is None:
@@ -233,32 +256,46 @@ class AveragedModel:
             return []
         if buffers is None:
             raise refuse(RoptimTypeError, place, "buffers", "given as at construction", "none")
-        found = [np.asarray(b) for b in _tree.read(self._buffer_spec, buffers, place)]
-        for i, (mine, theirs) in enumerate(zip(self._buffers, found, strict=True)):
-            if mine.shape != theirs.shape:
-                raise refuse(RoptimValueError, place, f"buffer {i}", f"of shape {mine.shape}", str(theirs.shape))
-        return found
+        found = _tree.read(self._buffer_spec, buffers, place, what="buffer")
+        return [
+            _numbers(place, f"buffer {i}", theirs, mine, "same_kind")
+            for i, (theirs, mine) in enumerate(zip(found, self._buffers, strict=True))
+        ]
 
     def copy_to(self, model: Any) -> None:
         """Writes the averages into parameters of the same shape, in place."""
-        self._write(f"{_PLACE}.copy_to", model, [np.array(a) for a in self._averages])
+        place = f"{_PLACE}.copy_to"
+        self._write(self._targets(place, model), [np.array(a) for a in self._averages])
 
     @contextmanager
     def applied_to(self, model: Any) -> Iterator[None]:
         """Within the block the parameters have the averages' values; afterwards their own again, bit for bit."""
-        place = f"{_PLACE}.applied_to"
-        before = [np.array(p) for p in _tree.read(self._spec, model, place)]
-        self._write(place, model, [np.array(a) for a in self._averages])
+        targets = self._targets(f"{_PLACE}.applied_to", model)
+        before = [np.array(p) for p in targets]
+        self._write(targets, [np.array(a) for a in self._averages])
         try:
             yield
         finally:
-            self._write(place, model, before)
+            self._write(targets, before)
 
-    def _write(self, place: str, model: Any, values: list[Any]) -> None:
-        params = _tree.read(self._spec, model, place)
-        for i, (p, value) in enumerate(zip(params, values, strict=True)):
-            if p.shape != value.shape:
-                raise refuse(RoptimValueError, place, f"parameter {i}", f"of shape {value.shape}", str(p.shape))
+    def _targets(self, place: str, model: Any) -> list[Any]:
+        """The parameters of a model, all of which can take the averages."""
+        params = self._read(place, model)
+        for i, (p, average) in enumerate(zip(params, self._averages, strict=True)):
+            name = f"parameter {i}"
+            if not isinstance(p, (np.ndarray, Parameter)):
+                got = f"an object of type {type(p).__name__}"
+                raise refuse(RoptimTypeError, place, name, "a numpy.ndarray or Parameter", got)
+            if p.shape != average.shape:
+                raise refuse(RoptimValueError, place, name, f"of shape {average.shape}", str(p.shape))
+            if not np.can_cast(average.dtype, p.dtype, "same_kind"):
+                raise refuse(RoptimTypeError, place, name, f"of a dtype that can hold {average.dtype}", str(p.dtype))
+            if isinstance(p, np.ndarray) and not p.flags.writeable:
+                raise refuse(RoptimValueError, place, name, "writeable", "a read-only array")
+        return params
+
+    @staticmethod
+    def _write(params: list[Any], values: list[Any]) -> None:
         for p, value in zip(params, values, strict=True):
             p[...] = value
 
@@ -297,6 +334,9 @@ class AveragedModel:
             ("average", self._averages, module),
             ("buffer", self._buffers, state_dict.get("buffers", [])),
         ):
+            if not isinstance(theirs, (list, tuple)):
+                got = f"an object of type {type(theirs).__name__}"
+                raise refuse(RoptimTypeError, place, f"{what}s", "a list of arrays", got)
             if len(theirs) != len(mine):
                 raise refuse(RoptimValueError, place, f"number of {what}s", str(len(mine)), str(len(theirs)))
             for i, (own, given) in enumerate(zip(mine, theirs, strict=True)):
@@ -312,28 +352,41 @@ class AveragedModel:
             for i in range(len(self._averages)):
                 self._engine.set_step_of(i, self.n_averaged)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        functions = {"multi_avg_fn" if self._is_multi else "avg_fn": self._function}
-        given = {**functions, "use_buffers": self._use_buffers, "buffers": self.buffers, **self._options}
-        return _rebuilt, (type(self), self.module, given, self.state_dict())
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module")}
+        state["_averages"] = [_copied("a parameter", a) for a in self._averages]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()
 
     def __repr__(self) -> str:
         return f"AveragedModel({self._function!r}, n_averaged={self.n_averaged})"
 
 
-def _rebuilt(cls: type[AveragedModel], module: Any, given: dict[str, Any], state: dict[str, Any]) -> AveragedModel:
-    average = cls(module, **given)
-    average.load_state_dict(state)
-    return average
-
-
-def _copied(place: str, label: str, p: Any) -> Any:
+def _copied(label: str, p: Any) -> Any:
     if not isinstance(p, (np.ndarray, Parameter)):
         got = f"an object of type {type(p).__name__}"
-        raise refuse(RoptimTypeError, place, label, "a numpy.ndarray or Parameter", got)
+        raise refuse(RoptimTypeError, _PLACE, label, "a numpy.ndarray or Parameter", got)
     if isinstance(p, Parameter):
         return Parameter(np.array(p.data), name=p.name)
-    return np.array(p)
+    return np.array(_numbers(_PLACE, label, p))
+
+
+def _numbers(place: str, label: str, given: Any, like: Any = None, casting: Any = None) -> Any:
+    """An array of numbers, of the shape and dtype of another: the same, or one that can be cast."""
+    array = np.asarray(given)
+    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
+        raise refuse(RoptimTypeError, place, label, "an array of numbers", f"one of {array.dtype}")
+    if like is None:
+        return array
+    if array.shape != like.shape:
+        raise refuse(RoptimValueError, place, label, f"of shape {like.shape}", str(array.shape))
+    fits = array.dtype == like.dtype if casting is None else np.can_cast(array.dtype, like.dtype, casting)
+    if not fits:
+        raise refuse(RoptimTypeError, place, label, str(like.dtype), str(array.dtype))
+    return array
 
 
 def _built(spec: _tree.Spec, leaves: Iterator[Any]) -> Any:
@@ -364,15 +417,28 @@ def cumulative_stats(batches: Iterable[Any], axis: int | tuple[int, ...] = 0) ->
     (mean, variance) : arrays of float64
     """
     place = "cumulative_stats"
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
+        raise refuse(RoptimTypeError, place, "batches", "arrays", f"an object of type {type(batches).__name__}")
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
+        raise refuse(RoptimTypeError, place, "axis", "an int or a tuple of int", repr(axis))
     mean: Any = 0.0
     variance: Any = 0.0
     count = 0
     for batch in batches:
-        x = np.asarray(batch, np.float64)
-        axes = axis if isinstance(axis, tuple) else (axis,)
+        label = f"batch {count}"
+        x = _numbers(place, label, batch)
+        if x.dtype.kind == "c":
+            raise refuse(RoptimTypeError, place, label, "of real numbers", str(x.dtype))
+        x = x.astype(np.float64)
+        if not all(-x.ndim <= a < x.ndim for a in axes) or len({a % x.ndim for a in axes}) != len(axes):
+            raise refuse(RoptimValueError, place, label, f"with the axes {axis}, each once", f"shape {x.shape}")
         rows = math.prod(x.shape[a] for a in axes)
         if rows < 2:
-            raise refuse(RoptimValueError, place, f"batch {count}", "of at least 2 rows", str(rows))
+            raise refuse(RoptimValueError, place, label, "of at least 2 rows", str(rows))
+        if count and x.mean(axis=axes).shape != mean.shape:
+            allowed = f"of the first one's shape but for axis {axis}"
+            raise refuse(RoptimValueError, place, label, allowed, f"shape {x.shape}")
         count += 1
         mean = mean + (x.mean(axis=axes) - mean) / count
         variance = variance + (x.var(axis=axes, ddof=1) - variance) / count

@@ -103,19 +103,22 @@ def check_names(names: list[str], place: str) -> None:
         seen.add(name)
 
 
-def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
-    """The leaves of ``tree`` in the order of ``spec``; a missing or surplus name is an error."""
+def read(spec: Spec, tree: Any, place: str, path: str = "", what: str = "gradient") -> list[Any]:
+    """The leaves of ``tree`` in the order of ``spec``; a missing or surplus name is an error.
+
+    ``what`` is what messages call a leaf.
+    """
     if spec.kind == "leaf":
         if isinstance(tree, (Mapping, list, tuple)):
             raise refuse(
                 RoptimTypeError,
                 place,
-                f"gradient {path or 'given'}",
+                f"{what} {path or 'given'}",
                 "an array",
                 f"an object of type {type(tree).__name__}",
             )
         return [tree]
-    where = f"gradients of {path}" if path else "gradients"
+    where = f"{what}s of {path}" if path else f"{what}s"
     if isinstance(tree, Mapping) and spec.kind in ("mapping", "pairs"):
         if tree.keys() != set(spec.keys):
             missing = [str(key) for key in spec.keys if key not in tree]
@@ -129,11 +132,12 @@ def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
                 if some
             )
             allowed = f"given for {', '.join(map(str, spec.keys))}"
-            raise refuse(RoptimKeyError, place, where, allowed, got, "give None to skip a parameter")
+            remedy = "give None to skip a parameter" if what == "gradient" else None
+            raise refuse(RoptimKeyError, place, where, allowed, got, remedy)
         children = [tree[key] for key in spec.keys]
     elif isinstance(tree, (list, tuple)) and spec.kind in ("sequence", "pairs"):
         if spec.kind == "pairs" and tree and all(is_pair(item) for item in tree):
-            return read(spec, dict(tree), place, path)
+            return read(spec, dict(tree), place, path, what)
         if len(tree) != len(spec.keys):
             raise refuse(RoptimValueError, place, where, f"{len(spec.keys)} in number", str(len(tree)))
         children = list(tree)
@@ -147,5 +151,5 @@ def read(spec: Spec, tree: Any, place: str, path: str = "") -> list[Any]:
         return children
     out: list[Any] = []
     for key, child_spec, child in zip(spec.keys, spec.children, children, strict=True):
-        out.extend(read(child_spec, child, place, f"{path}.{key}" if path else str(key)))
+        out.extend(read(child_spec, child, place, f"{path}.{key}" if path else str(key), what))
     return out

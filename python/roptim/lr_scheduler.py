@@ -218,12 +218,15 @@ class LRScheduler:
         if not isinstance(optimizer, Optimizer):
             got = f"an object of type {type(optimizer).__name__}"
             raise refuse(RoptimTypeError, type(self).__name__, "optimizer", "an Optimizer", got)
-        for index, scheduled in optimizer._scheduled.items():
-            if "lr" in scheduled:
-                remedy = "assign a number to it first"
-                name = f"lr of group {index}"
-                raise refuse(RoptimValueError, type(self).__name__, name, "a number", "a schedule", remedy)
         self.optimizer = optimizer
+        self._refuse_scheduled("lr")
+
+    def _refuse_scheduled(self, name: str) -> None:
+        """Refuses to write what a schedule writes."""
+        for index, scheduled in self.optimizer._scheduled.items():
+            if name in scheduled:
+                remedy, what = "assign a number to it first", f"{name} of group {index}"
+                raise refuse(RoptimValueError, type(self).__name__, what, "a number", "a schedule", remedy)
 
     def _set(self, **values: Any) -> None:
         """Takes over the numbers of :attr:`_fields`."""
@@ -1003,6 +1006,7 @@ class _Cycle(LRScheduler):
             allowed = "False for an optimizer without momentum or betas"
             raise refuse(RoptimValueError, type(self).__name__, "cycle_momentum", allowed, "True")
         self.use_beta1 = "betas" in optimizer.defaults
+        self._refuse_scheduled("betas" if self.use_beta1 else "momentum")
 
     def _momentum(self, group: Mapping[str, Any], value: float) -> dict[str, Any]:
         return {"betas": (value, *group["betas"][1:])} if self.use_beta1 else {"momentum": value}

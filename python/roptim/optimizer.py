@@ -537,6 +537,12 @@ class Optimizer:
             If class, groups, names, shapes, dtypes or options do not fit; nothing has changed then.
         """
         place = f"{self._place}.load_state_dict"
+        hooks = self._hooks or Hooks()
+        if hooks.load_state_dict_pre and isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
+            for hook in list(hooks.load_state_dict_pre.values()):
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
         if not isinstance(state_dict, Mapping):
             raise refuse(
                 RoptimTypeError, place, "state_dict", "a dict", f"an object of type {type(state_dict).__name__}"
@@ -546,12 +552,6 @@ class Optimizer:
                 raise refuse(
                     RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict)))
                 )
-        hooks = self._hooks or Hooks()
-        if hooks.load_state_dict_pre:
-            state_dict = dict(state_dict)
-            for hook in list(hooks.load_state_dict_pre.values()):
-                changed = hook(self, state_dict)
-                state_dict = state_dict if changed is None else changed
         groups = state_dict["param_groups"]
         if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
             raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))

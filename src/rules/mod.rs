@@ -81,7 +81,7 @@ pub static REGISTRY: &[Preset] = &[
 ];
 
 /// What uses the same executors and is no optimizer.
-pub static HELPERS: &[Preset] = &[Preset::of("Average", Method::Elementwise(RuleId::Average))];
+pub static HELPERS: &[Preset] = &[Preset::of("AveragedModel", Method::Elementwise(RuleId::Average))];
 
 macro_rules! rules {
     ($($id:ident => $rule:ty $(, $shader:literal)?;)+) => {

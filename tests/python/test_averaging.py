@@ -410,6 +410,20 @@ def test_a_function_must_return_the_shape(result: Any, got: str) -> None:
     assert snapshot(average) == before
 
 
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_real_average_takes_no_complex_result(multi: bool) -> None:
+    def several(averages: list[Any], values: list[Any], count: int) -> None:
+        averages[1] = averages[1] * 1j
+
+    one = {"avg_fn": lambda a, x, n: a * 1j if len(a) == 3 else a + x}
+    average = AveragedModel([f32(2), f32(3)], **({"multi_avg_fn": several} if multi else one))
+    average.update_parameters([f32(2), f32(3)])
+    before = snapshot(average)
+    with pytest.raises(roptim.RoptimTypeError, match=r"^AveragedModel: average 1 must be .*got complex64"):
+        average.update_parameters([f32(2), f32(3)])
+    assert snapshot(average) == before
+
+
 @pytest.mark.parametrize(
     "spoil",
     [lambda a: a.pop(), lambda a: a.append(a[0]), lambda a: a.clear(), lambda a: a.__setitem__(0, None)],
@@ -761,7 +775,7 @@ def test_messages_speak_of_parameters() -> None:
         (np.ones(3, ">f4"), TypeError, "parameter 1 must be float32, got >f4"),
         (np.ones(3, np.int64), TypeError, "parameter 1 must be float32, got int64"),
         ([1.0, 2.0, 3.0], TypeError, None),
-        (None, ValueError, None),
+        (None, TypeError, None),
         ("x", (TypeError, ValueError), None),
     ],
     ids=["shape", "axes", "a number", "wider", "complex", "swapped", "whole", "a list", "None", "text"],

@@ -494,7 +494,9 @@ def test_of_a_sparse_gradient_the_sums_are_bounded(dtype: Any) -> None:
         assert parameter.grad is g
         assert same(g.toarray(), dense)
         again = g.coalesced()
-        assert g.indices.tolist() == again.indices.tolist() == sorted(set(index))
+        assert again.indices.tolist() == sorted(set(index))
+        # Rows that are named once are bounded where they lie.
+        assert g.indices.tolist() == (index if len(index) == len(set(index)) else sorted(set(index)))
         before = g.toarray()
         clip_grad_value_(g, 0.5)
         assert same(g.toarray(), before), "once is enough"

@@ -1226,6 +1226,20 @@ def test_assigning_begins_and_ends_schedules() -> None:
     assert "schedules" not in opt.state_dict()["roptim"], "what the group shows is a number"
 
 
+def test_an_assignment_leaves_the_other_schedules() -> None:
+    opt, p = sgd(linear(1, 0, 4), momentum=piecewise({0: 0.0, 1: 0.5}, lines=False))
+    group = opt.param_groups[0]
+    group["weight_decay"] = 0.0
+    opt.step([ones()])
+    assert (group["lr"], group["momentum"]) == (0.75, 0.5)
+    group["momentum"] = 0.0
+    opt.step([ones()])
+    group["weight_decay"] = constant(0.0)
+    opt.step([ones()])
+    assert (p[0], group["lr"], group["momentum"]) == (-2.25, 0.25, 0.0)
+    assert set(opt.state_dict()["roptim"]["schedules"][0]) == {"lr", "weight_decay"}
+
+
 def test_what_is_refused_at_an_assignment_changes_nothing() -> None:
     opt, p = sgd(linear(1, 0, 4), momentum=0.0)
     group = opt.param_groups[0]
@@ -1420,6 +1434,25 @@ def test_a_step_of_many_evaluations_has_one_value(cls: Any) -> None:
     assert max(len(seen) for seen in scheduled[1]) > 1
 
 
+@pytest.mark.parametrize("cls", [LBFGS, roptim.ConjugateGradient])
+def test_a_wrong_value_stops_before_the_closure(cls: Any) -> None:
+    p = np.array([3.0, 1.0])
+    opt = cls([p], lr=piecewise({0: 0.5, 1: -0.5}, lines=False), max_iter=2)
+    calls: list[int] = []
+
+    def closure() -> Any:
+        calls.append(1)
+        return float(p @ p), [2 * p]
+
+    opt.step(closure)
+    before, evaluations = (p.tobytes(), bits(opt.state_dict()["state"])), len(calls)
+    message = f"{cls.__name__}: lr must be a finite number >= 0, got -0.5"
+    with pytest.raises(roptim.RoptimValueError, match=f"^{re.escape(message)}$"):
+        opt.step(closure)
+    assert (p.tobytes(), bits(opt.state_dict()["state"])) == before
+    assert (len(calls), opt.update_count) == (evaluations, 1)
+
+
 def test_an_error_in_a_closure_does_not_advance() -> None:
     p = np.array([3.0])
     opt = LBFGS([p], lr=linear(1, 0, 4))
@@ -1591,6 +1624,12 @@ def test_a_dict_of_torchs_keeps_the_schedule() -> None:
     assert (other.param_groups[0]["lr"], other.param_groups[0]["betas"]) == (0.25, (0.9, 0.99))
     other.step([ones()])
     assert other.param_groups[0]["lr"] == 0.0
+    q = ones()
+    third = Adam([q], lr=linear(1, 0, 4))
+    for _ in range(3):
+        third.step([ones()])
+    third.load_state_dict(state)
+    assert third.param_groups[0]["lr"] == 0.25, "also where the count is the same"
 
 
 @pytest.mark.parametrize(

@@ -1328,3 +1328,20 @@ def test_plateau_with_a_floor_per_group_and_a_group_added_later() -> None:
     sched.step(float("nan"))
     assert rates(opt) == pytest.approx([0.1] * 3)
     assert sched.in_cooldown is False
+
+
+def test_what_a_schedule_writes_no_scheduler_does() -> None:
+    schedule = roptim.schedules.linear(0.1, 0.0, 5)
+    for kwargs, make, name in (
+        ({"lr": schedule}, lambda opt: StepLR(opt, 3), "lr"),
+        ({"momentum": schedule}, lambda opt: roptim.lr_scheduler.OneCycleLR(opt, 0.1, 10), "momentum"),
+        ({"momentum": schedule}, lambda opt: roptim.lr_scheduler.CyclicLR(opt, 0.1, 0.2), "momentum"),
+    ):
+        opt = SGD([np.ones(2)], **{"lr": 0.1, **kwargs})
+        before = dict(opt.param_groups[0])
+        with pytest.raises(ValueError, match=f"{name} of group 0 must be a number, got a schedule; assign a number"):
+            make(opt)
+        assert dict(opt.param_groups[0]) == before
+    opt = SGD([np.ones(2)], lr=schedule)
+    opt.param_groups[0]["lr"] = 0.1
+    StepLR(opt, 3)
