@@ -8,7 +8,10 @@
 
 from __future__ import annotations
 
-from roptim import lr_finder, lr_scheduler, schedules, swa_utils, utils
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from roptim import schedules, utils
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,
@@ -54,6 +57,9 @@ from roptim.optimizers import (
     SparseAdam,
 )
 from roptim.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+if TYPE_CHECKING:
+    from roptim import lr_finder, lr_scheduler, swa_utils
 
 __all__ = [
     "ASGD",
@@ -109,3 +115,16 @@ __all__ = [
     "swa_utils",
     "utils",
 ]
+
+#: Modules that are loaded when they are first asked for, so that importing the package stays fast.
+_LATER = ("lr_finder", "lr_scheduler", "swa_utils")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"roptim.{name}")
+    raise AttributeError(f"module 'roptim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
