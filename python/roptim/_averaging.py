@@ -78,7 +78,7 @@ def get_swa_avg_fn() -> AvgFn:
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
     """The same as :func:`get_ema_avg_fn` for lists of arrays, in place, as ``average + (1 - decay) * (value -
-    average)``."""
+    average)``; the engine computes weights of 1/2 and more from the other end, so that 1 gives the value exactly."""
     return _Known(_decay("get_ema_multi_avg_fn", decay), lerp=True)
 
 
@@ -355,6 +355,7 @@ class AveragedModel:
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module")}
         state["_averages"] = [_copied("a parameter", a) for a in self._averages]
+        state["_buffers"] = [b.copy() for b in self._buffers]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

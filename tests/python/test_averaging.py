@@ -374,9 +374,11 @@ def test_an_error_in_a_function_changes_nothing(multi: bool) -> None:
     fails = [True]
 
     def one(average: Any, value: Any, count: int) -> Any:
+        result = average + value
+        average[...] = -99.0
         if fails[0] and len(value) == 2:
             raise ZeroDivisionError
-        return average + value
+        return result
 
     def several(averages: list[Any], values: list[Any], count: int) -> None:
         for a, x in zip(averages, values, strict=True):
@@ -960,7 +962,7 @@ def test_states_that_do_not_fit_change_nothing(kind: str, change: Any, error: An
     assert snapshot(average)[:3] == snapshot(other)[:3]
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda average: pickle.loads(pickle.dumps(average))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda average: pickle.loads(pickle.dumps(average))])
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_copies_go_on_alone(kind: str, copied: Any) -> None:
     average = built(kind)
