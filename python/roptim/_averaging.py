@@ -162,7 +162,7 @@ class AveragedModel:
         if buffers is not None:
             self._buffer_spec, objects, _ = _tree.flatten(_tree.listed(buffers, _PLACE), _PLACE)
             self._buffers = [np.array(_numbers(_PLACE, f"buffer {i}", b)) for i, b in enumerate(objects)]
-        self.n_averaged = 0
+        self._count = 0
         self._function = avg_fn or multi_avg_fn or get_swa_avg_fn()
         self._is_multi = multi_avg_fn is not None
         self._options: dict[str, Any] = {"backend": backend if device is None else device}
@@ -178,14 +178,28 @@ class AveragedModel:
             self._engine = Engine("AveragedModel", **options)
             known = {"decay": self._function.decay, "lerp": self._function.lerp}
             self._engine.add_group(known, self._averages, None)
-            for i in range(len(self._averages)):
-                self._engine.set_step_of(i, self.n_averaged)
+            self.n_averaged = self._count
         elif options["backend"] != "cpu":
             allowed = '"cpu" for a function of your own'
             raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(options["backend"]))
 
     @property
+    def n_averaged(self) -> int:
+        """How many updates are in the average; 0 begins a new one."""
+        return self._count
+
+    @n_averaged.setter
+    def n_averaged(self, count: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
+            raise refuse(RoptimValueError, _PLACE, "n_averaged", "a whole number >= 0", repr(count))
+        if self._engine is not None:
+            for i in range(len(self._averages)):
+                self._engine.set_step_of(i, int(count))
+        self._count = int(count)
+
+    @property
     def buffers(self) -> Any:
+        """The averaged or copied buffers, in their container's shape; None without."""
         return None if self._buffer_spec is None else _built(self._buffer_spec, iter(self._buffers))
 
     def update_parameters(self, model: Any, buffers: Any = None) -> None:
@@ -201,6 +215,9 @@ class AveragedModel:
             _numbers(place, f"parameter {i}", p, average)
             for i, (p, average) in enumerate(zip(self._read(place, model), self._averages, strict=True))
         ]
+        # The average of a model may be joined to itself, and to others.
+        own = [average._array if isinstance(average, Parameter) else average for average in self._averages]
+        values = [x.copy() if any(np.may_share_memory(x, a) for a in own) else x for x in values]
         new_buffers = self._read_buffers(place, buffers)
         if self._use_buffers and self.n_averaged > 0:
             joined = self._joined("buffer", self._buffers, new_buffers)
@@ -214,7 +231,7 @@ class AveragedModel:
                 average[...] = result
         for mine, theirs in zip(self._buffers, new_buffers, strict=True):
             mine[...] = theirs
-        self.n_averaged += 1
+        self._count += 1
 
     def _joined(self, what: str, averages: list[Any], values: list[Any]) -> list[Any]:
         """The new averages, apart from the old ones, in their dtypes."""
@@ -228,12 +245,14 @@ class AveragedModel:
         elif self._is_multi:
             # Whole numbers are averaged as floats, and cut afterwards.
             results = [np.array(a, np.float64 if a.dtype.kind in "iu" else a.dtype) for a in averages]
-            function(results, values, self.n_averaged)
+            function(results, [np.array(x) for x in values], self.n_averaged)
             if len(results) != len(averages):
                 got = str(len(results))
                 raise refuse(RoptimValueError, _PLACE, f"number of {what}s", f"{len(averages)} after multi_avg_fn", got)
         else:
-            results = [function(np.array(a), x, self.n_averaged) for a, x in zip(averages, values, strict=True)]
+            results = [
+                function(np.array(a), np.array(x), self.n_averaged) for a, x in zip(averages, values, strict=True)
+            ]
         checked = []
         for i, (average, result) in enumerate(zip(averages, results, strict=True)):
             array = np.asarray(result)
@@ -247,7 +266,7 @@ class AveragedModel:
         return checked
 
     def _read(self, place: str, model: Any) -> list[Any]:
-        return _tree.read(self._spec, model, place, what="parameter")
+        return _tree.read(self._spec, _tree.listed(model, place), place, what="parameter")
 
     def _read_buffers(self, place: str, buffers: Any) -> list[Any]:
         if self._buffer_spec is None:
@@ -348,9 +367,6 @@ class AveragedModel:
         for own, array in checked:
             own[...] = array
         self.n_averaged = int(count)
-        if self._engine is not None:
-            for i in range(len(self._averages)):
-                self._engine.set_step_of(i, self.n_averaged)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module")}

@@ -91,11 +91,13 @@ class ParamGroup(dict[str, Any]):
         place: str,
         hypers: frozenset[str] = frozenset(),
         apply: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        look: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__(options)
         self._place = place
         self._hypers = hypers
         self._apply = apply
+        self._look = look
 
     def _change(self, changes: dict[str, Any]) -> None:
         for key in ("params", "param_names"):
@@ -104,6 +106,8 @@ class ParamGroup(dict[str, Any]):
         for key in changes:
             refuse_misspelling(self._place, key, self._hypers)
         changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
+        if self._look is not None:
+            self._look(changes)
         checked = {key: value for key, value in changes.items() if key in self._hypers}
         if checked and self._apply is not None:
             changes = {**changes, **shown(checked, self._apply(checked))}

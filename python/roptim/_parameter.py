@@ -52,6 +52,7 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
 
     @property
     def data(self) -> np.ndarray[Any, Any]:
+        """The array, with the device's values where a device has newer ones; read-only then."""
         array = self._host()
         if self._on_device:
             array = array.view()

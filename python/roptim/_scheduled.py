@@ -19,6 +19,14 @@ def is_scheduled(value: object) -> bool:
     return isinstance(value, Schedule) or (callable(value) and not isinstance(value, (type, np.generic, np.ndarray)))
 
 
+def refuse_schedules(place: str, options: Mapping[str, Any]) -> None:
+    """Refuses schedules in the groups of an optimizer that has no count of updates."""
+    for name, value in options.items():
+        if isinstance(value, Schedule):
+            remedy = "an optimizer written in Python has no count of updates: assign schedule(t) before each step"
+            raise refuse(RoptimTypeError, place, name, "a value", "a schedule", remedy)
+
+
 def value_at(value: Any, t: int) -> Any:
     """The hyperparameter's value for update ``t``."""
     if isinstance(value, (tuple, list)):

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 
 from roptim import _sparse, _tree
+from roptim._averaging import AveragedModel
 from roptim._errors import (
     NonfiniteError,
     RoptimKeyError,
@@ -29,6 +30,7 @@ from roptim._errors import (
 from roptim._groups import FixedList, ParamGroup, settled
 from roptim._parameter import Parameter
 from roptim._sparse import SparseGrad
+from roptim.lr_scheduler import LRScheduler
 from roptim.optimizer import ClosureOptimizer, Optimizer
 
 __all__ = ["LRFinder"]
@@ -50,7 +52,7 @@ class LRFinder:
 
     Afterwards, and after an error or Ctrl-C in the test, everything that belongs to the optimizer is as it was
     before, bit for bit and in the same arrays: parameters, their ``.grad``, state, count of updates, every
-    option of every group. A learning-rate scheduler is not advanced.
+    option of every group. No scheduler is stepped but by your own function.
 
     Source: Smith, *Cyclical learning rates for training neural networks*, WACV 2017, section 3.3. Names and
     defaults are those of the package torch-lr-finder.
@@ -73,8 +75,9 @@ class LRFinder:
         plain mean of what ``loss_and_gradients`` returns for the batches of the validation data.
     also
         What else is to be as before: running means of batch normalization, say, the second optimizer of your
-        step, or the ``numpy.random.Generator`` that shuffles. Arrays, Parameters, optimizers and generators,
-        in dicts and lists, whose other entries are put back, too.
+        step, its schedulers and averages, or the ``numpy.random.Generator`` that shuffles. Arrays, Parameters,
+        optimizers, LRSchedulers, AveragedModels and generators, in dicts and lists, whose other entries are put
+        back, too.
 
     Attributes
     ----------
@@ -97,7 +100,8 @@ class LRFinder:
     Notes
     -----
     What a test costs besides the steps is a copy of parameters, gradients and state. Not put back is what the
-    finder cannot know of: other arrays, random generators, files; give what you can as ``also``. Arrays of
+    finder cannot know of: other arrays, schedulers and averages that your step moves, random generators, files; give
+    what you can as ``also``. Arrays of
     ``opt.state`` that were looked up before the test are no longer the optimizer's afterwards, as after
     ``load_state_dict``. Rprop reads the learning rate in a parameter's first step only, so that a test tells
     little of it.
@@ -752,8 +756,10 @@ def _refuse_unknown(value: Any) -> None:
     if isinstance(value, (list, tuple)):
         for item in value:
             _refuse_unknown(item)
-    elif not isinstance(value, (*_UNCHANGING, np.ndarray, Parameter, Optimizer, np.random.Generator)):
-        allowed = "arrays, Parameters, optimizers and generators in dicts and lists"
+    elif not isinstance(
+        value, (*_UNCHANGING, np.ndarray, Parameter, Optimizer, LRScheduler, AveragedModel, np.random.Generator)
+    ):
+        allowed = "arrays, Parameters, optimizers, schedulers, averages and generators in dicts and lists"
         raise refuse(RoptimTypeError, _PLACE, "also", allowed, _kind(value))
 
 
@@ -804,6 +810,11 @@ class _Memory:
             self._keep_parameter(what, value)
         elif isinstance(value, Optimizer):
             self._keep_optimizer(value)
+        elif isinstance(value, LRScheduler):
+            for member in value._tree():
+                self.keep(what, vars(member), copied=True)
+        elif isinstance(value, AveragedModel):
+            self._keep_average(what, value)
         elif isinstance(value, SparseGrad):
             self.keep(what, vars(value))
         elif isinstance(value, np.random.Generator):
@@ -838,6 +849,16 @@ class _Memory:
             _refill(parameter._array, saved)
             parameter._host_written()
             parameter.grad = gradient
+
+        self._actions.append((what, back))
+
+    def _keep_average(self, what: str, average: AveragedModel) -> None:
+        count = average.n_averaged
+        self.keep(what, average._averages)
+        self.keep(what, average._buffers)
+
+        def back() -> None:
+            average.n_averaged = count
 
         self._actions.append((what, back))
 

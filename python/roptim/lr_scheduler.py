@@ -106,7 +106,7 @@ NUMBER = _Range()
 COUNT = _Range(0, whole=True)
 LENGTH = _Range(1, whole=True)
 POSITIVE = _Range(0, without_low=True)
-_AT_LEAST_0 = _Range(0)
+AT_LEAST_0 = _Range(0)
 _SHARE = _Range(0, 1)
 _SHARE_ABOVE_0 = _Range(0, 1, without_low=True)
 _SHARE_BELOW_1 = _Range(0, 1, without_high=True)
@@ -221,6 +221,10 @@ class LRScheduler:
         self.optimizer = optimizer
         self._refuse_scheduled("lr")
 
+    def _writes(self) -> tuple[str, ...]:
+        """The hyperparameters that it writes."""
+        return ("lr",)
+
     def _refuse_scheduled(self, name: str) -> None:
         """Refuses to write what a schedule writes."""
         for index, scheduled in self.optimizer._scheduled.items():
@@ -291,7 +295,6 @@ class LRScheduler:
         self._last_lr = [float(group["lr"]) for group in groups]
         differing = [key for key in ("lr", "momentum", "betas") if any(key in keys for keys in changed)]
         if differing and optimizer not in _TOLD:
-            _TOLD.add(optimizer)
             kept = " and ".join(f"{key} {[old.get(key) for old in before]}" for key in differing)
             given_up = " and ".join(f"{key} {[new.get(key) for new in written]}" for key in differing)
             warnings.warn(
@@ -300,6 +303,7 @@ class LRScheduler:
                 UserWarning,
                 stacklevel=stacklevel,
             )
+            _TOLD.add(optimizer)
 
     def _replay(self) -> None:
         """Writes what was held back, but for the rate, which the next initial step computes."""
@@ -317,6 +321,8 @@ class LRScheduler:
 
     def _go_on(self) -> None:
         """What every step begins with, but the construction's."""
+        for name in self._writes():
+            self._refuse_scheduled(name)
         if self._pending is not None:
             self._begin()
         self.optimizer._resumed = False
@@ -856,7 +862,7 @@ class PolynomialLR(_Finite):
     """
 
     _chain = "PolynomialLR"
-    _fields = {"total_iters": COUNT, "power": _AT_LEAST_0}
+    _fields = {"total_iters": COUNT, "power": AT_LEAST_0}
     power: float
 
     def __init__(self, optimizer: Optimizer, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1) -> None:
@@ -1008,6 +1014,9 @@ class _Cycle(LRScheduler):
         self.use_beta1 = "betas" in optimizer.defaults
         self._refuse_scheduled("betas" if self.use_beta1 else "momentum")
 
+    def _writes(self) -> tuple[str, ...]:
+        return ("lr", "betas" if self.use_beta1 else "momentum") if self.cycle_momentum else ("lr",)
+
     def _momentum(self, group: Mapping[str, Any], value: float) -> dict[str, Any]:
         return {"betas": (value, *group["betas"][1:])} if self.use_beta1 else {"momentum": value}
 
@@ -1098,7 +1107,7 @@ class CyclicLR(_Cycle):
         base_lrs = per_group(place, "base_lr", base_lr, optimizer)
         self.max_lrs = per_group(place, "max_lr", max_lr, optimizer)
         up = POSITIVE.check(place, "step_size_up", step_size_up)
-        down = up if step_size_down is None else _AT_LEAST_0.check(place, "step_size_down", step_size_down)
+        down = up if step_size_down is None else AT_LEAST_0.check(place, "step_size_down", step_size_down)
         self._set(total_size=up + down, step_ratio=up / (up + down))
         if scale_fn is None:
             one_of(place, "mode", mode, self._MODES)

@@ -35,7 +35,7 @@ from roptim._hooks import (
 )
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
-from roptim._scheduled import decoded, encoded, is_scheduled, value_at, values_at
+from roptim._scheduled import decoded, encoded, is_scheduled, refuse_schedules, value_at, values_at
 from roptim._state import State
 
 #: Every optimizer of the engine by class name, as data.
@@ -253,6 +253,8 @@ class Optimizer:
         index = len(self.param_groups)
         scheduled = {key: options[key] for key in self._hypers if is_scheduled(options.get(key))}
         options.update(values_at(scheduled, self.update_count))
+        if self._engine is None:
+            refuse_schedules(place, options)
         if self._engine is not None:
             hypers = {key: options[key] for key in self._hypers if key in options}
             engine_values = self._engine.add_group(hypers, objects, names)
@@ -264,9 +266,12 @@ class Optimizer:
             group["param_names"] = names
         self._specs.append(spec)
         apply = None if self._engine is None else _assigner(self._engine, index, self._scheduled)
+        look = functools.partial(refuse_schedules, place) if self._engine is None else None
         if scheduled:
             self._scheduled[index] = scheduled
-        self.param_groups._add(ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply))
+        self.param_groups._add(
+            ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply, look=look)
+        )
         self._state._register(objects, names)
 
     def _check_names(self, names: list[str] | None) -> None:
@@ -615,7 +620,7 @@ class Optimizer:
             if values:
                 loaded[index] = values
                 # What the loaded group will have, with every check of a group.
-                at = values_at(values, count) if isinstance(count, int) else {}
+                at = values_at(values, count) if isinstance(count, int) and 0 <= count < 2**64 else {}
                 numbers = {key: state_dict["param_groups"][index].get(key, self.defaults[key]) for key in self._hypers}
                 self._check_group({**numbers, **at})
         return loaded
@@ -713,6 +718,7 @@ class Optimizer:
             self._state._own = saved["state"]
         else:
             self._engine.load_state_dict(_roptim.loads(saved["state"]))
+        self._resumed = any("initial_lr" in group for group in self.param_groups)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

@@ -96,6 +96,7 @@ class Schedule:
 
     @property
     def length(self) -> int | None:
+        """The update from which on the last value holds; None where there is no end."""
         return self._engine.length
 
     def then(self, other: Schedule | float) -> Schedule:

@@ -15,7 +15,7 @@ from roptim._averaging import (
     get_swa_multi_avg_fn,
 )
 from roptim._errors import RoptimKeyError, refuse
-from roptim.lr_scheduler import COUNT, LRScheduler, one_of, per_group
+from roptim.lr_scheduler import AT_LEAST_0, COUNT, LRScheduler, one_of, per_group
 from roptim.optimizer import Optimizer
 
 __all__ = [
@@ -73,7 +73,7 @@ class SWALR(LRScheduler):
     ) -> None:
         place = type(self).__name__
         self._attach(optimizer)
-        self._first = per_group(place, "swa_lr", swa_lr, optimizer)
+        self._first = per_group(place, "swa_lr", swa_lr, optimizer, AT_LEAST_0)
         self._anneal_strategy = one_of(place, "anneal_strategy", anneal_strategy, self._STRATEGIES)
         self._set(anneal_epochs=anneal_epochs)
         super().__init__(optimizer, last_epoch)

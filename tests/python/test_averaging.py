@@ -1214,3 +1214,39 @@ def test_the_average_of_a_noisy_run_is_nearer() -> None:
     with swa.applied_to(p):
         assert np.array_equal(p["w"], swa.module["w"])
     assert np.array_equal(p["w"], trail[-1])
+
+
+def test_a_count_of_zero_begins_a_new_average() -> None:
+    average, w = AveragedModel([f32(2)]), f32(2, value=9)
+    average.update_parameters([f32(2)])
+    average.update_parameters([f32(2, value=3)])
+    average.n_averaged = 0
+    average.update_parameters([w])
+    assert average.module[0].tolist() == [9, 9]
+    assert average.n_averaged == 1
+    for wrong in (-1, 1.5, True, "2", None):
+        with pytest.raises(roptim.RoptimValueError, match="n_averaged must be a whole number >= 0"):
+            average.n_averaged = wrong  # type: ignore[assignment]
+
+
+def test_functions_of_ones_own_cannot_reach_the_parameters() -> None:
+    def greedy(average: Any, value: Any, count: int) -> Any:
+        value += 100
+        return average
+
+    def several(averages: list[Any], values: list[Any], count: int) -> None:
+        values[0] += 100
+
+    for kwargs in ({"avg_fn": greedy}, {"multi_avg_fn": several}):
+        average, w = AveragedModel([f32(2)], **kwargs), f32(2)  # type: ignore[arg-type]
+        average.update_parameters([w])
+        average.update_parameters([w])
+        assert w.tolist() == [1, 1]
+
+
+def test_generators_and_the_average_itself_are_taken() -> None:
+    params = [f32(2), f32(3, value=2)]
+    average = AveragedModel(p for p in params)
+    average.update_parameters(p for p in params)
+    average.update_parameters(average.module)
+    assert [a.tolist() for a in average.module] == [p.tolist() for p in params]

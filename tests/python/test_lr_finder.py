@@ -1239,7 +1239,7 @@ def test_nothing_optional_is_imported_with_the_module() -> None:
 
 def test_arguments_of_the_constructor() -> None:
     opt, f = SGD([np.zeros(1)]), lambda batch: 1.0
-    allowed = "arrays, Parameters, optimizers and generators in dicts and lists"
+    allowed = "arrays, Parameters, optimizers, schedulers, averages and generators in dicts and lists"
     cases: list[tuple[Any, type[Exception], str]] = [
         (lambda: LRFinder(None, f), TypeError, "opt must be an Optimizer, got None"),
         (lambda: LRFinder([1], f), TypeError, "opt must be an Optimizer, got an object of type list"),
@@ -1458,3 +1458,29 @@ def test_a_scheduled_learning_rate_is_refused_and_others_go_on() -> None:
             opt.step([2 * x])
     assert np.array_equal(p, q)
     assert tested.param_groups[0]["momentum"] == plain.param_groups[0]["momentum"] == schedule(4)
+
+
+def test_schedulers_and_averages_of_the_step_are_put_back_where_given() -> None:
+    p = np.ones(3)
+    opt = roptim.SGD([p], lr=0.1)
+    inner = [roptim.lr_scheduler.StepLR(opt, 1000), roptim.lr_scheduler.ConstantLR(opt, 1.0, 500)]
+    sched = roptim.lr_scheduler.ChainedScheduler(inner)
+    average = roptim.swa_utils.AveragedModel([p], buffers=[np.zeros(2)])
+    average.update_parameters([p], [np.ones(2)])
+
+    def step(batch: Any) -> float:
+        opt.step([2 * p])
+        sched.step()
+        average.update_parameters([p], [np.full(2, 7.0)])
+        return float(p @ p)
+
+    opt.step([2 * p])
+    before = sched.state_dict(), average.state_dict()
+    LRFinder(opt, step, also=[sched, average]).range_test([0], num_iter=5)
+    after = sched.state_dict(), average.state_dict()
+    assert after[0] == before[0]
+    assert after[1]["n_averaged"] == before[1]["n_averaged"] == 1
+    assert all(np.array_equal(a, b) for a, b in zip(after[1]["module"], before[1]["module"], strict=True))
+    assert average.buffers[0].tolist() == [1, 1]
+    average.update_parameters([p], [np.ones(2)])
+    assert average.n_averaged == 2

@@ -1763,3 +1763,17 @@ def test_any_schedule_trains_and_resumes(model: Model, split: int, keep: bool) -
         opt.step(gradients(t, params))
         assert bits(params) == bits(others)
     assert opt.param_groups[0]["lr"] == lr(8)
+
+
+def test_an_optimizer_written_in_python_has_no_clock() -> None:
+    class Own(roptim.Optimizer):
+        def __init__(self, params: Any, lr: Any) -> None:
+            super().__init__(params, {"lr": lr})
+
+    sentence = "Own: lr must be a value, got a schedule; an optimizer written in Python has no count of updates"
+    with pytest.raises(roptim.RoptimTypeError, match=f"^{re.escape(sentence)}"):
+        Own([ones()], warmup(3))
+    opt = Own([ones()], 0.5)
+    with pytest.raises(roptim.RoptimTypeError, match=f"^{re.escape(sentence)}"):
+        opt.param_groups[0]["lr"] = warmup(3)
+    assert opt.param_groups[0]["lr"] == 0.5

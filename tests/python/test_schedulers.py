@@ -1345,3 +1345,120 @@ def test_what_a_schedule_writes_no_scheduler_does() -> None:
     opt = SGD([np.ones(2)], lr=schedule)
     opt.param_groups[0]["lr"] = 0.1
     StepLR(opt, 3)
+
+
+def test_a_schedule_that_comes_later_stops_the_scheduler() -> None:
+    """Assigned, loaded, or in a group that is added: a step refuses to end it."""
+    schedule = roptim.schedules.cosine(10)
+    saved = SGD([np.ones(2)], lr=schedule).state_dict()
+    for spoil in (
+        lambda opt: opt.param_groups[0].update(lr=schedule),
+        lambda opt: opt.load_state_dict(saved),
+        lambda opt: opt.add_param_group({"params": [np.ones(3)], "lr": schedule}),
+    ):
+        for make in (lambda opt: StepLR(opt, 1), lambda opt: ReduceLROnPlateau(opt, patience=0)):
+            opt = SGD([np.ones(2)], lr=0.5)
+            sched = make(opt)
+            opt._step_called = True
+            spoil(opt)
+            index = len(opt.param_groups) - 1
+            before, state = dict(opt.param_groups[index]), sched.state_dict()
+            with pytest.raises(ValueError, match=f"lr of group {index} must be a number, got a schedule"):
+                sched.step(*[1.0] * isinstance(sched, ReduceLROnPlateau))
+            assert dict(opt.param_groups[index]) == before
+            assert sched.state_dict() == state
+            assert opt.state_dict()["roptim"]["schedules"][index]["lr"] == schedule.to_json()
+    opt = SGD([np.ones(2)], lr=0.5)
+    sched = roptim.lr_scheduler.OneCycleLR(opt, 0.1, 10)
+    opt._step_called = True
+    opt.param_groups[0]["momentum"] = roptim.schedules.linear(0.5, 0.9, 5)
+    with pytest.raises(ValueError, match="momentum of group 0 must be a number, got a schedule"):
+        sched.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: roptim.lr_scheduler.LinearLR(opt, 0.25, total_iters=8),
+        lambda opt: roptim.lr_scheduler.ConstantLR(opt, 0.5, total_iters=4),
+        lambda opt: roptim.lr_scheduler.OneCycleLR(opt, 0.1, 20),
+        lambda opt: StepLR(opt, 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*the groups keep")
+def test_resume_from_a_copied_optimizer(make: Any, copied: Any) -> None:
+    def values(opt: Any, sched: Any, steps: int) -> list[Any]:
+        seen = []
+        for _ in range(steps):
+            opt.step([np.ones(2)])
+            sched.step()
+            seen.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
+        return seen
+
+    for split in range(6):
+        opt = SGD([np.ones(2)], lr=0.1, momentum=0.9)
+        sched = make(opt)
+        values(opt, sched, split)
+        other = copied(opt)
+        again = make(other)
+        again.load_state_dict(sched.state_dict())
+        assert values(other, again, 6) == values(opt, sched, 6)
+
+
+def followed(sched: Any, steps: int) -> list[float]:
+    """The rate of the first group at epochs 0, 1, and so on."""
+    opt = sched.optimizer if hasattr(sched, "optimizer") else sched._schedulers[0].optimizer
+    seen = [opt.param_groups[0]["lr"]]
+    for _ in range(steps):
+        opt.step([np.ones(2)])
+        sched.step()
+        seen.append(opt.param_groups[0]["lr"])
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*the groups keep", "ignore:.*total_steps")
+def test_what_users_of_torch_reported_has_the_right_values() -> None:
+    """Faults that torch does not tell of: the rate is another one than the schedule says."""
+    linear, cosine = roptim.lr_scheduler.LinearLR, roptim.lr_scheduler.CosineAnnealingLR
+    exponential, sequential = roptim.lr_scheduler.ExponentialLR, roptim.lr_scheduler.SequentialLR
+    chained = roptim.lr_scheduler.ChainedScheduler
+
+    def fresh() -> Any:
+        return SGD([np.ones(2)], lr=1.0)
+
+    # Building a scheduler on a loaded optimizer changes its rate; resumed runs jump or are one epoch off.
+    opt = fresh()
+    sched = linear(opt, 0.1, total_iters=10)
+    want = followed(sched, 4)[-1]
+    other = fresh()
+    other.load_state_dict(opt.state_dict())
+    again = linear(other, 0.1, total_iters=10)
+    assert other.param_groups[0]["lr"] == want
+    again.load_state_dict(sched.state_dict())
+    assert followed(again, 12) == followed(sched, 12)
+    # Warmup, then cosine, as one schedule: the cosine begins at the top, at the milestone.
+    opt = fresh()
+    both = followed(sequential(opt, [linear(opt, 0.1, total_iters=5), cosine(opt, 10)], [5]), 15)
+    assert both == pytest.approx(
+        [0.1 + 0.18 * e for e in range(5)] + [(1 + math.cos(math.pi * e / 10)) / 2 for e in range(11)]
+    )
+    # A chain that comes first in a sequence is one epoch ahead; later in it, it cannot be used.
+    opt = fresh()
+    ahead = followed(sequential(opt, [chained([exponential(opt, 0.5)]), exponential(opt, 0.9)], [3]), 5)
+    assert ahead == pytest.approx([1, 0.5, 0.25, 1, 0.9, 0.81])
+    opt = fresh()
+    later = followed(sequential(opt, [exponential(opt, 0.9), chained([exponential(opt, 0.5)])], [2]), 4)
+    assert later == pytest.approx([1, 0.9, 1, 0.5, 0.25])
+    # Nesting is another way to write a sequence, and must not change it.
+    opt = fresh()
+    inner = sequential(opt, [linear(opt, 0.5, total_iters=2), exponential(opt, 0.9)], [2])
+    nested = followed(sequential(opt, [inner, exponential(opt, 0.5)], [5]), 9)
+    opt = fresh()
+    flat = [linear(opt, 0.5, total_iters=2), exponential(opt, 0.9), exponential(opt, 0.5)]
+    assert nested == followed(sequential(opt, flat, [2, 5]), 9)
+    # A run that goes on past the end of one-cycle rebounds, then dies.
+    opt = fresh()
+    cycle = followed(roptim.lr_scheduler.OneCycleLR(opt, 1.0, 10), 14)
+    assert cycle[9:] == [cycle[9]] * 6
+    assert cycle[9] == pytest.approx(1 / 25 / 1e4)
