@@ -44,6 +44,7 @@ REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim
 __all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
 _FORMAT = 1
+_PRE, _POST = EVERYWHERE.step_pre, EVERYWHERE.step_post
 _OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
 
 
@@ -163,8 +164,20 @@ class Optimizer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("step")
-        if own is not None:
+        # The steps of this module look for hooks themselves: a wrapper is a third of a small step's time.
+        if own is not None and cls.__module__ != __name__:
             cls.step = _hooked(own)  # type: ignore[method-assign]  # the same signature, by functools.wraps
+
+    def _has_hooks(self) -> bool:
+        """Whether hooks are to be called around a step: not within another one, as of a base class."""
+        return bool(self._hooks is not None or _PRE or _POST) and not self._in_step
+
+    def _step_with_hooks(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._in_step = True
+        try:
+            return stepped(own, self, self._hooks or Hooks(), (self, *args), kwargs)
+        finally:
+            self._in_step = False
 
     def _construct(self, arguments: dict[str, Any]) -> None:
         """The constructor of an optimizer of the engine: ``arguments`` is its ``locals()``.
@@ -345,22 +358,25 @@ class Optimizer:
         RoptimError
             If a gradient is refused; parameters and state are as before then.
         """
+        self._step_called = True
+        if (self._hooks is not None or _PRE or _POST) and self._has_hooks():
+            return self._step_with_hooks(Optimizer.step, *_given(gradients, closure))
         if self._engine is None:
             raise NotImplementedError(f"{type(self).__name__} must define step")
-        self._step_called = True
         loss = None
-        gradients, closure = self._told_apart(gradients, closure)
-        if closure is not None:
-            loss, gradients = _evaluated(closure)
-        self._follow_schedules()
+        if closure is not None or callable(gradients):
+            gradients, closure = self._told_apart(gradients, closure)
+            if closure is not None:
+                loss, gradients = _evaluated(closure)
+        if self._scheduled:
+            self._follow_schedules()
         self._engine.step(None if gradients is None else self._read(gradients))
-        self._show_schedules()
+        if self._scheduled:
+            self._show_schedules()
         return loss
 
     def _follow_schedules(self) -> None:
         """Brings scheduled hyperparameters to their values for the coming update."""
-        if not self._scheduled:
-            return
         assert self._engine is not None
         count = self._engine.update_count
         if self._shown_at == count:
@@ -373,9 +389,8 @@ class Optimizer:
     def _show_schedules(self) -> None:
         """The same after an update, for readers of the groups. What is refused here is refused again, and raised,
         before the next update."""
-        if self._scheduled:
-            with contextlib.suppress(Exception):
-                self._follow_schedules()
+        with contextlib.suppress(Exception):
+            self._follow_schedules()
 
     def _told_apart(self, gradients: Any, closure: Any) -> tuple[Any, Callable[[], Any] | None]:
         """Gradients and closure, of which the first argument of step may be either."""
@@ -414,7 +429,8 @@ class Optimizer:
         return register(getattr(self._hooks, kind), f"{self._place}.register_{kind}_hook", hook, prepend)
 
     def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
-        """Calls ``hook(optimizer, args, kwargs)`` before each step; ``args`` begin with the optimizer.
+        """Calls ``hook(optimizer, args, kwargs)`` before each step; ``args`` begin with the optimizer, and have
+        the step's first argument, ``kwargs`` a ``closure`` that was given by name.
 
         It returns None, or ``(args, kwargs)`` that take the place of the step's. Returns a handle whose
         ``remove()`` takes the hook away. Hooks run in the order they were registered in.
@@ -584,7 +600,8 @@ class Optimizer:
                 given = {key: settled(value) for key, value in groups[index].items() if key in self._hypers}
                 dict.update(group, {**hypers, **shown(given, hypers)})
         self._resumed = any("initial_lr" in group for group in self.param_groups)
-        self._show_schedules()
+        if self._scheduled:
+            self._show_schedules()
         for hook in list(hooks.load_state_dict_post.values()):
             hook(self)
 
@@ -736,20 +753,11 @@ def _hooked(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         self._step_called = True
-        hooks = self._hooks
-        if (hooks is None and not EVERYWHERE.step_pre and not EVERYWHERE.step_post) or self._in_step:
+        if not self._has_hooks():
             return own(self, *args, **kwargs)
-        self._in_step = True
-        try:
-            return stepped(own, self, hooks or Hooks(), (self, *args), kwargs)
-        finally:
-            self._in_step = False
+        return self._step_with_hooks(own, args, kwargs)
 
     return step
-
-
-# The base class's own, which __init_subclass__ does not see.
-Optimizer.step = _hooked(Optimizer.step)  # type: ignore[method-assign]  # as there
 
 
 class ClosureOptimizer(Optimizer):
@@ -779,6 +787,8 @@ class ClosureOptimizer(Optimizer):
         """
         assert self._engine is not None
         self._step_called = True
+        if self._has_hooks():
+            return self._step_with_hooks(ClosureOptimizer.step, *_given(gradients, closure))
         gradients, closure = self._told_apart(gradients, closure)
         place = f"{self._place}.step"
         if closure is None or gradients is not None:
@@ -800,9 +810,11 @@ class ClosureOptimizer(Optimizer):
                 losses.append(loss)
             return number, None if given is None else self._read(given)
 
-        self._follow_schedules()
+        if self._scheduled:
+            self._follow_schedules()
         self._engine.minimize(evaluate)
-        self._show_schedules()
+        if self._scheduled:
+            self._show_schedules()
         return losses[0]
 
 
@@ -810,6 +822,11 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
     """Loss and gradients of a closure that returns both or the loss alone."""
     loss = closure()
     return loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
+
+
+def _given(gradients: Any, closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a step as hooks see them."""
+    return () if gradients is None else (gradients,), {} if closure is None else {"closure": closure}
 
 
 def _is_group(item: object) -> bool:

@@ -150,6 +150,12 @@ fn each_part<T>(tensors: impl IntoIterator<Item = (usize, T)>, mut visit: impl F
     }
 }
 
+fn gathered<F: Real>(params: &[TensorMut<'_>], n: usize) -> Vec<F> {
+    let mut x = vec![F::ZERO; n];
+    each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut x[part]));
+    x
+}
+
 fn spread_all<F: Real>(x: &[F], params: &mut [TensorMut<'_>], rests: &[bool]) {
     let parts = params.iter_mut().enumerate().map(|(i, p)| (p.raw.len, (i, p)));
     each_part(parts, |part, (i, p)| {
@@ -165,8 +171,7 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
     }
 
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()> {
-        let mut start = vec![F::ZERO; self.n];
-        each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut start[part]));
+        let start = gathered::<F>(params, self.n);
         let settings = Settings::of(h, R::options(h));
         let narrow = params.iter().any(|p| p.raw.dtype != F::DTYPE);
         let mut limits = Vec::new();
@@ -206,9 +211,7 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
         spread_all(self.machine.point(), params, rests);
         if ask == Ask::Done {
             self.under_way = None;
-            let mut end = vec![F::ZERO; self.n];
-            each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut end[part]));
-            self.machine.ended_at(&end);
+            self.machine.ended_at(&gathered::<F>(params, self.n));
         }
         Ok(ask)
     }

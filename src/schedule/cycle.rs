@@ -32,7 +32,13 @@ impl Anneal {
 
 /// `low + (high − low)·(1 + cos(π·t/whole))/2`: from `high` at 0 to `low` at `whole`.
 pub fn half_cosine(high: f64, low: f64, t: f64, whole: f64) -> f64 {
-    low + (high - low) * (1.0 + libm::cos(PI * t / whole)) / 2.0
+    between(low, high, (1.0 + libm::cos(PI * t / whole)) / 2.0)
+}
+
+/// On the line from `a` to `b`, also where their difference is too large for a number.
+pub(super) fn between(a: f64, b: f64, part: f64) -> f64 {
+    let rise = b - a;
+    if rise.is_finite() { a + rise * part } else { a * (1.0 - part) + b * part }
 }
 
 /// Where a triangle wave of `up` and `down` steps is at step `t`: the number of the cycle, from 1, and the height

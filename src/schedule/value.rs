@@ -19,7 +19,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::cycle::{Anneal, Cycles, half_cosine, one_cycle, triangle};
+use super::cycle::{Anneal, Cycles, between, half_cosine, one_cycle, triangle};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A function of the count of updates.
@@ -355,7 +355,7 @@ impl Schedule {
                 }
             }
             Self::Polynomial { peak, floor, steps, power } => {
-                floor + (peak - floor) * libm::pow(1.0 - x(*steps), *power)
+                between(*floor, *peak, libm::pow(1.0 - x(*steps), *power))
             }
             Self::Exponential { start, gamma, steps } => {
                 times(*start, libm::pow(*gamma, steps.map_or(t, |steps| t.min(steps)) as f64))
@@ -368,7 +368,7 @@ impl Schedule {
                     half_cosine(*peak, *floor, t as f64, *steps as f64)
                 }
             }
-            Self::SqrtDecay { peak, floor, steps } => floor + (peak - floor) * (1.0 - libm::sqrt(x(*steps))),
+            Self::SqrtDecay { peak, floor, steps } => between(*floor, *peak, 1.0 - libm::sqrt(x(*steps))),
             Self::InverseSqrt { peak, timescale } => {
                 let timescale = *timescale as f64;
                 peak * libm::sqrt(timescale / (timescale + t as f64))
@@ -446,12 +446,6 @@ impl Schedule {
     pub fn scaled(self, factor: f64) -> Self {
         Self::Product(vec![self, Self::Constant { value: factor, steps: None }])
     }
-}
-
-/// On the line from `a` to `b`, also where their difference is too large for a number.
-fn between(a: f64, b: f64, part: f64) -> f64 {
-    let rise = b - a;
-    if rise.is_finite() { a + rise * part } else { a * (1.0 - part) + b * part }
 }
 
 /// The product, 0 where the first factor is, however large the second has grown.
@@ -593,6 +587,8 @@ mod tests {
     fn ends_are_exact() {
         let cosine = Schedule::Cosine { peak: 0.3, floor: 1e-5, steps: 7 };
         assert_eq!((cosine.at(0), cosine.at(7), cosine.at(100)), (0.3, 1e-5, 1e-5));
+        let wide = Schedule::Cosine { peak: 1e308, floor: -1.7e308, steps: 10 };
+        assert_eq!((wide.at(0), wide.at(10)), (1e308, -1.7e308));
         let line = Schedule::Linear { start: 0.1, end: 0.7, steps: 3 };
         assert_eq!((line.at(0), line.at(3)), (0.1, 0.7));
         let noam = Schedule::InverseSqrt { peak: 2.0, timescale: 400 };

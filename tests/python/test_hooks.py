@@ -184,7 +184,8 @@ def test_what_hooks_get(cls: Any) -> None:
     want: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((), {}),
         ((g,), {}),
-        ((), {"gradients": g}),
+        # The engine's steps show their first argument in its place however it was given.
+        ((g,), {}) if cls in (SGD, Mixed) else ((), {"gradients": g}),
         ((), {"closure": closure}),
     ]
     assert len(seen) == 8
