@@ -558,7 +558,22 @@ def _one_function_per_group(place: str, functions: Any, optimizer: Any) -> list[
     return list(functions)
 
 
-class LambdaLR(LRScheduler):
+class _FunctionPerGroup(LRScheduler):
+    """A function of the epoch for each group."""
+
+    _functions = ("lr_lambdas",)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
+        last_epoch: int = -1,
+    ) -> None:
+        self.lr_lambdas = _one_function_per_group(type(self).__name__, lr_lambda, optimizer)
+        super().__init__(optimizer, last_epoch)
+
+
+class LambdaLR(_FunctionPerGroup):
     r"""The initial learning rate times a function of the epoch.
 
     .. math:: lr_e = lr_0 \cdot f(e)
@@ -577,24 +592,13 @@ class LambdaLR(LRScheduler):
     A group that is added later has no initial rate: the next step is a ValueError.
     """
 
-    _functions = ("lr_lambdas",)
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
-        last_epoch: int = -1,
-    ) -> None:
-        self.lr_lambdas = _one_function_per_group(type(self).__name__, lr_lambda, optimizer)
-        super().__init__(optimizer, last_epoch)
-
     def get_lr(self) -> list[float]:
         self._warn_outside_step()
         self._one_per_group("base_lrs", len(self.base_lrs))
         return [base * f(self.last_epoch) for f, base in zip(self.lr_lambdas, self.base_lrs, strict=True)]
 
 
-class MultiplicativeLR(LRScheduler):
+class MultiplicativeLR(_FunctionPerGroup):
     r"""The learning rate of the epoch before times a function of the epoch.
 
     .. math:: lr_e = lr_{e-1} \cdot f(e), \quad e \ge 1
@@ -613,17 +617,6 @@ class MultiplicativeLR(LRScheduler):
     scheduler before left, times ``f(0)``. A group that is added later has no function: the next step is a
     ValueError.
     """
-
-    _functions = ("lr_lambdas",)
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
-        last_epoch: int = -1,
-    ) -> None:
-        self.lr_lambdas = _one_function_per_group(type(self).__name__, lr_lambda, optimizer)
-        super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
         self._warn_outside_step()
@@ -1529,7 +1522,7 @@ class SequentialLR(_Composite):
     def _check_milestone(self, place: str) -> None:
         self._opening._check_milestone(place)
 
-    def step(self) -> None:  # type: ignore[override]  # torch's signature
+    def step(self) -> None:  # type: ignore[override]  # torch's composites take no epoch
         """Goes to the next epoch: a step of the scheduler whose turn it is, or the beginning of the next one."""
         with self._all_or_nothing():
             self._go_on()
@@ -1592,7 +1585,7 @@ class ChainedScheduler(_Composite):
     def _check_milestone(self, place: str) -> None:
         self._schedulers[0]._check_milestone(place)
 
-    def step(self) -> None:  # type: ignore[override]  # torch's signature
+    def step(self) -> None:  # type: ignore[override]  # torch's composites take no epoch
         """A step of each scheduler, in order."""
         with self._all_or_nothing():
             self._go_on()
@@ -1698,7 +1691,7 @@ class ReduceLROnPlateau(LRScheduler):
     def _choices(self) -> dict[str, tuple[Any, ...]]:
         return {"mode": self._MODES, "threshold_mode": self._THRESHOLD_MODES}
 
-    def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # torch's signature
+    def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # torch asks for a metric
         """Counts one epoch with its metric and reduces where it is due."""
         try:
             metric = None if isinstance(metrics, (str, bytes)) else float(metrics)

@@ -1,4 +1,4 @@
-"""Recorded torch traces as case objects, the error measure they are compared with, and a step of any optimizer."""
+"""Recorded torch traces, the error measure they are compared with, arrays laid out, and a step of any optimizer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 import roptim
 from roptim.optimizer import REGISTRY
 
+#: What `laid_out` takes.
+LAYOUTS = ["C", "F", "reversed", "with gaps"]
 VECTORS = Path(__file__).resolve().parent.parent / "vectors"
 
 
@@ -135,6 +137,19 @@ def relative_error(got: Any, want: Any, p0: Any) -> float:
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     comparable = np.isfinite(got) & np.isfinite(want) & np.isfinite(scale)
     return float(np.where(same, 0.0, np.where(comparable, error, np.inf)).max())
+
+
+def laid_out(a: Any, layout: str) -> Any:
+    """The same numbers elsewhere in memory."""
+    if a.ndim == 0:
+        return a.copy()
+    if layout == "reversed":
+        return a[::-1].copy()[::-1]
+    if layout == "with gaps":
+        view = np.full((2 * a.shape[0], *a.shape[1:]), 7, a.dtype)[::2]
+        view[...] = a
+        return view
+    return a.copy(order=layout)
 
 
 def step(opt: Any, gradients: list[Any] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import LAYOUTS, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ from roptim.swa_utils import (
 
 F32 = np.float32
 DTYPES: list[Any] = [np.float32, np.float64, np.complex64, np.complex128, np.float16, ml_dtypes.bfloat16]
-LAYOUTS = ["C", "F", "reversed", "with gaps"]
 #: Averages by name: the arguments that ask for them.
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
@@ -96,19 +96,6 @@ def same(a: Any, b: Any) -> bool:
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
     x = rng.standard_normal((2, *shape))
     return np.asarray(x[0] + 1j * x[1] if np.dtype(dtype).kind == "c" else x[0]).astype(dtype)
-
-
-def laid_out(a: Any, layout: str) -> Any:
-    """The same numbers elsewhere in memory."""
-    if a.ndim == 0:
-        return a.copy()
-    if layout == "reversed":
-        return a[::-1].copy()[::-1]
-    if layout == "with gaps":
-        view = np.full((2 * a.shape[0], *a.shape[1:]), 7, a.dtype)[::2]
-        view[...] = a
-        return view
-    return a.copy(order=layout)
 
 
 def f32(*shape: int, value: float = 1.0) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import LAYOUTS, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from roptim.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 ORDERS: list[Any] = [2, 1, 3, 0.5, -1, math.inf, -math.inf, 0, "inf"]
 DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64, np.complex128]
-LAYOUTS = ["C", "F", "reversed", "with gaps"]
 #: Each function that writes, with a bound that acts.
 WRITERS: dict[str, Callable[[Any], Any]] = {
     "clip_grad_norm_": lambda g: clip_grad_norm_(g, 0.1),
@@ -39,17 +39,6 @@ ALL: dict[str, Callable[[Any], Any]] = {**WRITERS, "get_total_norm": get_total_n
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> Any:
     x = scale * rng.standard_normal((2, *shape))
     return (x[0] + 1j * x[1]).astype(dtype) if np.dtype(dtype).kind == "c" else np.asarray(x[0]).astype(dtype)
-
-
-def laid_out(a: Any, layout: str) -> Any:
-    """The same numbers elsewhere in memory."""
-    if layout == "reversed":
-        return a[::-1].copy()[::-1]
-    if layout == "with gaps":
-        view = np.full((2 * a.shape[0], *a.shape[1:]), 7, a.dtype)[::2]
-        view[...] = a
-        return view
-    return a.copy(order=layout)
 
 
 def parts(a: Any) -> list[Any]:
