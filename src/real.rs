@@ -7,7 +7,7 @@ use std::fmt::{self, Debug};
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 /// What an array stores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// IEEE 754 binary16.

@@ -3,6 +3,7 @@
 //! They are addresses with lengths: only the executors dereference them, for the time of one sweep or copy.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::any::Any;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -95,6 +96,8 @@ pub struct TensorMut<'a> {
 pub struct TensorRef<'a> {
     pub(crate) raw: RawTensor,
     pub(crate) rows: Option<Arc<Rows>>,
+    /// What only the executor of a device knows, where the array lies on that; without an address then.
+    pub(crate) on_device: Option<Arc<dyn Any + Send + Sync>>,
     life: PhantomData<&'a [u8]>,
 }
 
@@ -108,7 +111,7 @@ impl TensorMut<'_> {
 
     /// The same array, to read.
     pub(crate) fn reading(&self) -> TensorRef<'_> {
-        TensorRef { raw: self.raw.clone(), rows: None, life: PhantomData }
+        TensorRef { raw: self.raw.clone(), rows: None, on_device: None, life: PhantomData }
     }
 }
 
@@ -117,7 +120,14 @@ impl TensorRef<'_> {
     /// For the life of the value `raw` must describe allocated, aligned, initialized memory that overlaps
     /// no tensor written by the same call.
     pub unsafe fn from_raw(raw: RawTensor) -> Self {
-        Self { raw, rows: None, life: PhantomData }
+        Self { raw, rows: None, on_device: None, life: PhantomData }
+    }
+
+    /// An array on a device: only that device's executor can read it.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn on_device(len: usize, dtype: Dtype, array: Arc<dyn Any + Send + Sync>) -> Self {
+        let raw = RawTensor { ptr: std::ptr::null_mut(), len, dtype, strides: None };
+        Self { raw, rows: None, on_device: Some(array), life: PhantomData }
     }
 
     /// Says that these are the values of some rows of a gradient that is zero elsewhere.
@@ -137,7 +147,7 @@ impl<'a, F: Real> From<&'a mut [F]> for TensorMut<'a> {
 impl<'a, F: Real> From<&'a [F]> for TensorRef<'a> {
     fn from(slice: &'a [F]) -> Self {
         let raw = RawTensor { ptr: slice.as_ptr().cast_mut().cast(), len: slice.len(), dtype: F::DTYPE, strides: None };
-        Self { raw, rows: None, life: PhantomData }
+        Self { raw, rows: None, on_device: None, life: PhantomData }
     }
 }
 

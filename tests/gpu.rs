@@ -71,8 +71,8 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
-fn compare_state(software: bool, optimizers: &[Optimizer; 2], what: &str) {
-    let [cpu, gpu] = optimizers.each_ref().map(|o| o.state_dict().unwrap());
+fn compare_state(software: bool, optimizers: &mut [Optimizer; 2], what: &str) {
+    let [cpu, gpu] = optimizers.each_mut().map(|o| o.state_dict().unwrap());
     assert_eq!(cpu.groups, gpu.groups);
     assert_eq!(cpu.update_count, gpu.update_count);
     assert_eq!(cpu.state.keys().collect::<Vec<_>>(), gpu.state.keys().collect::<Vec<_>>(), "{what}");
@@ -157,7 +157,7 @@ fn run(name: &str, hypers: &[(&str, Value)], adapt: impl FnOnce(&mut Optimizer))
             compare(software, want, got, &format!("{what}: parameter {i}"));
         }
     }
-    compare_state(software, &both, &format!("{name} {hypers:?}"));
+    compare_state(software, &mut both, &format!("{name} {hypers:?}"));
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn a_group_added_later_and_a_slot_needed_later() {
     for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
         compare(software, want, got, &format!("parameter {i}"));
     }
-    compare_state(software, &both, "SGD");
+    compare_state(software, &mut both, "SGD");
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn a_slot_that_was_reset_begins_as_zero() {
         for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
             compare(software, want, got, &format!("{} parameter {i}", preset.name));
         }
-        compare_state(software, &both, preset.name);
+        compare_state(software, &mut both, preset.name);
     }
 }
 
@@ -265,7 +265,7 @@ fn subnormal_slots_are_kept_when_asked_for() {
             step(optimizer, values, &[Some(tiny.clone())]).unwrap();
             step(optimizer, values, &[Some(tiny.clone())]).unwrap();
         }
-        compare_state(true, &both, &format!("flush_subnormals {flush_subnormals}"));
+        compare_state(true, &mut both, &format!("flush_subnormals {flush_subnormals}"));
     }
 }
 
@@ -291,7 +291,7 @@ fn nan_and_infinity_spread_as_on_the_cpu() {
         let class = |x: &f32| (x.is_nan(), x.is_infinite(), x.is_finite().then_some(x.to_bits()));
         let classes = |values: &[f32]| values.iter().map(class).collect::<Vec<_>>();
         assert_eq!(classes(&values[0][0]), classes(&values[1][0]), "{name}: {values:?}");
-        let states = both.each_ref().map(|o| o.state_dict().unwrap().state.remove(&0));
+        let states = both.each_mut().map(|o| o.state_dict().unwrap().state.remove(&0));
         let [Some(cpu), Some(gpu)] = states else {
             assert_eq!(states, [None, None], "{name}");
             continue;
@@ -317,7 +317,7 @@ fn a_resident_parameter_stays_on_the_device() {
         let before = values[1].clone();
         if at == 3 {
             // The user writes the host's copy of parameter 2: on the GPU that has to be said.
-            gpu.sync(2, &mut values[1][2].as_mut_slice().into()).unwrap();
+            gpu.sync(&mut [(2, &mut values[1][2].as_mut_slice().into())]).unwrap();
             for values in &mut values {
                 values[2][5] = 7.0;
             }
@@ -338,14 +338,14 @@ fn a_resident_parameter_stays_on_the_device() {
     let [on_cpu, on_gpu] = &mut values;
     for (i, (want, got)) in on_cpu.iter_mut().zip(on_gpu).enumerate().take(3) {
         assert!(gpu.host_is_stale(i));
-        gpu.sync(i, &mut got.as_mut_slice().into()).unwrap();
-        cpu.sync(i, &mut want.as_mut_slice().into()).unwrap();
+        gpu.sync(&mut [(i, &mut got.as_mut_slice().into())]).unwrap();
+        cpu.sync(&mut [(i, &mut want.as_mut_slice().into())]).unwrap();
         assert!(!gpu.host_is_stale(i));
         compare(software, want, got, &format!("resident parameter {i}"));
     }
-    let wrong = gpu.sync(1, &mut vec![0.0f32; 2].as_mut_slice().into()).unwrap_err();
+    let wrong = gpu.sync(&mut [(1, &mut vec![0.0f32; 2].as_mut_slice().into())]).unwrap_err();
     assert_eq!(wrong.to_string(), "AdamW.sync: parameter \"p1\" must be of 3 elements, got 2");
-    compare_state(software, &both, "AdamW");
+    compare_state(software, &mut both, "AdamW");
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn float64_is_refused_before_anything_changes() {
     assert_eq!(error.kind(), ErrorKind::Type);
     assert_eq!(
         error.to_string(),
-        "AdamW: parameter \"w\" must be float32 or complex64 on the GPU, got float64; use backend=\"cpu\" for float64"
+        "AdamW: parameter \"w\" must be float32, float16, bfloat16 or complex64 on the GPU, got float64; use backend=\"cpu\" for float64"
     );
     assert!(adamw.entries().is_empty() && adamw.groups().is_empty());
     adamw.add_group(&[], vec![ParamInfo::vector("w", 2, Dtype::F32)]).unwrap();
@@ -420,9 +420,9 @@ fn strided_arrays_have_the_same_bits_as_contiguous_ones() {
             let (mut p, g) = unsafe { ([TensorMut::from_raw(p)], [Some(TensorRef::from_raw(g))]) };
             strided.step(&mut p, &g).unwrap();
         }
-        plain.sync(0, &mut c_order.as_mut_slice().into()).unwrap();
+        plain.sync(&mut [(0, &mut c_order.as_mut_slice().into())]).unwrap();
         // SAFETY: as above.
-        strided.sync(0, &mut unsafe { TensorMut::from_raw(transposed(&mut f_order, ROWS, COLUMNS)) }).unwrap();
+        strided.sync(&mut [(0, &mut unsafe { TensorMut::from_raw(transposed(&mut f_order, ROWS, COLUMNS)) })]).unwrap();
         compare(true, &fortran(&c_order), &f_order, "strided");
         assert_eq!(plain.state_dict().unwrap(), strided.state_dict().unwrap());
     }
@@ -451,7 +451,7 @@ fn state_moves_between_backends() {
         for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
             compare(software, want, got, &format!("{} parameter {i}", preset.name));
         }
-        compare_state(software, &both, preset.name);
+        compare_state(software, &mut both, preset.name);
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
+use roptim::Dtype;
 use roptim::rules::RuleId;
 use roptim::shader;
 
@@ -11,21 +12,29 @@ fn with_shader() -> impl Iterator<Item = RuleId> {
     RuleId::ALL.iter().copied().filter(|rule| rule.shader().is_some())
 }
 
-fn parse(rule: RuleId, kernel: &roptim::rule::KernelFacts) -> naga::Module {
-    let text = shader::module(rule, kernel);
-    let module = naga::front::wgsl::parse_str(&text)
-        .unwrap_or_else(|e| panic!("{} does not parse:\n{}", kernel.entry, e.emit_to_string(&text)));
+fn validated(what: &str, text: &str) -> naga::Module {
+    let module = naga::front::wgsl::parse_str(text)
+        .unwrap_or_else(|e| panic!("{what} does not parse:\n{}", e.emit_to_string(text)));
     // Default capabilities: what every adapter has, no f64 and no extensions.
     Validator::new(ValidationFlags::all(), Capabilities::default())
         .validate(&module)
-        .unwrap_or_else(|e| panic!("{} is not valid: {e:?}", kernel.entry));
+        .unwrap_or_else(|e| panic!("{what} is not valid: {e:?}"));
     module
 }
 
+const STORED: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+
+/// Each kernel, with parameters of every storage type and gradients of the same or float32.
 fn every_kernel(mut check: impl FnMut(RuleId, &roptim::rule::KernelFacts, &naga::Module)) {
     for rule in with_shader() {
         for kernel in rule.kernels() {
-            check(rule, &kernel, &parse(rule, &kernel));
+            for parameter in STORED {
+                for gradient in BTreeSet::from([parameter, Dtype::F32]) {
+                    let module = shader::update(rule, &kernel, parameter, gradient);
+                    assert_eq!(module.written.len(), shader::FIRST_SLOT_BINDING as usize + kernel.slots.len());
+                    check(rule, &kernel, &validated(kernel.entry, &module.text));
+                }
+            }
         }
     }
 }
@@ -73,6 +82,38 @@ fn coefficients_are_named_and_ordered_as_in_rust() {
     });
 }
 
+/// A struct whose last member is an array of elements of so many words, after a head of so many.
+fn struct_ends_in_array_of(module: &naga::Module, name: &str, head: usize, element: usize) {
+    let ty = module.types.iter().find(|(_, t)| t.name.as_deref() == Some(name)).unwrap().0;
+    let members = fields(module, ty);
+    let (_, offset, last) = members.last().unwrap();
+    let naga::TypeInner::Array { stride, .. } = module.types[*last].inner else { panic!("{name} ends in no array") };
+    assert_eq!((*offset as usize, stride as usize), (4 * head, 4 * element), "{name}");
+}
+
+#[test]
+fn modules_of_the_guard_and_of_gradients_are_what_the_executor_fills() {
+    let of_gradients = |make: fn(Dtype) -> shader::Module| STORED.map(make).to_vec();
+    let all = [of_gradients(shader::measure), of_gradients(shader::sum_into), of_gradients(shader::scale)].concat();
+    for made in all.into_iter().chain([shader::decide()]) {
+        let module = validated(made.entry, &made.text);
+        for (_, variable) in module.global_variables.iter() {
+            let Some(binding) = &variable.binding else { continue };
+            let naga::AddressSpace::Storage { access } = variable.space else { panic!("a storage buffer") };
+            let written = access.contains(naga::StorageAccess::STORE);
+            assert_eq!(made.written[binding.binding as usize], written, "{} {:?}", made.entry, variable.name);
+        }
+        let size = |name: &str| {
+            let found = module.types.iter().find(|(_, t)| t.name.as_deref() == Some(name));
+            found.map(|(_, t)| t.inner.size(module.to_ctx()) as usize / 4)
+        };
+        assert!(size("Control").is_none_or(|words| words == shader::CONTROL_WORDS));
+        assert!(size("Partial").is_none_or(|words| words == shader::PARTIAL_WORDS));
+        assert_eq!(module.entry_points.len(), 1);
+        assert_eq!(module.entry_points[0].name, made.entry);
+    }
+}
+
 #[test]
 fn bindings_and_layouts_are_what_the_executor_fills() {
     every_kernel(|_, kernel, module| {
@@ -82,19 +123,12 @@ fn bindings_and_layouts_are_what_the_executor_fills() {
         let count = shader::FIRST_SLOT_BINDING + kernel.slots.len() as u32;
         assert_eq!(bindings, (0..count).collect::<Vec<_>>(), "bindings of {}", kernel.entry);
         assert!(count <= 8, "WebGPU guarantees 8 storage buffers");
-        let stride = |binding: u32| {
-            let found = module.global_variables.iter().find(|(_, v)| v.binding.as_ref().unwrap().binding == binding);
-            match module.types[found.unwrap().1.ty].inner {
-                naga::TypeInner::Array { stride, .. } => stride as usize,
-                ref other => panic!("an array was expected, found {other:?}"),
-            }
-        };
-        assert_eq!(stride(2), 4 * shader::CHUNK_WORDS);
-        assert_eq!(stride(3), 4 * shader::ROW_WORDS);
+        struct_ends_in_array_of(module, "Table", shader::TABLE_WORDS, shader::CHUNK_WORDS);
+        struct_ends_in_array_of(module, "Work", shader::CONTROL_WORDS, shader::ROW_WORDS);
         let row = module.types.iter().find(|(_, t)| t.name.as_deref() == Some("Row")).unwrap().0;
         assert_eq!(fields(module, row)[1].1 as usize, 4 * shader::FRAME_WORDS, "the coefficients follow the frame");
         assert_eq!(module.entry_points.len(), 1);
-        assert_eq!(module.entry_points[0].name, shader::ENTRY_POINT);
+        assert_eq!(module.entry_points[0].name, "step");
     });
 }
 

@@ -10,36 +10,20 @@
 // One workgroup handles one chunk of one tensor; the chunk names the row of coefficients. The function
 // `update`, the bindings and the struct `Row` are generated for each kernel: see src/shader.rs.
 
-override WORKGROUP: u32 = 64u;
-
-// Part of one tensor inside the bound window.
-struct Chunk {
-    // First vec4 of the window.
-    start4: u32,
-    // Elements; the lanes past the last one stay zero.
-    len: u32,
-    // Which row of coefficients.
-    row: u32,
-}
-
 const L2: u32 = 1u;
 const FLUSH_SUBNORMALS: u32 = 2u;
-const BOUNDED: u32 = 4u;
 
-// The shared pre- and post-steps. Neutral values change no bit.
+// The shared pre- and post-steps of a group. Neutral values change no bit.
 struct Frame {
-    bound: f32,
     gradient_factor: f32,
     l2: f32,
     shrink: f32,
     switches: u32,
 }
 
-fn prepared(frame: Frame, p: vec4<f32>, gradient: vec4<f32>) -> vec4<f32> {
-    let is_bounded = vec4<bool>((frame.switches & BOUNDED) != 0u);
-    let below = select(gradient, vec4<f32>(frame.bound), is_bounded & (gradient > vec4<f32>(frame.bound)));
-    let within = select(below, vec4<f32>(-frame.bound), is_bounded & (below < vec4<f32>(-frame.bound)));
-    let g = within * frame.gradient_factor;
+fn prepared(frame: Frame, control: Control, p: vec4<f32>, gradient: vec4<f32>) -> vec4<f32> {
+    let within = within_bound(control.switches, control.bound, gradient);
+    let g = within * (frame.gradient_factor * bitcast<f32>(control.factor));
     return select(g, g + frame.l2 * p, (frame.switches & L2) != 0u);
 }
 
@@ -56,13 +40,13 @@ fn step(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = workgroup.x + workgroup.y * grid.x;
-    if (index >= arrayLength(&chunks)) {
+    if (index >= arrayLength(&table.chunks) || work.control.skip != 0u) {
         return;
     }
-    let chunk = chunks[index];
-    let row = rows[chunk.row];
+    let chunk = table.chunks[index];
+    let control = work.control;
+    let row = work.rows[chunk.row];
     for (var i = lane; 4u * i < chunk.len; i += WORKGROUP) {
-        let inside = 4u * i + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(chunk.len);
-        update(row, chunk.start4 + i, inside);
+        update(row, control, chunk.start4 + i, chunk.gradient4 + i, lanes_inside(i, chunk.len));
     }
 }

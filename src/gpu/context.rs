@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use pollster::block_on;
 use wgpu::DeviceType;
 
+use super::arena::ALIGN;
 use super::pipeline::Pipeline;
 use crate::error::{Error, ErrorKind, Result};
-use crate::rule::KernelFacts;
-use crate::rules::RuleId;
+use crate::shader::Module;
 
 /// Which device an optimizer asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -205,8 +205,10 @@ pub(super) struct Context {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) info: DeviceInfo,
+    /// Whether buffers that the device computes with may be mapped: its memory is the host's.
+    pub(super) shares_memory: bool,
     reports: Arc<Reports>,
-    pipelines: Mutex<HashMap<&'static str, Arc<Pipeline>>>,
+    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
 }
 
 impl Context {
@@ -244,6 +246,10 @@ impl Context {
     fn open(system: &System, place: &str, index: usize, minimum: bool) -> Result<Arc<Self>> {
         let (adapter, info) = (&system.adapters[index], system.infos[index].clone());
         let mut limits = wgpu::Limits::default();
+        // Of discrete memory only a window is mappable, at the price of slow access.
+        let mappable = wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+        let shares_memory =
+            !minimum && matches!(info.kind, "software" | "integrated") && adapter.features().contains(mappable);
         if !minimum {
             let offered = adapter.limits();
             limits.max_buffer_size = limits.max_buffer_size.max(offered.max_buffer_size);
@@ -252,7 +258,7 @@ impl Context {
         }
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("roptim"),
-            required_features: wgpu::Features::empty(),
+            required_features: if shares_memory { mappable } else { wgpu::Features::empty() },
             required_limits: limits,
             ..Default::default()
         };
@@ -268,7 +274,7 @@ impl Context {
         device.set_device_lost_callback(move |reason, message| {
             lock(&on_loss.lost).get_or_insert_with(|| format!("{message} ({reason:?})"));
         });
-        Ok(Arc::new(Self { device, queue, info, reports, pipelines: Mutex::default() }))
+        Ok(Arc::new(Self { device, queue, info, shares_memory, reports, pipelines: Mutex::default() }))
     }
 
     /// The error of a device that is gone, or one that it reported since the last look.
@@ -297,6 +303,13 @@ impl Context {
         }
     }
 
+    /// Elements of the longest window: float32 numbers that one binding may span.
+    pub(super) fn window_elements(&self) -> usize {
+        let limits = self.device.limits();
+        let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        (usize::try_from(bytes).unwrap_or(usize::MAX / 8) / 4 / ALIGN * ALIGN).max(ALIGN)
+    }
+
     /// A buffer of zeros.
     pub(super) fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages, mapped: bool) -> wgpu::Buffer {
         self.device.create_buffer(&wgpu::BufferDescriptor {
@@ -307,13 +320,13 @@ impl Context {
         })
     }
 
-    /// The compiled kernel.
-    pub(super) fn pipeline(&self, place: &str, rule: RuleId, kernel: &KernelFacts) -> Result<Arc<Pipeline>> {
-        if let Some(found) = lock(&self.pipelines).get(kernel.entry) {
+    /// The compiled module of this name.
+    pub(super) fn pipeline(&self, place: &str, name: &str, module: impl FnOnce() -> Module) -> Result<Arc<Pipeline>> {
+        if let Some(found) = lock(&self.pipelines).get(name) {
             return Ok(found.clone());
         }
-        let made = self.scoped(place, || Ok(Arc::new(Pipeline::new(self, rule, kernel))))?;
-        Ok(lock(&self.pipelines).entry(kernel.entry).or_insert(made).clone())
+        let made = self.scoped(place, || Ok(Arc::new(Pipeline::new(self, name, &module()))))?;
+        Ok(lock(&self.pipelines).entry(name.to_owned()).or_insert(made).clone())
     }
 }
 

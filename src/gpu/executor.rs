@@ -1,35 +1,41 @@
 //! One step of many tensors on the device.
 //!
 //! ```text
-//! upload   gradients, plain parameters, coefficient rows      one staging block
-//! update   one dispatch per (kernel, window), all tensors     one workgroup per chunk
-//! download plain parameters                                   one staging block
+//! upload   gradients, plain parameters, control words and coefficient rows
+//! guard    norm, clip factor, what is not finite             where it is asked for
+//! update   one dispatch per (kernel, window), all tensors    one workgroup per chunk
+//! download plain parameters
 //! ```
 //!
-//! All of it is one submission, unless the arrays exceed a staging block. The chunk tables and bind
-//! groups of a step are kept for the next one and rebuilt only when the set of tensors, their kernels or
-//! their coefficient rows change.
-//!
-//! It does not read gradients on the device for norms, and it stages on the calling thread.
+//! All of it is one submission, unless the arrays exceed a staging block. Nothing is read back but plain parameters:
+//! the norm is fetched when somebody asks for it, and what became of a step that may leave its update out is
+//! *pending* until [`Executor::settle`]. Chunk tables and bind groups of the last few sets of tensors are kept.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use super::arena::{ALIGN, Arena, Role, Segment};
+use rayon::ThreadPool;
+
+use super::arena::{Arena, Role, Segment, Window};
+use super::array::{Array, is_sum};
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess};
-use super::pipeline::Pipeline;
-use super::staging::{BLOCK_BYTES, Download, Source, Staging, Upload, submit};
-use crate::cpu::{Frame, memory};
+use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
+use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
+use crate::cpu::Frame;
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
 use crate::rule::{KernelFacts, Row, SlotSet};
 use crate::rules::RuleId;
-use crate::shader::{BOUNDED, CHUNK_WORDS, FIRST_SLOT_BINDING, FLUSH_SUBNORMALS, FRAME_WORDS, L2, ROW_WORDS};
+use crate::shader::{self, CONTROL_WORDS, FLUSH_SUBNORMALS, FRAME_WORDS, HAS_NAN, L2, ROW_WORDS};
 use crate::store::ParamInfo;
 use crate::tensor::{RawTensor, TensorMut, TensorRef};
 
-/// Elements of a chunk: what one workgroup updates.
-pub const CHUNK: usize = 4096;
+/// Submissions in flight before a step waits.
+const IN_FLIGHT: usize = 3;
+/// Sets of jobs whose tables and bind groups are kept.
+const PLANS: usize = 8;
+/// Elements below which an array on the device is copied beside the others in place of a dispatch of its own.
+const WORTH_A_DISPATCH: usize = 1 << 16;
 
 /// One parameter's part in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +50,32 @@ pub struct Job {
     pub fresh: SlotSet,
 }
 
+/// What became of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The update was made, or will be.
+    Applied,
+    /// The update was left out.
+    Skipped,
+    /// [`Executor::settle`] will tell.
+    Pending,
+}
+
+/// A gradient that is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Culprit {
+    /// Of which parameter.
+    pub index: usize,
+    /// Whether it has a NaN; else an infinity.
+    pub is_nan: bool,
+}
+
 /// What is known of one parameter's copies.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Param {
     len: usize,
+    /// What it stores.
+    dtype: Dtype,
     resident: bool,
     /// Slots that exist.
     present: SlotSet,
@@ -57,21 +85,53 @@ struct Param {
     host_newer: bool,
     /// The device's value is ahead of the host's. Of a resident parameter.
     device_newer: bool,
+    /// The value went with the device, and has not been given again.
+    lost: bool,
+    /// Gradients were added up on the device for the next step.
+    summed: bool,
+}
+
+/// Where a gradient comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Origin {
+    /// Uploaded, or copied from an array, to the arena of this type.
+    Arena(Dtype),
+    /// Sums on the device.
+    Sum,
+    /// An array of the user on the device, which stores this.
+    Array { id: u64, buffer: usize, dtype: Dtype },
 }
 
 /// Dispatches of one set of jobs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Plan {
-    jobs: Vec<Job>,
-    generation: Option<u64>,
-    dispatches: Vec<Dispatch>,
+    jobs: Vec<(Job, Origin)>,
+    generation: u64,
+    updates: Vec<Dispatch>,
+    guard: Option<GuardPasses>,
+    /// The parameter of each chunk.
+    owners: Vec<usize>,
 }
 
+impl Plan {
+    fn is_of(&self, jobs: &[(Job, Origin)], generation: u64) -> bool {
+        let same = |(a, b): (&(Job, Origin), &(Job, Origin))| {
+            let (a, b) = ((a.0.index, a.0.row, a.0.kernel.entry, a.1), (b.0.index, b.0.row, b.0.kernel.entry, b.1));
+            a == b
+        };
+        self.generation == generation && self.jobs.len() == jobs.len() && self.jobs.iter().zip(jobs).all(same)
+    }
+
+    fn has_arrays(&self) -> bool {
+        self.jobs.iter().any(|(_, origin)| matches!(origin, Origin::Array { .. }))
+    }
+}
+
+/// A step whose end is not known yet.
 #[derive(Debug)]
-struct Dispatch {
-    pipeline: Arc<Pipeline>,
-    bind_group: wgpu::BindGroup,
-    workgroups: u32,
+struct Pending {
+    ticket: Ticket,
+    jobs: Vec<Job>,
 }
 
 #[derive(Debug)]
@@ -79,8 +139,26 @@ struct Inner {
     context: Arc<Context>,
     arena: Arena,
     staging: Staging,
-    rows: Option<wgpu::Buffer>,
-    plan: Plan,
+    /// Control words and coefficient rows.
+    work: Option<wgpu::Buffer>,
+    /// The last ones used, latest first.
+    plans: VecDeque<Plan>,
+    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    pending: Option<Pending>,
+}
+
+impl Inner {
+    fn on(context: Arc<Context>) -> Self {
+        Self {
+            arena: Arena::new(context.window_elements()),
+            context,
+            staging: Staging::new(BLOCK_BYTES),
+            work: None,
+            plans: VecDeque::new(),
+            in_flight: VecDeque::new(),
+            pending: None,
+        }
+    }
 }
 
 /// Runs a rule over tensors on one GPU.
@@ -88,24 +166,23 @@ struct Inner {
 pub struct Executor {
     place: &'static str,
     rule: RuleId,
+    request: DeviceRequest,
     chunk: usize,
     params: Vec<Param>,
     inner: OfProcess<Inner>,
+    /// A call failed half-way: what lies on the device is not known.
+    broken: bool,
 }
 
 impl Executor {
     /// Opens the device that the request asks for; `place` is the optimizer's name in messages.
     pub fn new(place: &'static str, rule: RuleId, request: &DeviceRequest) -> Result<Self> {
-        Ok(Self::on(Context::shared(place, request)?, place, rule))
+        Ok(Self::on(Context::shared(place, request)?, place, rule, request.clone()))
     }
 
-    pub(super) fn on(context: Arc<Context>, place: &'static str, rule: RuleId) -> Self {
-        let limits = context.device.limits();
-        let window = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 4;
-        let arena = Arena::new(usize::try_from(window).unwrap_or(usize::MAX / 8));
-        let staging = Staging::new(BLOCK_BYTES);
-        let inner = OfProcess::new(Inner { context, arena, staging, rows: None, plan: Plan::default() });
-        Self { place, rule, chunk: CHUNK, params: Vec::new(), inner }
+    pub(super) fn on(context: Arc<Context>, place: &'static str, rule: RuleId, request: DeviceRequest) -> Self {
+        let inner = OfProcess::new(Inner::on(context));
+        Self { place, rule, request, chunk: CHUNK, params: Vec::new(), inner, broken: false }
     }
 
     /// The device.
@@ -118,15 +195,29 @@ impl Executor {
         self.device().map_or("a GPU of the parent process", |info| &info.name)
     }
 
-    /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until the first
-    /// step or load; results do not change.
+    /// Bytes on the device.
+    pub fn device_bytes(&self) -> u64 {
+        self.inner.get(self.place).map_or(0, |inner| inner.arena.bytes())
+    }
+
+    /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until parameters are
+    /// added; results do not change.
     pub fn force(&mut self, window: usize, chunk: usize) {
         let chunk = chunk.next_multiple_of(4).max(4);
         let Ok(inner) = self.inner.get_mut(self.place) else { return };
         if inner.arena.is_unallocated() {
             inner.arena.layout = inner.arena.layout.rewindowed(window);
-            inner.staging = Staging::new(4 * window.max(ALIGN));
+            inner.staging = Staging::new(4 * window.max(super::arena::ALIGN));
             self.chunk = chunk;
+        }
+    }
+
+    /// For tests: loses the device, as a driver's reset would.
+    pub fn force_loss(&self) {
+        if let Ok(inner) = self.inner.get(self.place) {
+            inner.context.device.destroy();
+            // The word of the loss comes with the next poll.
+            let _ = inner.context.device.poll(wgpu::PollType::wait_indefinitely());
         }
     }
 
@@ -134,36 +225,53 @@ impl Executor {
     pub fn add(&mut self, params: &[ParamInfo]) -> Result<()> {
         let place = self.place;
         let inner = self.inner.get_mut(place)?;
-        let mut total = inner.arena.layout.total();
+        let mut layout = inner.arena.layout.clone();
         for (i, info) in params.iter().enumerate() {
             let label = || info.label(self.params.len() + i);
-            if info.dtype.part() != Dtype::F32 {
-                let allowed = "float32 or complex64 on the GPU";
+            if !matches!(info.dtype.part(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                let allowed = "float32, float16, bfloat16 or complex64 on the GPU";
                 return Err(Error::refuse(ErrorKind::Type, place, label(), allowed, info.dtype)
                     .with_remedy(format!("use backend=\"cpu\" for {}", info.dtype)));
             }
             let elements = info.shape.iter().try_fold(info.dtype.parts(), |n, &axis| n.checked_mul(axis));
-            let sum = elements.and_then(|n| n.checked_next_multiple_of(ALIGN)).and_then(|n| n.checked_add(total));
-            total = sum.filter(|&n| n <= isize::MAX as usize / 4).ok_or_else(|| {
-                Error::refuse(
-                    ErrorKind::Value,
-                    place,
-                    label(),
-                    "of a size that memory can hold",
-                    format!("{:?}", info.shape),
-                )
+            elements.and_then(|n| layout.push(info.dtype.part(), n)).ok_or_else(|| {
+                let (allowed, got) = ("of a size that memory can hold", format!("{:?}", info.shape));
+                Error::refuse(ErrorKind::Value, place, label(), allowed, got)
             })?;
         }
-        for info in params {
-            inner.arena.layout.push(info.reals());
-            self.params.push(Param {
-                len: info.reals(),
-                resident: info.resident,
-                host_newer: true,
-                ..Param::default()
-            });
-        }
+        inner.arena.layout = layout;
+        self.params.extend(params.iter().map(|info| Param {
+            len: info.reals(),
+            dtype: info.dtype.part(),
+            resident: info.resident,
+            present: SlotSet::EMPTY,
+            used: SlotSet::EMPTY,
+            host_newer: true,
+            device_newer: false,
+            lost: false,
+            summed: false,
+        }));
         Ok(())
+    }
+
+    /// Forgets the parameters that were added last, but so many.
+    pub fn truncate(&mut self, count: usize) -> Result<()> {
+        self.params.truncate(count);
+        self.inner.get_mut(self.place)?.arena.layout.truncate(count);
+        Ok(())
+    }
+
+    /// Makes the memory that steps will need, with these slots of each parameter. On an error nothing has changed.
+    pub fn reserve(&mut self, slots: &[SlotSet]) -> Result<()> {
+        let Inner { context, arena, .. } = self.inner.get_mut(self.place)?;
+        let mut wanted = BTreeSet::new();
+        for (index, slots) in slots.iter().enumerate() {
+            for segment in arena.layout.segments(index, usize::MAX) {
+                let roles = [Role::Parameter, Role::Gradient(self.params[index].dtype)];
+                wanted.extend(roles.into_iter().chain(slots.iter().map(Role::Slot)).map(|role| (role, segment.window)));
+            }
+        }
+        arena.ensure(context, self.place, &wanted)
     }
 
     /// Of the wanted slots those that a parameter does not have: they begin as zeros in the step whose job
@@ -184,27 +292,36 @@ impl Executor {
         Ok(())
     }
 
-    /// A copy of slot k of a parameter in C order, if it exists.
-    pub fn read_slot(&self, index: usize, k: usize) -> Result<Option<Vec<u8>>> {
-        Ok(self.read_slots(&[(index, k)])?.pop().flatten())
+    /// Notes when an error says that what lies on the device is not known any more.
+    fn noting<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        if matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost) {
+            self.broken = true;
+            for param in self.params.iter_mut().filter(|param| param.device_newer) {
+                (param.lost, param.device_newer) = (true, false);
+            }
+        }
+        outcome
     }
 
     /// Copies of slots, each named by its parameter's index and k, brought home together.
-    pub fn read_slots(&self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Vec<u8>>>> {
+    pub fn read_slots(&mut self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Vec<u8>>>> {
         let inner = self.inner.get(self.place)?;
         let exists = |&&(index, k): &&(usize, usize)| self.has_slot(index, k);
-        let sources: Vec<_> = wanted.iter().filter(exists).map(|&(index, k)| (Role::Slot(k), index)).collect();
-        let mut found: Vec<Vec<u8>> = sources.iter().map(|&(_, index)| vec![0; 4 * self.params[index].len]).collect();
-        inner.read(self.place, &sources, |which, segment, part| {
-            found[which][4 * segment.start..][..part.len()].copy_from_slice(part);
-        })?;
+        let sources: Vec<_> = wanted.iter().filter(exists).copied().collect();
+        let mut found: Vec<Vec<u8>> = sources.iter().map(|&(index, _)| vec![0; 4 * self.params[index].len]).collect();
+        let read = inner.read_slots(self.place, &sources, &mut found);
+        self.noting(read)?;
         let mut found = found.into_iter();
-        Ok(wanted.iter().map(|slot| exists(&slot).then(|| found.next()).flatten()).collect())
+        Ok(wanted.iter().map(|&(index, k)| self.has_slot(index, k).then(|| found.next()).flatten()).collect())
     }
 
     /// Replaces every slot of every parameter: by parameter and slot the bytes in C order, or `None` where
-    /// there is no slot. On an error other than [`ErrorKind::DeviceLost`] nothing has changed.
+    /// there is no slot. On an error other than [`ErrorKind::DeviceLost`] nothing has changed. A device that was
+    /// lost is opened again.
     pub fn replace_slots(&mut self, slots: &[Vec<Option<&[u8]>>]) -> Result<()> {
+        if self.broken {
+            self.recover()?;
+        }
         let place = self.place;
         let Inner { context, arena, staging, .. } = self.inner.get_mut(place)?;
         assert_eq!(slots.len(), self.params.len(), "one list of slots per parameter");
@@ -228,43 +345,101 @@ impl Executor {
         }
         let encoder = context.device.create_command_encoder(&Default::default());
         // SAFETY: no source is an array.
-        let encoder = unsafe { staging.upload(context, place, &uploads, encoder) }?;
-        submit(context, place, encoder)?;
+        let replaced = unsafe { staging.upload(context, place, None, &uploads, encoder) }
+            .and_then(|encoder| submit(context, place, encoder));
+        self.noting(replaced)?;
         for (param, slots) in self.params.iter_mut().zip(slots) {
             let given = slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
             param.present = given.fold(SlotSet::EMPTY, |set, (k, _)| set.with(k));
             param.used = param.used.union(param.present);
+            param.summed = false;
         }
         Ok(())
     }
 
-    /// Whether the device's value of a parameter is ahead of the host's.
+    /// Begins anew on the device, or on another one that fits the request. Values of resident parameters that were
+    /// there alone must be given again.
+    fn recover(&mut self) -> Result<()> {
+        let inner = self.inner.get_mut(self.place)?;
+        let (mut new, layout) = (Inner::on(Context::shared(self.place, &self.request)?), inner.arena.layout.clone());
+        // The window of the new device may be another one, but for a test's.
+        new.arena.layout = if layout.is_of(inner.context.window_elements()) {
+            layout.rewindowed(new.context.window_elements())
+        } else {
+            layout
+        };
+        std::mem::swap(&mut new.staging, &mut inner.staging);
+        *inner = new;
+        for param in &mut self.params {
+            (param.present, param.used) = (SlotSet::EMPTY, SlotSet::EMPTY);
+            (param.host_newer, param.device_newer, param.summed) = (true, false, false);
+        }
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Whether the device's value of a parameter is ahead of the host's, or was and is lost.
     pub fn host_is_stale(&self, index: usize) -> bool {
-        self.params[index].device_newer
+        self.params[index].device_newer || self.params[index].lost
     }
 
     /// The host's value of a resident parameter becomes the truth.
     pub fn host_written(&mut self, index: usize) {
         let param = &mut self.params[index];
-        param.host_newer = true;
-        param.device_newer = false;
+        (param.host_newer, param.device_newer, param.lost) = (true, false, false);
     }
 
-    /// Brings a parameter's value to the host's array if the device's is ahead. The array must be of the
+    fn lost(&self, place: &str, label: &str) -> Error {
+        Error::plain(ErrorKind::DeviceLost, format!("{place}: {label} was lost with the device"))
+            .with_remedy("assign the parameter's values and call load_state_dict, both from one checkpoint")
+    }
+
+    /// Refuses parameters whose values were lost, by name.
+    pub fn refuse_lost(&self, place: &str, label: impl Fn(usize) -> String) -> Result<()> {
+        match self.params.iter().position(|param| param.lost) {
+            Some(index) => Err(self.lost(place, &label(index))),
+            None => Ok(()),
+        }
+    }
+
+    /// Brings parameters' values to the host's arrays where the device's are ahead. Each array must be of its
     /// parameter's length and dtype.
-    pub fn sync(&mut self, index: usize, array: &mut TensorMut<'_>) -> Result<()> {
+    pub fn sync(
+        &mut self,
+        place: &str,
+        arrays: &mut [(usize, &mut TensorMut<'_>)],
+        pool: Option<&ThreadPool>,
+        label: impl Fn(usize) -> String,
+    ) -> Result<()> {
         let inner = self.inner.get(self.place)?;
-        let param = &mut self.params[index];
-        if !param.device_newer {
+        if let Some(&(index, _)) = arrays.iter().find(|(index, _)| self.params[*index].lost) {
+            return Err(self.lost(place, &label(index)));
+        }
+        let stale: Vec<&(usize, &mut TensorMut<'_>)> =
+            arrays.iter().filter(|(index, _)| self.params[*index].device_newer).collect();
+        if stale.is_empty() {
             return Ok(());
         }
-        let raw = float32(&array.raw, param.len);
-        inner.read(self.place, &[(Role::Parameter, index)], |_, segment, part| {
-            // SAFETY: TensorMut promises memory for its elements, whose number was compared; segments lie
+        let read = || {
+            let mut downloads = Vec::new();
+            for (index, array) in &stale {
+                let raw = fitting(&array.raw, &self.params[*index]);
+                downloads.extend(inner.downloads(place, Role::Parameter, *index, |segment| Sink::Array {
+                    raw,
+                    start: segment.start,
+                    len: segment.len,
+                })?);
+            }
+            let encoder = inner.context.device.create_command_encoder(&Default::default());
+            // SAFETY: TensorMut promises memory for its elements, whose number and size were compared; segments lie
             // within the parameter.
-            unsafe { memory::write_bytes(raw, segment.start, part) };
-        })?;
-        param.device_newer = false;
+            unsafe { inner.staging.download(&inner.context, place, pool, encoder, downloads) }
+        };
+        let read = read();
+        self.noting(read)?;
+        for (index, _) in arrays {
+            self.params[*index].device_newer = false;
+        }
         Ok(())
     }
 
@@ -272,197 +447,510 @@ impl Executor {
     /// parameters' lengths and dtype. On an error other than [`ErrorKind::DeviceLost`] nothing has changed.
     pub fn step(
         &mut self,
+        bounds: &Bounds,
         rows: &[Row],
         jobs: &[Job],
         params: &mut [TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
-    ) -> Result<()> {
+        pool: Option<&ThreadPool>,
+    ) -> Result<Outcome> {
+        let stepped = self.step_once(bounds, rows, jobs, params, gradients, pool);
+        self.noting(stepped)
+    }
+
+    fn step_once(
+        &mut self,
+        bounds: &Bounds,
+        rows: &[Row],
+        jobs: &[Job],
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+        pool: Option<&ThreadPool>,
+    ) -> Result<Outcome> {
         let (place, rule, chunk) = (self.place, self.rule, self.chunk);
         let inner = self.inner.get_mut(place)?;
         inner.context.check(place)?;
-        inner.prepare(place, rule, chunk, rows.len(), jobs)?;
-        let Inner { context, arena, staging, rows: row_buffer, plan } = inner;
-        let row_bytes = rows.iter().flat_map(row_words).flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
-        let mut uploads = Vec::new();
-        if let Some(target) = row_buffer {
-            uploads.push(Upload { target, offset: 0, bytes: row_bytes.len(), source: Source::Bytes(&row_bytes) });
-        }
-        for role in [Role::Parameter, Role::Gradient] {
-            for job in jobs {
-                let state = &self.params[job.index];
-                let raw = match (role, &gradients[job.index]) {
-                    (Role::Gradient, Some(gradient)) => &gradient.raw,
-                    (Role::Parameter, _) if !state.resident || state.host_newer => &params[job.index].raw,
-                    _ => continue,
-                };
-                let raw = float32(raw, state.len);
-                for segment in arena.layout.segments(job.index, staging.longest()) {
-                    let source = Source::Array { raw, start: segment.start, len: segment.len };
-                    uploads.push(upload(place, arena, role, segment, source)?);
-                }
-            }
-        }
-        let (mut downloads, mut targets) = (Vec::new(), Vec::new());
-        for job in jobs.iter().filter(|job| !self.params[job.index].resident) {
-            for segment in arena.layout.segments(job.index, staging.longest()) {
-                downloads.push(download(place, arena, Role::Parameter, segment)?);
-                targets.push((job.index, segment));
-            }
-        }
-        let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number and size
-        // `float32` compared; segments lie within the parameter.
-        let mut encoder = unsafe { staging.upload(context, place, &uploads, encoder) }?;
+        let states = &self.params;
+        let mut origins = Vec::with_capacity(jobs.len());
         for job in jobs {
-            for k in job.fresh.intersection(self.params[job.index].used).iter() {
-                for segment in arena.layout.segments(job.index, usize::MAX) {
-                    let buffer = arena.buffer(place, Role::Slot(k), segment.window)?;
-                    encoder.clear_buffer(buffer, offset(segment), Some(padded(segment) as u64));
+            if let Some(gradient) = &gradients[job.index] {
+                origins.push((*job, inner.origin(place, gradient)?));
+            }
+        }
+        let plan = inner.prepare(place, rule, chunk, rows.len(), &origins, gradients, bounds.looks())?;
+        let Inner { context, arena, staging, work, plans, in_flight, pending } = inner;
+        let Some(work) = work.as_ref() else { unreachable!("prepared") };
+        let words = bounds.words(plans[plan].owners.len() as u32);
+        let words = words.into_iter().chain(rows.iter().flat_map(row_words));
+        let work_bytes = words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
+        let mut uploads =
+            vec![Upload { target: work, offset: 0, bytes: work_bytes.len(), source: Source::Bytes(&work_bytes) }];
+        let mut encoder = context.device.create_command_encoder(&Default::default());
+        for &(job, origin) in &origins {
+            let state = &states[job.index];
+            if !state.resident || state.host_newer {
+                let raw = fitting(&params[job.index].raw, state);
+                push_array(place, arena, staging, &mut uploads, Role::Parameter, job.index, raw)?;
+            }
+            if let (Origin::Arena(dtype), Some(gradient)) = (origin, &gradients[job.index]) {
+                match Array::of(gradient) {
+                    Some(array) => copy_array(place, arena, &mut encoder, array, job.index)?,
+                    None => {
+                        let role = Role::Gradient(dtype);
+                        push_array(place, arena, staging, &mut uploads, role, job.index, &gradient.raw)?;
+                    }
                 }
             }
         }
-        plan.record(context, &mut encoder);
-        staging.download(context, place, encoder, &downloads, |i, part| {
-            let (index, segment) = targets[i];
-            // SAFETY: as above; the tensor is writable and nothing else writes it in this call.
-            unsafe { memory::write_bytes(&params[index].raw, segment.start, &part[..4 * segment.len]) };
-        })?;
+        let mut downloads = Vec::new();
+        for job in jobs.iter().filter(|job| !states[job.index].resident) {
+            let raw = &params[job.index].raw;
+            for segment in arena.layout.segments(job.index, staging.longest()) {
+                let sink = Sink::Array { raw, start: segment.start, len: segment.len };
+                downloads.push(download(place, arena, Role::Parameter, segment, sink)?);
+            }
+        }
+        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number and size
+        // `fitting` and `origin` compared; segments lie within the parameter.
+        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        for job in jobs {
+            for k in job.fresh.intersection(states[job.index].used).iter() {
+                for segment in arena.layout.segments(job.index, usize::MAX) {
+                    let role = Role::Slot(k);
+                    let buffer = arena.buffer(place, role, segment.window)?;
+                    encoder.clear_buffer(buffer, segment.offset(role), Some(segment.padded(role) as u64));
+                }
+            }
+        }
+        if let Some(guard) = plans[plan].guard.as_ref().filter(|_| bounds.looks()) {
+            guard.record(context, &mut encoder);
+        }
+        Dispatch::record(context, &mut encoder, &plans[plan].updates);
+        while in_flight.len() >= IN_FLIGHT {
+            let submission_index = in_flight.pop_front();
+            let poll = wgpu::PollType::Wait { submission_index, timeout: None };
+            context.device.poll(poll).map_err(|e| unmapped(place, e))?;
+        }
+        let mut verdict = [0; 4 * CONTROL_WORDS];
+        let waits = !downloads.is_empty();
+        let mut ticket = None;
+        if bounds.skips && waits {
+            let sink = Sink::Bytes(verdict.as_mut_slice());
+            downloads.push(Download { source: work, offset: 0, bytes: 4 * CONTROL_WORDS, sink });
+        } else if bounds.skips {
+            ticket = Some(Ticket::record(context, place, &mut encoder, work, 4 * CONTROL_WORDS)?);
+        }
+        // SAFETY: as above; the tensors are writable and nothing else writes them in this call.
+        let index = unsafe { staging.download(context, place, pool, encoder, downloads) }?;
         for job in jobs {
             let param = &mut self.params[job.index];
             param.present = param.present.union(job.fresh);
             param.used = param.used.union(job.fresh);
             param.host_newer = !param.resident;
             param.device_newer = param.resident;
+            param.summed = false;
         }
-        Ok(())
+        if let Some(ticket) = ticket {
+            *pending = Some(Pending { ticket: ticket.submitted(index), jobs: jobs.to_vec() });
+            return Ok(Outcome::Pending);
+        }
+        if !waits {
+            in_flight.push_back(index);
+        }
+        if bounds.skips && Finding::read(&verdict).skipped {
+            self.take_back(jobs);
+            return Ok(Outcome::Skipped);
+        }
+        Ok(Outcome::Applied)
     }
-}
 
-impl Inner {
-    /// Memory, coefficient rows and dispatches for the jobs; kept from the last step where they fit.
-    fn prepare(&mut self, place: &str, rule: RuleId, chunk: usize, rows: usize, jobs: &[Job]) -> Result<()> {
-        let Self { context, arena, rows: row_buffer, plan, .. } = self;
-        let same = |(a, b): (&Job, &Job)| (a.index, a.row, a.kernel.entry) == (b.index, b.row, b.kernel.entry);
-        let row_bytes = (4 * ROW_WORDS * rows) as u64;
-        let rows_fit = row_buffer.as_ref().is_some_and(|buffer| buffer.size() >= row_bytes);
-        let known = plan.generation == Some(arena.generation) && plan.jobs.len() == jobs.len();
-        if rows_fit && known && plan.jobs.iter().zip(jobs).all(same) {
-            return Ok(());
-        }
-        let mut wanted = BTreeSet::new();
-        let mut tables: BTreeMap<(&'static str, usize), (KernelFacts, Vec<u32>)> = BTreeMap::new();
+    /// Slots that were made for an update that was left out.
+    fn take_back(&mut self, jobs: &[Job]) {
         for job in jobs {
-            for segment in arena.layout.segments(job.index, usize::MAX) {
-                wanted.extend([Role::Parameter, Role::Gradient].map(|role| (role, segment.window)));
-                wanted.extend(job.kernel.slots.iter().map(|&k| (Role::Slot(k), segment.window)));
-                let key = (job.kernel.entry, segment.window);
-                let (_, table) = tables.entry(key).or_insert_with(|| (job.kernel, Vec::new()));
-                for start in (0..segment.len).step_by(chunk) {
-                    // A window's vec4s and the chunks in it are fewer than 2³², since its bytes are
-                    // limited to what one binding may span; rows are fewer than parameters.
-                    let words = [(segment.at + start) / 4, chunk.min(segment.len - start), job.row];
-                    table.extend(words.map(|word| word as u32));
+            let param = &mut self.params[job.index];
+            param.present = param.present.without(job.fresh);
+        }
+    }
+
+    /// Waits for a step whose end is not known; whether its update was left out.
+    pub fn settle(&mut self) -> Result<bool> {
+        let place = self.place;
+        let inner = self.inner.get_mut(place)?;
+        let Some(Pending { ticket, jobs }) = inner.pending.take() else { return Ok(false) };
+        let waited = ticket.wait(&inner.context, place);
+        let bytes = self.noting(waited)?;
+        let skipped = Finding::read(&bytes).skipped;
+        if skipped {
+            self.take_back(&jobs);
+        }
+        Ok(skipped)
+    }
+
+    /// The 2-norm of the last step's gradients within their bound; waits for it.
+    pub fn gradient_norm(&mut self) -> Result<Option<f64>> {
+        let inner = self.inner.get(self.place)?;
+        let Some(work) = &inner.work else { return Ok(None) };
+        let mut bytes = [0; 4 * CONTROL_WORDS];
+        let read = inner.read_buffer(self.place, work, &mut bytes);
+        self.noting(read)?;
+        Ok(Some(Finding::read(&bytes).norm))
+    }
+
+    /// The first parameter of the last step whose gradient was not finite.
+    pub fn culprit(&mut self) -> Result<Option<Culprit>> {
+        let inner = self.inner.get(self.place)?;
+        let Some((plan, guard)) = inner.plans.front().and_then(|plan| Some((plan, plan.guard.as_ref()?))) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; guard.partials().size() as usize];
+        let read = inner.read_buffer(self.place, guard.partials(), &mut bytes);
+        let mut found: BTreeMap<usize, u32> = BTreeMap::new();
+        for (&owner, flags) in plan.owners.iter().zip(GuardPasses::found(&bytes)).filter(|(_, flags)| *flags != 0) {
+            *found.entry(owner).or_default() |= flags;
+        }
+        self.noting(read)?;
+        let first = found.into_iter().next();
+        Ok(first.map(|(index, flags)| Culprit { index, is_nan: flags & HAS_NAN != 0 }))
+    }
+
+    /// Adds gradients to the sums of the next step that has none of its own. On an error other than
+    /// [`ErrorKind::DeviceLost`] nothing has changed.
+    pub fn accumulate(&mut self, gradients: &[Option<TensorRef<'_>>], pool: Option<&ThreadPool>) -> Result<()> {
+        let added = self.accumulate_once(gradients, pool);
+        self.noting(added)
+    }
+
+    fn accumulate_once(&mut self, gradients: &[Option<TensorRef<'_>>], pool: Option<&ThreadPool>) -> Result<()> {
+        let (place, chunk) = (self.place, self.chunk);
+        let inner = self.inner.get_mut(place)?;
+        inner.context.check(place)?;
+        let mut items = Vec::new();
+        for (index, gradient) in gradients.iter().enumerate() {
+            if let Some(gradient) = gradient {
+                let row = usize::from(self.params[index].summed);
+                items.push(Item { index, row, entry: "", origin: inner.origin(place, gradient)? });
+            }
+        }
+        let (wanted, tables) = inner.tables(place, chunk, &items, gradients)?;
+        let sums = tables.keys().map(|key| (Role::Sum, key.window));
+        let wanted = wanted.into_iter().filter(|(role, _)| *role != Role::Parameter).chain(sums).collect();
+        inner.arena.ensure(&inner.context, place, &wanted)?;
+        let mut dispatches = Vec::new();
+        for (key, (table, _)) in &tables {
+            let dtype = key.origin.dtype();
+            let pipeline =
+                inner.context.pipeline(place, &format!("sum_into {dtype}"), || shader::sum_into(dtype))?;
+            let sums = inner.arena.buffer(place, Role::Sum, key.window)?;
+            let addends = inner.gradient_buffer(place, *key, gradients)?;
+            dispatches.push(inner.context.scoped(place, || {
+                let buffer = table.buffer(&inner.context, place, 0)?;
+                Ok(Dispatch::new(&inner.context, "sum_into", pipeline, &[sums, addends, &buffer], table.len()))
+            })?);
+        }
+        let Inner { context, arena, staging, in_flight, .. } = inner;
+        let mut encoder = context.device.create_command_encoder(&Default::default());
+        let mut uploads = Vec::new();
+        for item in &items {
+            if let (Origin::Arena(dtype), Some(gradient)) = (item.origin, &gradients[item.index]) {
+                match Array::of(gradient) {
+                    Some(array) => copy_array(place, arena, &mut encoder, array, item.index)?,
+                    None => {
+                        let role = Role::Gradient(dtype);
+                        push_array(place, arena, staging, &mut uploads, role, item.index, &gradient.raw)?;
+                    }
                 }
             }
         }
-        arena.ensure(context, place, &wanted)?;
-        plan.generation = None;
-        if !rows_fit {
-            let bytes = row_bytes.next_power_of_two().max(1024);
-            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
-            *row_buffer = Some(context.scoped(place, || Ok(context.buffer("rows", bytes, usage, false)))?);
+        // SAFETY: TensorRef promises memory for its elements, which the caller compared with the parameters'.
+        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        Dispatch::record(context, &mut encoder, &dispatches);
+        in_flight.push_back(submit(context, place, encoder)?);
+        for item in items {
+            self.params[item.index].summed = true;
         }
-        plan.dispatches.clear();
-        for ((_, window), (kernel, table)) in &tables {
-            let pipeline = context.pipeline(place, rule, kernel)?;
-            let roles = [Role::Parameter, Role::Gradient];
-            let [parameters, gradients] = roles.map(|role| arena.buffer(place, role, *window));
-            let slots = kernel.slots.iter().map(|&k| arena.buffer(place, Role::Slot(k), *window));
-            let slots = slots.collect::<Result<Vec<_>>>()?;
-            let (parameters, gradients, rows) = (parameters?, gradients?, row_buffer.as_ref());
-            plan.dispatches.push(context.scoped(place, || {
-                let bytes: Vec<u8> = table.iter().flat_map(|word| word.to_le_bytes()).collect();
-                let chunks = context.buffer("chunks", bytes.len() as u64, wgpu::BufferUsages::STORAGE, true);
-                chunks
-                    .slice(..)
-                    .get_mapped_range_mut()
-                    .map_err(|e| super::staging::unmapped(place, e))?
-                    .copy_from_slice(&bytes);
-                chunks.unmap();
-                let buffers = [Some(parameters), Some(gradients), Some(&chunks), rows];
-                let fixed = (0..).zip(buffers.into_iter().flatten());
-                let entries: Vec<_> = fixed
-                    .chain((FIRST_SLOT_BINDING..).zip(slots))
-                    .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() })
-                    .collect();
-                let bind_group = context.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                    label: Some(kernel.entry),
-                    layout: &pipeline.layout,
-                    entries: &entries,
-                });
-                Ok(Dispatch { pipeline, bind_group, workgroups: (table.len() / CHUNK_WORDS) as u32 })
-            })?);
-        }
-        plan.jobs = jobs.to_vec();
-        plan.generation = Some(arena.generation);
         Ok(())
     }
 
-    /// Reads tensors' segments in order; `take` gets the tensor's position in `sources`.
-    fn read(&self, place: &str, sources: &[(Role, usize)], mut take: impl FnMut(usize, Segment, &[u8])) -> Result<()> {
-        let (mut downloads, mut targets) = (Vec::new(), Vec::new());
-        for (which, &(role, index)) in sources.iter().enumerate() {
-            for segment in self.arena.layout.segments(index, self.staging.longest()) {
-                downloads.push(download(place, &self.arena, role, segment)?);
-                targets.push((which, segment));
+    /// Whether gradients of a parameter were added up for the next step.
+    pub fn has_sum(&self, index: usize) -> bool {
+        self.params[index].summed
+    }
+
+    /// Forgets sums of gradients.
+    pub fn clear_sums(&mut self) {
+        self.params.iter_mut().for_each(|param| param.summed = false);
+    }
+}
+
+/// One tensor's part in some dispatch.
+#[derive(Debug, Clone, Copy)]
+struct Item {
+    index: usize,
+    row: usize,
+    entry: &'static str,
+    origin: Origin,
+}
+
+/// What one dispatch works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    entry: &'static str,
+    window: Window,
+    origin: Origin,
+}
+
+impl Origin {
+    fn dtype(self) -> Dtype {
+        match self {
+            Self::Arena(dtype) | Self::Array { dtype, .. } => dtype,
+            Self::Sum => Dtype::F32,
+        }
+    }
+}
+
+/// Tables by dispatch, with the parameter of each chunk.
+type Tables = BTreeMap<Key, (Table, Vec<usize>)>;
+
+impl Inner {
+    /// Where a gradient will be read from.
+    fn origin(&self, place: &str, gradient: &TensorRef<'_>) -> Result<Origin> {
+        let dtype = gradient.raw.dtype;
+        if is_sum(gradient) {
+            return Ok(Origin::Sum);
+        }
+        let Some(array) = Array::of(gradient) else { return Ok(Origin::Arena(dtype)) };
+        if !Arc::ptr_eq(array.context(place)?, &self.context) {
+            let got = format!("one on {}", array.device(place)?.name);
+            return Err(Error::refuse(ErrorKind::Value, place, "a gradient", "on the optimizer's device", got));
+        }
+        let worth = gradient.raw.len >= WORTH_A_DISPATCH;
+        Ok(if worth { Origin::Array { id: array.id(), buffer: 0, dtype } } else { Origin::Arena(dtype) })
+    }
+
+    /// Windows and chunk tables of some tensors.
+    fn tables(
+        &self,
+        place: &str,
+        chunk: usize,
+        items: &[Item],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<(BTreeSet<(Role, Window)>, Tables)> {
+        let (mut wanted, mut tables) = (BTreeSet::new(), Tables::new());
+        for item in items {
+            let array = gradients[item.index].as_ref().and_then(Array::of);
+            for segment in self.arena.layout.segments(item.index, usize::MAX) {
+                let window = segment.window;
+                wanted.insert((Role::Parameter, window));
+                let mut push = |origin, at, gradient_at, len| {
+                    let key = Key { entry: item.entry, window, origin };
+                    let (table, owners): &mut (Table, Vec<usize>) = tables.entry(key).or_default();
+                    table.push(chunk, at, gradient_at, len, item.row);
+                    owners.resize(table.len() as usize, item.index);
+                };
+                match (item.origin, array) {
+                    (Origin::Array { id, dtype, .. }, Some(array)) => {
+                        for piece in array.pieces(place, segment.start, segment.len)? {
+                            let origin = Origin::Array { id, buffer: piece.buffer, dtype };
+                            push(origin, segment.at + (piece.start - segment.start), piece.at, piece.len);
+                        }
+                    }
+                    (origin, _) => {
+                        let role = if origin == Origin::Sum { Role::Sum } else { Role::Gradient(origin.dtype()) };
+                        wanted.insert((role, window));
+                        push(origin, segment.at, segment.at, segment.len);
+                    }
+                }
             }
         }
+        Ok((wanted, tables))
+    }
+
+    /// The gradients of a dispatch.
+    fn gradient_buffer<'a>(
+        &'a self,
+        place: &str,
+        key: Key,
+        gradients: &'a [Option<TensorRef<'_>>],
+    ) -> Result<&'a wgpu::Buffer> {
+        match key.origin {
+            Origin::Arena(dtype) => self.arena.buffer(place, Role::Gradient(dtype), key.window),
+            Origin::Sum => self.arena.buffer(place, Role::Sum, key.window),
+            Origin::Array { id, buffer, .. } => {
+                let found = gradients.iter().flatten().filter_map(Array::of).find(|array| array.id() == id);
+                let gone = || Error::plain(ErrorKind::Internal, format!("{place}: an array is gone"));
+                found.ok_or_else(gone)?.buffer(place, buffer)
+            }
+        }
+    }
+
+    /// Memory, coefficient rows and dispatches for the jobs; kept from an earlier step where they fit. The position
+    /// of the plan, which becomes the first.
+    #[allow(clippy::too_many_arguments, reason = "what a step consists of")]
+    fn prepare(
+        &mut self,
+        place: &str,
+        rule: RuleId,
+        chunk: usize,
+        rows: usize,
+        jobs: &[(Job, Origin)],
+        gradients: &[Option<TensorRef<'_>>],
+        looks: bool,
+    ) -> Result<usize> {
+        let work_bytes = 4 * (CONTROL_WORDS + ROW_WORDS * rows) as u64;
+        if self.work.as_ref().is_none_or(|work| work.size() < work_bytes) {
+            let bytes = work_bytes.next_power_of_two().max(1024);
+            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+            self.work = Some(self.context.scoped(place, || Ok(self.context.buffer("work", bytes, usage, false)))?);
+            self.plans.clear();
+        }
+        let fits = |plan: &Plan| plan.is_of(jobs, self.arena.generation) && (plan.guard.is_some() || !looks);
+        if let Some(found) = self.plans.iter().position(fits) {
+            if let Some(plan) = self.plans.remove(found) {
+                self.plans.push_front(plan);
+            }
+            return Ok(0);
+        }
+        let items = jobs.iter().map(|(job, origin)| Item {
+            index: job.index,
+            row: job.row,
+            entry: job.kernel.entry,
+            origin: *origin,
+        });
+        let (mut wanted, tables) = self.tables(place, chunk, &items.collect::<Vec<_>>(), gradients)?;
+        let kernels: BTreeMap<&str, KernelFacts> = jobs.iter().map(|(job, _)| (job.kernel.entry, job.kernel)).collect();
+        for key in tables.keys() {
+            wanted.extend(kernels[key.entry].slots.iter().map(|&k| (Role::Slot(k), key.window)));
+        }
+        self.arena.ensure(&self.context, place, &wanted)?;
+        let Some(work) = &self.work else { unreachable!("made above") };
+        let (mut updates, mut owners, mut measured) = (Vec::new(), Vec::new(), Vec::new());
+        for (key, (table, of_chunks)) in &tables {
+            let kernel = &kernels[key.entry];
+            let (parameter, gradient) = (key.window.parameter, key.origin.dtype());
+            let name = format!("{} {parameter} {gradient}", kernel.entry);
+            let make = || shader::update(rule, kernel, parameter, gradient);
+            let pipeline = self.context.pipeline(place, &name, make)?;
+            let parameters = self.arena.buffer(place, Role::Parameter, key.window)?;
+            let gradients = self.gradient_buffer(place, *key, gradients)?;
+            let slots = kernel.slots.iter().map(|&k| self.arena.buffer(place, Role::Slot(k), key.window));
+            let slots = slots.collect::<Result<Vec<_>>>()?;
+            let (update, chunks) = self.context.scoped(place, || {
+                let chunks = table.buffer(&self.context, place, owners.len() as u32)?;
+                let buffers: Vec<_> = [parameters, gradients, &chunks, work].into_iter().chain(slots).collect();
+                Ok((Dispatch::new(&self.context, kernel.entry, pipeline, &buffers, table.len()), chunks))
+            })?;
+            updates.push(update);
+            measured.push((gradient, gradients, chunks, table.len()));
+            owners.extend(of_chunks);
+        }
+        let guard = if looks && !measured.is_empty() {
+            let tables: Vec<_> = measured.iter().map(|(dtype, g, table, n)| (*dtype, *g, table, *n)).collect();
+            Some(GuardPasses::new(&self.context, place, work, &tables, owners.len() as u32)?)
+        } else {
+            None
+        };
+        let plan = Plan { jobs: jobs.to_vec(), generation: self.arena.generation, updates, guard, owners };
+        let (generation, has_arrays) = (self.arena.generation, plan.has_arrays());
+        // A plan keeps the arrays it was made for in memory: one of those is enough.
+        self.plans.retain(|old| old.generation == generation && !(has_arrays && old.has_arrays()));
+        self.plans.truncate(PLANS - 1);
+        self.plans.push_front(plan);
+        Ok(0)
+    }
+
+    /// Downloads of a tensor.
+    fn downloads<'a>(
+        &'a self,
+        place: &str,
+        role: Role,
+        index: usize,
+        mut sink: impl FnMut(Segment) -> Sink<'a>,
+    ) -> Result<Vec<Download<'a>>> {
+        let segments = self.arena.layout.segments(index, self.staging.longest());
+        segments.map(|segment| download(place, &self.arena, role, segment, sink(segment))).collect()
+    }
+
+    /// Reads slots, in order, to memory of their length.
+    fn read_slots(&self, place: &str, sources: &[(usize, usize)], found: &mut [Vec<u8>]) -> Result<()> {
+        let mut downloads = Vec::new();
+        for (&(index, k), bytes) in sources.iter().zip(found) {
+            let mut rest = bytes.as_mut_slice();
+            for segment in self.arena.layout.segments(index, self.staging.longest()) {
+                let (part, behind) = rest.split_at_mut(4 * segment.len);
+                rest = behind;
+                downloads.push(download(place, &self.arena, Role::Slot(k), segment, Sink::Bytes(part))?);
+            }
+        }
+        self.context.check(place)?;
         if downloads.is_empty() {
             return Ok(());
         }
         let encoder = self.context.device.create_command_encoder(&Default::default());
-        self.staging.download(&self.context, place, encoder, &downloads, |i, part| {
-            let (which, segment) = targets[i];
-            take(which, segment, &part[..4 * segment.len]);
-        })
+        // SAFETY: no sink is an array.
+        unsafe { self.staging.download(&self.context, place, None, encoder, downloads) }.map(|_| ())
+    }
+
+    /// Reads a buffer's first bytes.
+    fn read_buffer(&self, place: &str, source: &wgpu::Buffer, into: &mut [u8]) -> Result<()> {
+        let download = Download { source, offset: 0, bytes: into.len(), sink: Sink::Bytes(into) };
+        let encoder = self.context.device.create_command_encoder(&Default::default());
+        // SAFETY: no sink is an array.
+        unsafe { self.staging.download(&self.context, place, None, encoder, vec![download]) }.map(|_| ())
     }
 }
 
-impl Plan {
-    fn record(&self, context: &Context, encoder: &mut wgpu::CommandEncoder) {
-        let widest = context.device.limits().max_compute_workgroups_per_dimension;
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        for dispatch in &self.dispatches {
-            pass.set_pipeline(&dispatch.pipeline.compute);
-            pass.set_bind_group(0, &dispatch.bind_group, &[]);
-            pass.dispatch_workgroups(dispatch.workgroups.min(widest), dispatch.workgroups.div_ceil(widest), 1);
-        }
-    }
-}
-
-/// The array, which must be of so many float32 elements.
-fn float32(raw: &RawTensor, len: usize) -> &RawTensor {
-    assert!(raw.len == len && raw.dtype == Dtype::F32, "the optimizer compares lengths and dtypes first");
+/// The array, which must be of the parameter's length and dtype.
+fn fitting<'a>(raw: &'a RawTensor, param: &Param) -> &'a RawTensor {
+    assert!((raw.len, raw.dtype) == (param.len, param.dtype), "the optimizer compares lengths and dtypes first");
     raw
-}
-
-fn offset(segment: Segment) -> u64 {
-    4 * segment.at as u64
-}
-
-/// Bytes of a segment with its padding.
-fn padded(segment: Segment) -> usize {
-    4 * segment.len.next_multiple_of(ALIGN)
 }
 
 fn upload<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment, source: Source<'a>) -> Result<Upload<'a>> {
     let target = arena.buffer(place, role, segment.window)?;
-    Ok(Upload { target, offset: offset(segment), bytes: padded(segment), source })
+    Ok(Upload { target, offset: segment.offset(role), bytes: segment.padded(role), source })
 }
 
-fn download<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment) -> Result<Download<'a>> {
+fn download<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment, sink: Sink<'a>) -> Result<Download<'a>> {
     let source = arena.buffer(place, role, segment.window)?;
-    Ok(Download { source, offset: offset(segment), bytes: padded(segment) })
+    Ok(Download { source, offset: segment.offset(role), bytes: segment.padded(role), sink })
+}
+
+/// Adds the uploads of an array.
+fn push_array<'a>(
+    place: &str,
+    arena: &'a Arena,
+    staging: &Staging,
+    uploads: &mut Vec<Upload<'a>>,
+    role: Role,
+    index: usize,
+    raw: &'a RawTensor,
+) -> Result<()> {
+    for segment in arena.layout.segments(index, staging.longest()) {
+        let source = Source::Array { raw, start: segment.start, len: segment.len };
+        uploads.push(upload(place, arena, role, segment, source)?);
+    }
+    Ok(())
+}
+
+/// Records a copy of an array on the device to its place among the gradients.
+fn copy_array(
+    place: &str,
+    arena: &Arena,
+    encoder: &mut wgpu::CommandEncoder,
+    array: &Array,
+    index: usize,
+) -> Result<()> {
+    let (role, size) = (Role::Gradient(array.dtype()), array.dtype().size());
+    for segment in arena.layout.segments(index, usize::MAX) {
+        let target = arena.buffer(place, role, segment.window)?;
+        for piece in array.pieces(place, segment.start, segment.len)? {
+            let to = segment.offset(role) + ((piece.start - segment.start) * size) as u64;
+            let bytes = (piece.len.next_multiple_of(super::arena::ALIGN) * size) as u64;
+            let source = array.buffer(place, piece.buffer)?;
+            encoder.copy_buffer_to_buffer(source, (piece.at * size) as u64, target, to, bytes);
+        }
+    }
+    Ok(())
 }
 
 /// A coefficient row as the shader's struct `Row`: every f64 rounded once to f32, as on the CPU.
@@ -470,12 +958,11 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     let frame = Frame::<f32>::new(&row.shared);
     let l2 = if frame.l2.is_some() { L2 } else { 0 };
     let flush = if row.shared.flush_subnormals { FLUSH_SUBNORMALS } else { 0 };
-    let bounded = if frame.bound.is_some() { BOUNDED } else { 0 };
-    let [bound, factor, decay, shrink] =
-        [frame.bound.unwrap_or(0.0), frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
+    let [factor, decay, shrink] =
+        [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
     let mut words = [0; ROW_WORDS];
     let (head, coefficients) = words.split_at_mut(FRAME_WORDS);
-    head.copy_from_slice(&[bound, factor, decay, shrink, l2 | flush | bounded]);
+    head.copy_from_slice(&[factor, decay, shrink, l2 | flush]);
     for (word, &value) in coefficients.iter_mut().zip(&row.coefficients) {
         *word = (value as f32).to_bits();
     }
@@ -498,7 +985,7 @@ mod tests {
             }
             context => context.unwrap(),
         };
-        let mut executor = Executor::on(context, "Adam", RuleId::Adam);
+        let mut executor = Executor::on(context, "Adam", RuleId::Adam, request);
         executor.add(&[ParamInfo::vector("w", 3, Dtype::F32)]).unwrap();
         Some(executor)
     }
@@ -513,7 +1000,9 @@ mod tests {
         let fresh = executor.missing(0, SlotSet::of(&[0, 1]));
         let job = Job { index: 0, row: 0, kernel: RuleId::Adam.kernels()[0], fresh };
         let mut params = [w.as_mut_slice().into()];
-        executor.step(&[Row { shared, coefficients }], &[job], &mut params, &[Some(g.as_slice().into())])
+        let rows = [Row { shared, coefficients }];
+        let gradients = [Some(g.as_slice().into())];
+        executor.step(&Bounds::NONE, &rows, &[job], &mut params, &gradients, None).map(|_| ())
     }
 
     #[test]
@@ -523,12 +1012,11 @@ mod tests {
         step(&mut executor, &mut w, [1.0, 0.0, 4.0]).unwrap();
         assert!(w[1].is_nan() && w[0] == 2.0);
         let inner = executor.inner.get("").unwrap();
-        for role in [Role::Parameter, Role::Gradient, Role::Slot(0), Role::Slot(1)] {
-            let source = inner.arena.buffer("", role, 0).unwrap();
-            let whole = [Download { source, offset: 0, bytes: 4 * ALIGN }];
-            let encoder = inner.context.device.create_command_encoder(&Default::default());
-            let check = |_: usize, bytes: &[u8]| assert!(bytes[12..].iter().all(|&b| b == 0), "{role:?}: {bytes:?}");
-            inner.staging.download(&inner.context, "", encoder, &whole, check).unwrap();
+        let window = Window { parameter: Dtype::F32, index: 0 };
+        for role in [Role::Parameter, Role::Gradient(Dtype::F32), Role::Slot(0), Role::Slot(1)] {
+            let mut bytes = vec![1; 4 * super::super::arena::ALIGN];
+            inner.read_buffer("", inner.arena.buffer("", role, window).unwrap(), &mut bytes).unwrap();
+            assert!(bytes[12..].iter().all(|&b| b == 0), "{role:?}: {bytes:?}");
         }
     }
 
@@ -538,15 +1026,12 @@ mod tests {
         let mut w = [1.0, 2.0, 3.0];
         step(&mut executor, &mut w, [1.0; 3]).unwrap();
         let before = w;
-        let device = executor.inner.get("").unwrap().context.device.clone();
-        device.destroy();
-        // The word of the loss comes with the next poll.
-        let _ = device.poll(wgpu::PollType::wait_indefinitely());
+        executor.force_loss();
         let error = step(&mut executor, &mut w, [1.0; 3]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
         assert!(error.to_string().ends_with("; make a new optimizer and restore parameters and state"), "{error}");
         assert_eq!(w, before);
-        assert_eq!(executor.read_slot(0, 0).unwrap_err().kind(), ErrorKind::DeviceLost);
+        assert_eq!(executor.read_slots(&[(0, 0)]).unwrap_err().kind(), ErrorKind::DeviceLost);
     }
 
     #[test]
@@ -556,12 +1041,14 @@ mod tests {
         // One window longer than any buffer may be; drivers that overcommit never run out of memory here.
         let plain = inner.arena.layout.rewindowed(1 << 20);
         inner.arena.layout = inner.arena.layout.rewindowed(1 << 50);
-        inner.arena.layout.push(1 << 50);
-        let error = inner.arena.ensure(&inner.context, "Adam", &[(Role::Parameter, 0)].into()).unwrap_err();
+        executor.add(&[ParamInfo::vector("v", 1 << 50, Dtype::F32)]).unwrap();
+        let error = executor.reserve(&[SlotSet::EMPTY; 2]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device);
         assert!(error.to_string().starts_with("Adam: the GPU refused an operation: "), "{error}");
+        let inner = executor.inner.get_mut("").unwrap();
         assert!(inner.arena.is_unallocated() && inner.arena.generation == 0);
         inner.arena.layout = plain;
+        executor.truncate(1).unwrap();
         let mut w = [1.0, 2.0, 3.0];
         step(&mut executor, &mut w, [1.0; 3]).unwrap();
     }
@@ -572,7 +1059,7 @@ mod tests {
         executor.inner.pretend_forked();
         let mut w = [1.0, 2.0, 3.0];
         assert_eq!(step(&mut executor, &mut w, [1.0; 3]).unwrap_err().kind(), ErrorKind::Forked);
-        assert_eq!(executor.read_slot(0, 0).unwrap_err().kind(), ErrorKind::Forked);
+        assert_eq!(executor.read_slots(&[(0, 0)]).unwrap_err().kind(), ErrorKind::Forked);
         assert_eq!(executor.add(&[]).unwrap_err().kind(), ErrorKind::Forked);
     }
 }

@@ -14,10 +14,15 @@
 //! when the host's copy is newer (at first, and after `host_written`) and comes back by `sync`.
 
 mod arena;
+mod array;
 mod context;
 mod executor;
+mod passes;
 mod pipeline;
 mod staging;
 
+pub(crate) use array::sum_of;
+pub use array::{Array, Norm, clip_norm};
 pub use context::{DeviceInfo, DeviceRequest, devices};
-pub use executor::{CHUNK, Executor, Job};
+pub use executor::{Culprit, Executor, Job, Outcome};
+pub use passes::{Bounds, CHUNK};

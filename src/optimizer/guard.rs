@@ -6,6 +6,8 @@
 use super::Optimizer;
 use crate::cpu::reduce::{Summand, clip_factor, first_nonfinite, norm_within};
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::hyper::{Hyper, Range, Value};
 use crate::tensor::TensorRef;
 
@@ -41,6 +43,16 @@ const BOUND: Hyper = Hyper {
 };
 
 impl Guard {
+    /// As the device takes them.
+    #[cfg(feature = "gpu")]
+    pub(super) fn bounds(&self) -> gpu::Bounds {
+        gpu::Bounds {
+            bound: self.clip_value.unwrap_or(f64::INFINITY),
+            max_norm: self.clip_norm,
+            skips: self.nonfinite != Nonfinite::Propagate,
+        }
+    }
+
     /// Refuses bounds that are none.
     pub(super) fn check(&self, place: &str) -> Result<()> {
         for (name, bound) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
@@ -60,8 +72,20 @@ pub(super) enum Verdict {
 }
 
 impl Optimizer {
-    /// Reads the gradients as far as the guard asks for it.
+    /// The error of a gradient that is not finite.
+    pub(super) fn nonfinite(&self, index: usize, is_nan: bool) -> Error {
+        let name = format!("gradient of {}", self.entries[index].label(index));
+        let got = if is_nan { "NaN" } else { "an infinite number" };
+        Error::refuse(ErrorKind::Nonfinite, self.place_of("step"), name, "finite", got)
+            .with_remedy("nonfinite=\"skip\" leaves such updates out")
+    }
+
+    /// Reads the gradients as far as the guard asks for it. On a GPU the device does, within the step.
     pub(super) fn judge(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<Verdict> {
+        #[cfg(feature = "gpu")]
+        if let super::Backend::Gpu(_) = self.backend {
+            return Ok(Verdict::Go(1.0));
+        }
         let Guard { clip_norm, clip_value, nonfinite } = self.guard;
         if clip_norm.is_none() && nonfinite == Nonfinite::Propagate {
             return Ok(Verdict::Go(1.0));
@@ -86,11 +110,7 @@ impl Optimizer {
             if nonfinite == Nonfinite::Skip {
                 return Ok(Verdict::Skip);
             }
-            let index = indices[which];
-            let name = format!("gradient of {}", self.entries[index].label(index));
-            let got = if magnitude.is_nan() { "NaN" } else { "an infinite number" };
-            return Err(Error::refuse(ErrorKind::Nonfinite, self.place_of("step"), name, "finite", got)
-                .with_remedy("nonfinite=\"skip\" leaves such updates out"));
+            return Err(self.nonfinite(indices[which], magnitude.is_nan()));
         }
         Ok(Verdict::Go(match (clip_norm, norm) {
             (Some(max_norm), Some(norm)) => clip_factor(max_norm, norm),

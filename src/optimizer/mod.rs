@@ -28,11 +28,13 @@ pub struct Options {
     pub flush_subnormals: bool,
     /// Bounds of the gradients.
     pub guard: Guard,
+    /// On a GPU: whether a step that may leave its update out waits until it is known.
+    pub nonfinite_sync: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: None, flush_subnormals: true, guard: Guard::default() }
+        Self { threads: None, flush_subnormals: true, guard: Guard::default(), nonfinite_sync: false }
     }
 }
 
@@ -79,9 +81,16 @@ pub struct Optimizer {
     minimizer: Option<Box<dyn closure::Minimizer>>,
     flush_subnormals: bool,
     guard: Guard,
-    /// For what reads gradients before a step.
+    nonfinite_sync: bool,
+    /// For what reads or copies arrays around a step.
     threads: cpu::Threads,
     gradient_norm: Option<f64>,
+    /// The last step's norm lies on the device.
+    #[cfg(feature = "gpu")]
+    norm_on_device: bool,
+    /// A step on the device may have left its update out: the scalar slots before it, by parameter.
+    #[cfg(feature = "gpu")]
+    pending: Option<Vec<(usize, ScalarSlots)>>,
     skip_count: u64,
     update_count: u64,
     allocations: u64,
@@ -171,8 +180,13 @@ impl Optimizer {
             minimizer: None,
             flush_subnormals: options.flush_subnormals,
             guard: options.guard,
+            nonfinite_sync: options.nonfinite_sync,
             threads: cpu::Threads::new(options.threads),
             gradient_norm: None,
+            #[cfg(feature = "gpu")]
+            norm_on_device: false,
+            #[cfg(feature = "gpu")]
+            pending: None,
             skip_count: 0,
             update_count: 0,
             allocations: 0,
@@ -196,7 +210,8 @@ impl Optimizer {
         &self.entries
     }
 
-    /// Applied updates, the clock of schedules.
+    /// Applied updates, the clock of schedules. On a GPU, one whose gradients are not finite may still be counted
+    /// until [`Optimizer::settle`].
     pub fn update_count(&self) -> u64 {
         self.update_count
     }
@@ -206,9 +221,51 @@ impl Optimizer {
         self.skip_count
     }
 
-    /// The 2-norm of the last step's gradients before they were scaled; none without a bound on it.
-    pub fn gradient_norm(&self) -> Option<f64> {
-        self.gradient_norm
+    /// The 2-norm of the last step's gradients before they were scaled; none without a bound on it. On a GPU this
+    /// waits for the step.
+    pub fn gradient_norm(&mut self) -> Result<Option<f64>> {
+        #[cfg(feature = "gpu")]
+        if self.norm_on_device
+            && let Backend::Gpu(executor) = &mut self.backend
+        {
+            self.gradient_norm = noted(executor.gradient_norm(), &mut self.torn)?;
+            self.norm_on_device = false;
+        }
+        Ok(self.gradient_norm)
+    }
+
+    /// Waits until it is known what became of the last step on a GPU.
+    ///
+    /// Where it left its update out, counts and scalar slots return to those before it; with
+    /// [`Nonfinite::Raise`] this is the error that the step could not return. Without such a step nothing happens.
+    pub fn settle(&mut self) -> Result<()> {
+        #[cfg(feature = "gpu")]
+        if let Some(before) = self.pending.take()
+            && let Backend::Gpu(executor) = &mut self.backend
+            && noted(executor.settle(), &mut self.torn)?
+        {
+            for (index, scalars) in before {
+                self.entries[index].step -= 1;
+                self.entries[index].scalars = scalars;
+            }
+            self.update_count = self.update_count.saturating_sub(1);
+            return self.left_out();
+        }
+        Ok(())
+    }
+
+    /// Counts or reports an update that the device left out.
+    #[cfg(feature = "gpu")]
+    fn left_out(&mut self) -> Result<()> {
+        if self.guard.nonfinite == Nonfinite::Skip {
+            self.skip_count = self.skip_count.saturating_add(1);
+            return Ok(());
+        }
+        let Backend::Gpu(executor) = &mut self.backend else { return Ok(()) };
+        match noted(executor.culprit(), &mut self.torn)? {
+            Some(gpu::Culprit { index, is_nan }) => Err(self.nonfinite(index, is_nan)),
+            None => Ok(()),
+        }
     }
 
     /// Grows whenever host slots are allocated or replaced, so that a caller can keep a map of them.
@@ -232,12 +289,30 @@ impl Optimizer {
     }
 
     /// For tests: windows and staging blocks of so many elements, and another chunk, on a GPU. Works until
-    /// the first step or load.
+    /// parameters are added.
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_gpu(&mut self, window: usize, chunk: usize) {
         if let Backend::Gpu(executor) = &mut self.backend {
             executor.force(window, chunk);
+        }
+    }
+
+    /// For tests: loses the device.
+    #[cfg(feature = "gpu")]
+    #[doc(hidden)]
+    pub fn force_loss(&self) {
+        if let Backend::Gpu(executor) = &self.backend {
+            executor.force_loss();
+        }
+    }
+
+    /// Bytes that parameters, gradients and state take on a GPU.
+    #[cfg(feature = "gpu")]
+    pub fn device_bytes(&self) -> u64 {
+        match &self.backend {
+            Backend::Cpu(_) => 0,
+            Backend::Gpu(executor) => executor.device_bytes(),
         }
     }
 
@@ -267,8 +342,39 @@ impl Optimizer {
         if self.groups.len() > 1 { format!("{} group {group}", self.preset.name) } else { self.preset.name.into() }
     }
 
-    /// Adds a group: hyperparameters that differ from the defaults, and its parameters.
+    /// Adds a group: hyperparameters that differ from the defaults, and its parameters. On a GPU the memory that
+    /// its steps need is made; on an error nothing has changed.
     pub fn add_group(&mut self, hypers: &[(&str, Value)], params: Vec<ParamInfo>) -> Result<usize> {
+        let count = self.entries.len();
+        let group = self.add_group_without_memory(hypers, params)?;
+        match self.reserve() {
+            Ok(()) => Ok(group),
+            Err(error) => {
+                self.entries.truncate(count);
+                self.groups.truncate(group);
+                #[cfg(feature = "gpu")]
+                if let Backend::Gpu(executor) = &mut self.backend {
+                    executor.truncate(count)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// On a GPU: makes the memory that the steps of all parameters need. [`Optimizer::add_group`] does it for one
+    /// group; for many it is faster to do it once.
+    pub fn reserve(&mut self) -> Result<()> {
+        #[cfg(feature = "gpu")]
+        if let Backend::Gpu(executor) = &mut self.backend {
+            let (preset, groups) = (self.preset, &self.groups);
+            let slots = self.entries.iter().map(|e| preset.needed_slots(&groups[e.group], &e.info.shape));
+            executor.reserve(&slots.collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    /// [`Optimizer::add_group`], that leaves the memory on a GPU to [`Optimizer::reserve`] or the first step.
+    pub fn add_group_without_memory(&mut self, hypers: &[(&str, Value)], params: Vec<ParamInfo>) -> Result<usize> {
         let group = self.groups.len();
         let place = if group == 0 { self.preset.name.into() } else { format!("{} group {group}", self.preset.name) };
         let checked = self.preset.group(&place, hypers)?;
@@ -306,16 +412,10 @@ impl Optimizer {
     }
 
     fn check(&self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        self.check_whole()?;
         let refuse = |kind, name: String, allowed: String, got: String| {
             Err(Error::refuse(kind, self.place_of("step"), name, allowed, got))
         };
-        if self.torn {
-            return Err(Error::plain(
-                ErrorKind::Torn,
-                format!("{}.step: an earlier step was interrupted half-way", self.preset.name),
-            )
-            .with_remedy("restore the parameters and call load_state_dict"));
-        }
         for (what, count) in [("parameters", params.len()), ("gradients", gradients.len())] {
             if count != self.entries.len() {
                 return refuse(
@@ -344,10 +444,29 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Refuses where an earlier call left parameters or state that nobody knows.
+    fn check_whole(&self) -> Result<()> {
+        if self.torn {
+            return Err(Error::plain(
+                ErrorKind::Torn,
+                format!("{}.step: an earlier step was interrupted half-way", self.preset.name),
+            )
+            .with_remedy("restore the parameters and call load_state_dict"));
+        }
+        #[cfg(feature = "gpu")]
+        if let Backend::Gpu(executor) = &self.backend {
+            executor.refuse_lost(&self.place_of("step"), |index| self.entries[index].label(index))?;
+        }
+        Ok(())
+    }
+
     fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
         let entry = &self.entries[i];
         let Entry { info, group, .. } = entry;
         let label = || format!("gradient of {}", entry.label(i));
+        if g.on_device.is_some() && matches!(self.backend, Backend::Cpu(_)) {
+            return Err(Error::refuse(ErrorKind::Type, place, label(), "in the host's memory", "one on a device"));
+        }
         let declared = self.preset.declaration().sparse;
         let elements = match (&g.rows, declared) {
             (None, Sparse::Required) => {
@@ -401,6 +520,7 @@ impl Optimizer {
             return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
                 .with_remedy("a step evaluates loss and gradients several times"));
         }
+        self.settle()?;
         self.check(params, gradients)?;
         if gradients.iter().all(Option::is_none) {
             return Ok(());
@@ -413,14 +533,23 @@ impl Optimizer {
         self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
-            (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients),
-            (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients),
+            (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients).map(|()| Made::Whole),
+            (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
             (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
             (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
-        outcome?;
+        match outcome? {
+            Made::Whole => {}
+            #[cfg(feature = "gpu")]
+            Made::Nothing => return self.left_out(),
+            #[cfg(feature = "gpu")]
+            Made::Unknown => {
+                let entries = self.entries.iter().enumerate().zip(gradients).filter(|(_, g)| g.is_some());
+                self.pending = Some(entries.map(|((index, entry), _)| (index, entry.scalars)).collect());
+            }
+        }
         for ((entry, _), row) in
             self.entries.iter_mut().zip(gradients).zip(&self.scratch.row_of).filter(|((_, g), _)| g.is_some())
         {
@@ -430,7 +559,7 @@ impl Optimizer {
             }
         }
         self.update_count = self.update_count.saturating_add(1);
-        Ok(())
+        if self.nonfinite_sync { self.settle() } else { Ok(()) }
     }
 
     fn common(&self) -> Shared {
@@ -544,33 +673,89 @@ impl Optimizer {
     }
 
     #[cfg(feature = "gpu")]
-    fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+    fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Made> {
         let common = self.common();
-        let Self { preset, groups, entries, backend, scratch, .. } = self;
+        let bounds = self.guard.bounds();
+        let Self { preset, groups, entries, backend, scratch, threads, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
         let Method::Elementwise(rule) = preset.method else { unreachable!("`gpu` refused the others") };
         let mut jobs = Vec::new();
+        let mut elements = 0;
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
-            if gradient.rows.is_some() {
-                let label = format!("gradient of {}", entry.label(index));
-                return Err(Error::refuse(
-                    ErrorKind::Type,
-                    format!("{}.step", preset.name),
-                    label,
-                    "dense on the GPU",
-                    "a sparse one",
-                )
-                .with_remedy("use backend=\"cpu\", or give it with zeros"));
-            }
+            refuse_sparse(preset, entry, index, gradient)?;
             let hypers = &groups[entry.group];
             let kernel = rule.with_kernel(hypers, Facts);
             let fresh = executor.missing(index, SlotSet::of(kernel.slots));
             let at = Moment { step: entry.step + 1, fresh };
             let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, common));
             jobs.push(gpu::Job { index, row, kernel, fresh });
+            elements += entry.info.reals();
         }
-        executor.step(&scratch.rows, &jobs, params, gradients)
+        let pool = threads.pool(elements >= COPY_IN_PARALLEL);
+        let outcome = executor.step(&bounds, &scratch.rows, &jobs, params, gradients, pool)?;
+        self.gradient_norm = None;
+        self.norm_on_device = bounds.max_norm.is_some();
+        Ok(match outcome {
+            gpu::Outcome::Applied => Made::Whole,
+            gpu::Outcome::Skipped => Made::Nothing,
+            gpu::Outcome::Pending => Made::Unknown,
+        })
+    }
+
+    /// On a GPU: adds gradients to the sums that [`Optimizer::step_accumulated`] takes. They are in order of
+    /// registration; `None` adds nothing. On an error nothing has changed.
+    #[cfg(feature = "gpu")]
+    pub fn accumulate(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        let place = self.place_of("accumulate");
+        self.check_whole()?;
+        if gradients.len() != self.entries.len() {
+            let (want, got) = (format!("{} arrays", self.entries.len()), gradients.len());
+            return Err(Error::refuse(ErrorKind::Value, place, "gradients", want, got));
+        }
+        let mut elements = 0;
+        for (i, gradient) in gradients.iter().enumerate() {
+            if let Some(gradient) = gradient {
+                self.check_gradient(&place, i, gradient)?;
+                refuse_sparse(self.preset, &self.entries[i], i, gradient)?;
+                elements += gradient.raw.len;
+            }
+        }
+        let Self { backend, threads, torn, .. } = self;
+        let Backend::Gpu(executor) = backend else {
+            return Err(Error::refuse(ErrorKind::Value, place, "backend", "\"gpu\"", "\"cpu\""));
+        };
+        noted(executor.accumulate(gradients, threads.pool(elements >= COPY_IN_PARALLEL)), torn)
+    }
+
+    /// On a GPU: one update by the sums of gradients, which begin anew then.
+    #[cfg(feature = "gpu")]
+    pub fn step_accumulated(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
+        let entries = self.entries.iter().enumerate();
+        let gradients: Vec<Option<TensorRef<'_>>> = match &self.backend {
+            Backend::Gpu(executor) => {
+                entries.map(|(i, entry)| executor.has_sum(i).then(|| gpu::sum_of(entry.info.reals()))).collect()
+            }
+            Backend::Cpu(_) => entries.map(|_| None).collect(),
+        };
+        self.step(params, &gradients)
+    }
+
+    /// Whether gradients were added up for the next step.
+    pub fn has_sums(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(executor) => (0..self.entries.len()).any(|index| executor.has_sum(index)),
+        }
+    }
+
+    /// Forgets sums of gradients.
+    pub fn clear_sums(&mut self) {
+        #[cfg(feature = "gpu")]
+        if let Backend::Gpu(executor) = &mut self.backend {
+            executor.clear_sums();
+        }
     }
 
     /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
@@ -595,15 +780,24 @@ impl Optimizer {
         }
     }
 
-    /// Brings a resident parameter's value to the host's array if the device's is ahead; else does nothing.
-    pub fn sync(&mut self, index: usize, array: &mut TensorMut<'_>) -> Result<()> {
-        let place = format!("{}.sync", self.preset.name);
-        let info = &self.entries[index].info;
-        fits(&place, || info.label(index), info, &array.raw)?;
+    /// Brings resident parameters' values to the host's arrays where the device's are ahead, each named by its
+    /// index; else does nothing. Reports what became of the last step, as [`Optimizer::settle`] does.
+    pub fn sync(&mut self, arrays: &mut [(usize, &mut TensorMut<'_>)]) -> Result<()> {
+        let place = self.place_of("sync");
+        for (index, array) in &*arrays {
+            let info = &self.entries[*index].info;
+            fits(&place, || info.label(*index), info, &array.raw)?;
+        }
+        self.settle()?;
         match &mut self.backend {
             Backend::Cpu(_) => Ok(()),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.sync(index, array),
+            Backend::Gpu(executor) => {
+                let elements: usize = arrays.iter().map(|(_, array)| array.raw.len).sum();
+                let pool = self.threads.pool(elements >= COPY_IN_PARALLEL);
+                let entries = &self.entries;
+                noted(executor.sync(&place, arrays, pool, |index| entries[index].label(index)), &mut self.torn)
+            }
         }
     }
 
@@ -618,13 +812,13 @@ impl Optimizer {
     }
 
     /// Copies of slots, each named by its parameter's index and k; `None` where a slot does not exist.
-    fn read_slots(&self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
-        let bytes = match &self.backend {
+    fn read_slots(&mut self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
+        let bytes = match &mut self.backend {
             Backend::Cpu(_) => {
                 wanted.iter().map(|&(index, k)| Some(self.entries[index].slots[k].as_ref()?.to_bytes())).collect()
             }
             #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => executor.read_slots(wanted)?,
+            Backend::Gpu(executor) => noted(executor.read_slots(wanted), &mut self.torn)?,
         };
         let array = |(&(index, k), bytes): (&(usize, usize), Option<Vec<u8>>)| {
             let (shape, dtype) = self.slot_layout(index, k);
@@ -634,7 +828,8 @@ impl Optimizer {
     }
 
     /// A copy of one slot by torch's key, wherever it lives.
-    pub fn slot_array(&self, index: usize, key: &str) -> Result<Option<Array>> {
+    pub fn slot_array(&mut self, index: usize, key: &str) -> Result<Option<Array>> {
+        self.settle()?;
         match self.slot_index(key) {
             Some(k) if index < self.entries.len() => Ok(self.read_slots(&[(index, k)])?.pop().flatten()),
             _ => Ok(None),
@@ -690,6 +885,7 @@ impl Optimizer {
     ///
     /// Where all parameters share one state, it is emptied.
     pub fn reset(&mut self, index: usize) -> Result<()> {
+        self.settle()?;
         self.refuse_under_way(&self.place_of("reset"))?;
         self.reset_minimizer();
         #[cfg(feature = "gpu")]
@@ -724,6 +920,38 @@ fn fits(place: &str, label: impl Fn() -> String, info: &ParamInfo, raw: &RawTens
 fn cpu_only(preset: &Preset) -> Error {
     Error::refuse(ErrorKind::Value, preset.name, "backend", "\"cpu\"", "\"gpu\"")
         .with_remedy("this optimizer has no GPU form")
+}
+
+/// What a step made.
+enum Made {
+    /// The update.
+    Whole,
+    /// Nothing: the device left it out.
+    #[cfg(feature = "gpu")]
+    Nothing,
+    /// One or the other.
+    #[cfg(feature = "gpu")]
+    Unknown,
+}
+
+/// Elements from which copies to and from the device are worth several threads.
+const COPY_IN_PARALLEL: usize = 1 << 18;
+
+/// Notes when an outcome says that what lies on the device is not known any more.
+#[cfg(feature = "gpu")]
+fn noted<T>(outcome: Result<T>, torn: &mut bool) -> Result<T> {
+    *torn |= matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
+    outcome
+}
+
+#[cfg(feature = "gpu")]
+fn refuse_sparse(preset: &Preset, entry: &Entry, index: usize, gradient: &TensorRef<'_>) -> Result<()> {
+    if gradient.rows.is_none() {
+        return Ok(());
+    }
+    let (place, label) = (format!("{}.step", preset.name), format!("gradient of {}", entry.label(index)));
+    Err(Error::refuse(ErrorKind::Type, place, label, "dense on the GPU", "a sparse one")
+        .with_remedy("use backend=\"cpu\", or give it with zeros"))
 }
 
 /// What the steps of all groups have in common; decay and direction are the group's.

@@ -23,7 +23,8 @@ struct Loaded<'s> {
 
 impl Optimizer {
     /// A copy of everything but the parameters' values.
-    pub fn state_dict(&self) -> Result<StateDict> {
+    pub fn state_dict(&mut self) -> Result<StateDict> {
+        self.settle()?;
         let declared = self.preset.declaration().slots;
         let known: Vec<usize> = (0..self.entries.len()).filter(|&i| self.has_state(i)).collect();
         let wanted: Vec<_> = known.iter().flat_map(|&i| (0..declared.len()).map(move |k| (i, k))).collect();
@@ -77,6 +78,11 @@ impl Optimizer {
             return refuse(ErrorKind::Value, "number of parameter groups", want.to_string(), got.to_string());
         }
         self.refuse_under_way(&place)?;
+        match self.settle() {
+            // Loading is what mends it.
+            Err(error) if error.kind() == ErrorKind::DeviceLost => {}
+            settled => settled?,
+        }
         let mut groups = self.groups.clone();
         let mut all_sources = Vec::new();
         let mut loaded: Vec<Option<Loaded<'_>>> = vec![None; self.entries.len()];
