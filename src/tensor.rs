@@ -130,6 +130,16 @@ impl TensorRef<'_> {
         Self { raw, rows: None, on_device: Some(array), life: PhantomData }
     }
 
+    /// Elements; of complex arrays, real numbers.
+    pub fn len(&self) -> usize {
+        self.raw.len
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.raw.len == 0
+    }
+
     /// Says that these are the values of some rows of a gradient that is zero elsewhere.
     #[must_use]
     pub fn of_rows(self, rows: Rows) -> Self {

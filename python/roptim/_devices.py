@@ -1,25 +1,37 @@
-"""The devices of this machine."""
+"""The devices of this machine, and the choice between them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from roptim import _roptim
+from roptim._errors import NoAdapterError, RoptimTypeError, refuse
 
 
 class Device(NamedTuple):
     """One device that steps can run on."""
 
-    #: What ``backend=`` takes to choose it.
+    #: What ``backend=`` takes to choose it; the device itself does, too.
     backend: str
     #: Its name.
     name: str
     #: ``"cpu"``, ``"discrete"``, ``"integrated"``, ``"virtual"``, ``"software"`` or ``"other"``.
     kind: str
-    #: Its driver.
+    #: Its driver; threads and instruction set of the CPU.
     driver: str
     #: Whether it is used only with ``allow_software=True``.
     software: bool
+    #: ``"vulkan"``, ``"metal"`` or ``"dx12"``; empty for the CPU.
+    api: str
+    #: Bytes of the largest buffer; 0 for the CPU, as the next.
+    max_buffer_bytes: int
+    #: Bytes that one binding may span. Parameters longer than this are updated in several windows.
+    max_binding_bytes: int
 
 
 def devices() -> list[Device]:
@@ -28,3 +40,79 @@ def devices() -> list[Device]:
     Asking starts the graphics driver; importing roptim does not.
     """
     return [Device(*fields) for fields in _roptim.devices()]
+
+
+def selected(place: str, backend: Any) -> str:
+    """The text that chooses a backend."""
+    if isinstance(backend, Device):
+        return backend.backend
+    if not isinstance(backend, str):
+        raise refuse(RoptimTypeError, place, "backend", '"cpu", "gpu", "auto" or a Device', repr(backend))
+    return backend
+
+
+#: What was measured: seconds of a step on the CPU and on the GPU, by (adapter, elements, Parameters).
+_measured: dict[tuple[str, int, bool], tuple[float, float]] = {}
+#: The largest size that is measured; times grow in proportion beyond it.
+_MOST_MEASURED = 1 << 22
+
+
+def fastest(place: str, elements: int, parameters: bool, allow_software: bool) -> str:
+    """``"cpu"`` or the best GPU, whichever does AdamW's step on so many float32 elements in less time.
+
+    Measured once in a process for each power of two, with gradients from the host each time and, as a loop in NumPy
+    needs them, the parameters back at the host. What was chosen is logged, once for each choice.
+    """
+    gpus = [device for device in devices()[1:] if allow_software or not device.software]
+    if not gpus:
+        return _said("cpu", f"{place}: backend=\"auto\" chose the CPU: there is no GPU")
+    gpu = gpus[0]
+    size = 1 << max(10, math.ceil(math.log2(max(1, elements))))
+    key = (gpu.backend, min(size, _MOST_MEASURED), parameters)
+    if key not in _measured:
+        try:
+            _measured[key] = (_step_time("cpu", *key[1:]), _step_time(gpu.backend, *key[1:], allow_software))
+        except NoAdapterError:
+            return _said("cpu", f"{place}: backend=\"auto\" chose the CPU: {gpu.name} cannot be used")
+    on_cpu, on_gpu = _measured[key]
+    chosen, name = ("cpu", "the CPU") if on_cpu <= on_gpu else (gpu.backend, gpu.name)
+    times = f"{1e3 * on_cpu:.3g} ms on the CPU, {1e3 * on_gpu:.3g} ms on {gpu.name}"
+    return _said(chosen, f"{place}: backend=\"auto\" chose {name}: a step on {key[1]} elements takes {times}")
+
+
+_said_before: set[str] = set()
+
+
+def _said(choice: str, sentence: str) -> str:
+    if choice not in _said_before:
+        _said_before.add(choice)
+        # Loaded where it is needed: importing roptim stays fast.
+        import logging
+
+        logging.getLogger("roptim").warning(sentence)
+    return choice
+
+
+def _step_time(backend: str, elements: int, parameters: bool, allow_software: bool = False) -> float:
+    """Seconds of one of AdamW's steps, the median of a few."""
+    from roptim import AdamW, Parameter
+
+    values, gradient = np.ones(elements, np.float32), np.full(elements, 1e-3, np.float32)
+    p = Parameter(values) if parameters else values
+    opt = AdamW([p], backend=backend, allow_software=allow_software)
+
+    def step() -> None:
+        opt.step([gradient])
+        opt.sync()
+
+    return _median_time(step)
+
+
+def _median_time(run: Callable[[], object], rounds: int = 5) -> float:
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[rounds // 2]

@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "clip_norm": None,
     "clip_value": None,
     "nonfinite": "propagate",
+    "nonfinite_sync": False,
 }
 
 

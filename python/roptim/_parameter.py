@@ -61,12 +61,12 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
 
     @data.setter
     def data(self, value: Any) -> None:
-        current = self._host()
-        if value is not current:
+        if value is not self._array:
             self._write(Ellipsis, value)
 
     def _write(self, index: Any, value: Any) -> None:
-        array = self._host()
+        # What is replaced as a whole need not come home first: it may be lost with its device.
+        array = self._array if index is Ellipsis else self._host()
         value = np.asarray(_plain(value))
         if not np.can_cast(value.dtype, array.dtype, "same_kind"):
             raise refuse(

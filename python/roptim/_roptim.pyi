@@ -7,6 +7,8 @@ import numpy as np
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "DeviceArray",
+    "DeviceNorm",
     "Engine",
     "ParameterBase",
     "Schedule",
@@ -15,6 +17,7 @@ __all__ = [
     "chain_closed",
     "chain_next",
     "clip_factor",
+    "clip_norm_on_device",
     "cycle_scale",
     "devices",
     "dumps",
@@ -35,8 +38,9 @@ __version__: str
 def registry() -> list[dict[str, Any]]:
     """Every optimizer: name, hyperparameters with defaults and ranges, slots, paper."""
 
-def devices() -> list[tuple[str, str, str, str, bool]]:
-    """Every device: what chooses it, name, kind, driver, and whether it is a software adapter."""
+def devices() -> list[tuple[str, str, str, str, bool, str, int, int]]:
+    """Every device: what chooses it, name, kind, driver, whether it is a software adapter, its interface, and the
+    bytes of its largest buffer and binding."""
 
 def norm(arrays: list[Any], p: float, written: bool, place: str) -> float:
     """The p-norm of all arrays together in float64."""
@@ -121,6 +125,29 @@ class ParameterBase:
     def _host(self) -> np.ndarray[Any, Any]: ...
     def _host_written(self) -> None: ...
 
+@disjoint_base
+class DeviceArray:
+    """Numbers on a device, with a shape."""
+
+    def __new__(cls, data: np.ndarray[Any, Any], selector: str, allow_software: bool) -> Self: ...
+    def write(self, data: np.ndarray[Any, Any]) -> None: ...
+    def numpy(self) -> np.ndarray[Any, Any]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype_name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+
+@final
+class DeviceNorm:
+    """A norm on a device."""
+
+    def value(self) -> float: ...
+
+def clip_norm_on_device(arrays: list[DeviceArray], max_norm: float | None, place: str) -> DeviceNorm:
+    """Scales arrays on one device so that their common 2-norm is at most ``max_norm``; the norm they had."""
+
 @final
 class Engine:
     """An optimizer of the engine with its registered parameters."""
@@ -136,8 +163,16 @@ class Engine:
         clip_norm: float | None,
         clip_value: float | None,
         nonfinite: str,
+        nonfinite_sync: bool,
     ) -> Engine: ...
-    def add_group(self, hypers: dict[str, Any], params: list[Any], names: list[str] | None) -> dict[str, Any]: ...
+    def add_group(
+        self, hypers: dict[str, Any], params: list[Any], names: list[str] | None, reserve: bool = True
+    ) -> dict[str, Any]: ...
+    def reserve(self) -> None: ...
+    def accumulate(self, gradients: list[Any]) -> None: ...
+    def clear_sums(self) -> None: ...
+    def sync(self) -> None: ...
+    def _lose_device(self) -> None: ...
     def check_hypers(self, given: dict[str, Any]) -> None: ...
     def set_hypers(self, group: int, changes: dict[str, Any]) -> dict[str, Any]: ...
     def hypers(self, group: int) -> dict[str, Any]: ...
@@ -151,6 +186,10 @@ class Engine:
     def reset(self, index: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+    @property
+    def has_sums(self) -> bool: ...
+    @property
+    def device_bytes(self) -> int: ...
     @property
     def joint_keys(self) -> list[str]: ...
     @property

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from roptim import _roptim, _tree
+from roptim._devices import Device, fastest, selected
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import (
     OPTIONS,
@@ -63,8 +64,6 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
     if threads is not None and not (is_count and 1 <= threads < 65536):
         raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", repr(threads))
-    if not isinstance(options["backend"], str):
-        raise refuse(RoptimTypeError, place, "backend", '"cpu" or "gpu"', repr(options["backend"]))
     bounds: dict[str, float | None] = {}
     for name in ("clip_norm", "clip_value"):
         bound = settled(options[name])
@@ -78,22 +77,31 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
         allowed = '"propagate", "raise" or "skip"'
         raise refuse(RoptimTypeError, place, "nonfinite", allowed, repr(options["nonfinite"]))
     return {
-        "backend": options["backend"],
+        "backend": selected(place, options["backend"]),
         "allow_software": bool(options["allow_software"]),
         "threads": None if threads is None else int(threads),
         "flush_denormals": bool(options["flush_denormals"]),
         "nonfinite": options["nonfinite"],
+        "nonfinite_sync": bool(options["nonfinite_sync"]),
         **bounds,
     }
 
 
+class _Current:
+    """The engine that an optimizer has now: what is assigned to its groups goes there."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+
 def _assigner(
-    engine: Engine, index: int, scheduled: dict[int, dict[str, Any]]
+    current: _Current, index: int, scheduled: dict[int, dict[str, Any]]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Takes what is assigned to a group: a number ends a schedule, a schedule or function begins one."""
 
     def assign(changes: dict[str, Any]) -> dict[str, Any]:
         given = {key: value for key, value in changes.items() if is_scheduled(value)}
+        engine = current.engine
         values = engine.set_hypers(index, {**changes, **values_at(given, engine.update_count)})
         kept = {key: value for key, value in scheduled.pop(index, {}).items() if key not in changes}
         if kept or given:
@@ -150,14 +158,20 @@ class Optimizer:
         defaults: dict[str, Any],
         **options: Any,
     ) -> None:
-        self._setup(defaults, options)
-        params = _tree.listed(params, self._place)
+        params = _tree.listed(params, type(self).__name__)
         if isinstance(params, (list, tuple)) and any(_is_group(item) for item in params):
             groups: list[Any] = list(params)
         else:
             groups = [{"params": params}]
+        if options.get("backend") == "auto" and self._engine_name is not None:
+            options = {**options, "backend": self._automatic(groups, bool(options.get("allow_software")))}
+        self._setup(defaults, options)
+        self._reserves = False
         for group in groups:
             self.add_param_group(group)
+        self._reserves = True
+        if self._engine is not None:
+            self._engine.reserve()
         if not self._state._objects:
             raise refuse(RoptimValueError, self._place, "params", "at least one array", "an empty container")
 
@@ -192,6 +206,23 @@ class Optimizer:
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         Optimizer.__init__(self, arguments["params"], defaults, **options)
 
+    def _automatic(self, groups: list[Any], allow_software: bool) -> str:
+        """What ``backend="auto"`` stands for with these groups."""
+        assert self._engine_name is not None
+        place = type(self).__name__
+        objects: list[Any] = []
+        for group in groups:
+            if _is_group(group):
+                objects += _tree.flatten(_tree.listed(group["params"], place), place)[1]
+        arrays = [p._array if isinstance(p, Parameter) else p for p in objects]
+        on_gpu = {"float32", "float16", "bfloat16", "complex64"}
+        if "gpu" not in REGISTRY[self._engine_name]["backends"] or not all(
+            isinstance(a, np.ndarray) and a.dtype.name in on_gpu for a in arrays
+        ):
+            return "cpu"
+        parameters = any(isinstance(p, Parameter) for p in objects)
+        return fastest(place, sum(a.size for a in arrays), parameters, allow_software)
+
     def _setup(self, defaults: dict[str, Any], options: dict[str, Any]) -> None:
         self._place = type(self).__name__
         self.defaults = dict(defaults)
@@ -204,10 +235,14 @@ class Optimizer:
         # Several groups taken as one list, or by name; made when first needed.
         self._all: _tree.Spec | None = None
         self._engine: Engine | None = None
+        self._current: _Current | None = None
+        #: Whether the memory on a device is made with each group.
+        self._reserves = True
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
             self._options = checked_options(self._place, self._options)
             self._engine = Engine(self._engine_name, **self._options)
+            self._current = _Current(self._engine)
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value_at(value, 0) for key, value in defaults.items() if key in hypers})
         else:
@@ -270,7 +305,7 @@ class Optimizer:
             refuse_schedules(place, options)
         if self._engine is not None:
             hypers = {key: options[key] for key in self._hypers if key in options}
-            engine_values = self._engine.add_group(hypers, objects, names)
+            engine_values = self._engine.add_group(hypers, objects, names, self._reserves)
             options = {**options, **engine_values, **shown(hypers, engine_values)}
         else:
             self._check_objects(objects)
@@ -278,7 +313,7 @@ class Optimizer:
         if names is not None:
             group["param_names"] = names
         self._specs.append(spec)
-        apply = None if self._engine is None else _assigner(self._engine, index, self._scheduled)
+        apply = None if self._current is None else _assigner(self._current, index, self._scheduled)
         look = functools.partial(refuse_schedules, place) if self._engine is None else None
         if scheduled:
             self._scheduled[index] = scheduled
@@ -312,13 +347,15 @@ class Optimizer:
         return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of all Parameters.
+        """Forgets the gradients of all Parameters, and those that were accumulated.
 
         Parameters
         ----------
         set_to_none : bool
             With False the gradient arrays stay and are filled with zeros; where there is none, there is none.
         """
+        if self._engine is not None:
+            self._engine.clear_sums()
         for p in self._parameters():
             if isinstance(p, Parameter) and p.grad is not None:
                 if set_to_none:
@@ -339,7 +376,8 @@ class Optimizer:
         Parameters
         ----------
         gradients : optional
-            - Nothing: each Parameter's ``.grad`` is used; a Parameter without one is left untouched.
+            - Nothing: what was accumulated, or each Parameter's ``.grad`` is used; a Parameter without one is left
+              untouched.
             - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
               list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
               error. With several groups: a list over all parameters, or a list with one container per
@@ -374,6 +412,89 @@ class Optimizer:
         if self._scheduled:
             self._show_schedules()
         return loss
+
+    def accumulate(self, gradients: Any = None) -> None:
+        """Adds gradients to sums that the next ``step()`` without gradients takes; they begin anew then.
+
+        On a GPU the sums stay there. They are float32 for parameters of fewer bits. A loop over micro-batches::
+
+            for x, y in micro_batches:
+                opt.accumulate(gradients_of(x, y))
+            opt.step()
+
+        Parameters
+        ----------
+        gradients
+            As :meth:`step` takes them; nothing for each Parameter's ``.grad``.
+
+        Raises
+        ------
+        RoptimError
+            If a gradient is refused; the sums are as before then.
+        """
+        if self._engine is None:
+            allowed, got = "one of the engine's", f"{type(self).__name__}, written in Python"
+            raise refuse(RoptimTypeError, f"{self._place}.accumulate", "the optimizer", allowed, got)
+        if gradients is None:
+            objects = self._state._objects
+            if not all(isinstance(p, Parameter) for p in objects):
+                remedy = "call accumulate(gradients), or wrap the arrays in roptim.Parameter and set .grad"
+                raise refuse(
+                    RoptimTypeError, f"{self._place}.accumulate", "gradients", "given for plain arrays", "none", remedy
+                )
+            self._engine.accumulate([p.grad for p in objects])
+        else:
+            self._engine.accumulate(self._read(gradients))
+
+    def sync(self) -> None:
+        """Waits for the device and brings every Parameter's values to its array; on the CPU it does nothing.
+
+        Reading ``p.data`` does it for one Parameter.
+
+        Raises
+        ------
+        NonfiniteError
+            Of the last step, with ``nonfinite="raise"`` on a GPU.
+        DeviceLostError
+            If the device is gone: load parameters and state from one checkpoint.
+        """
+        if self._engine is not None:
+            self._engine.sync()
+
+    def to(self, backend: str | Device, *, allow_software: bool | None = None) -> Optimizer:
+        """Moves parameters and state to another backend and returns the optimizer.
+
+        Parameters
+        ----------
+        backend : str or Device
+            As in the constructor, without ``"auto"``.
+        allow_software : bool, optional
+            As in the constructor; by default as it is now.
+
+        Raises
+        ------
+        RoptimError
+            If the backend is refused; the optimizer is as before then.
+        """
+        place = f"{self._place}.to"
+        if self._engine is None or self._engine_name is None or self._current is None:
+            allowed, got = "one of the engine's", f"{type(self).__name__}, written in Python"
+            raise refuse(RoptimTypeError, place, "the optimizer", allowed, got)
+        if self._engine.has_sums:
+            remedy = "step or zero_grad first"
+            raise refuse(RoptimValueError, place, "sums of gradients", "none", "accumulated ones", remedy)
+        software = self._options["allow_software"] if allow_software is None else allow_software
+        options = checked_options(self._place, {**self._options, "backend": backend, "allow_software": software})
+        engine = Engine(self._engine_name, **options)
+        self._engine.sync()
+        saved = self._engine.state_dict()
+        for index, group in enumerate(self.param_groups):
+            engine.add_group(self._engine.hypers(index), list(group["params"]), group.get("param_names"), False)
+        engine.reserve()
+        engine.load_state_dict(saved)
+        self._options, self._engine, self._current.engine = options, engine, engine
+        self._state._engine = engine
+        return self
 
     def _follow_schedules(self) -> None:
         """Brings scheduled hyperparameters to their values for the coming update."""
@@ -710,7 +831,7 @@ class Optimizer:
     # ---- copies and text --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        internal = {"_engine", "_state", "param_groups", "_specs", "_all", "_options", "defaults", "_place", "_hypers"}
+        internal = {"_engine", "_current", "_reserves", "_state", "param_groups", "_specs", "_all", "_options", "defaults", "_place", "_hypers"}
         # Hooks are not copied, as in torch: what they do belongs to the original.
         internal |= {"_hooks", "_in_step", "_scheduled", "_shown_at"}
         return {

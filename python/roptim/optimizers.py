@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from roptim._devices import Device
 from roptim.optimizer import ClosureOptimizer, Optimizer
 
 _COMMON = """
-    backend : str
-        ``"cpu"``, or ``"gpu"`` for the best GPU (``"gpu:1"`` or ``"gpu:<part of its name>"`` for another).
+    backend : str or Device
+        ``"cpu"``; ``"gpu"`` for the best GPU, ``"gpu:1"`` or ``"gpu:<part of its name>"`` or one of
+        :func:`roptim.devices` for another; ``"auto"`` for the faster of both, measured once on this machine for
+        steps of this size (docs/gpu.md).
     allow_software : bool
-        Whether ``backend="gpu"`` may use a software adapter.
+        Whether ``backend="gpu"`` may use a software adapter; ``ROPTIM_ALLOW_SOFTWARE=1`` says yes too.
     threads : int, optional
         Threads of large steps on the CPU; by default ``ROPTIM_NUM_THREADS`` or as many as the process may
         use. The result is the same to the last bit.
@@ -36,7 +39,10 @@ _CLIPPING = """
     nonfinite : str
         Where a gradient is NaN or infinite: ``"propagate"`` uses it, ``"raise"`` raises NonfiniteError and names
         the parameter, ``"skip"`` leaves the update out and counts it in ``opt.skip_count``; before anything is
-        written. Clipping, and this, act before decay and ``maximize``."""
+        written. Clipping, and this, act before decay and ``maximize``.
+    nonfinite_sync : bool
+        On a GPU the device decides, and Parameters need not wait for it: ``"raise"`` leaves the update out and
+        raises at the next call that steps or asks. True waits in each step."""
 
 
 def _document(cls: type[Optimizer]) -> type[Optimizer]:
@@ -90,13 +96,14 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -151,13 +158,14 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -208,13 +216,14 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -262,13 +271,14 @@ class Adadelta(Optimizer):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -314,13 +324,14 @@ class Adamax(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -376,13 +387,14 @@ class RAdam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -432,13 +444,14 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -489,13 +502,14 @@ class ASGD(Optimizer):
         differentiable: bool = False,
         capturable: bool = False,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -551,13 +565,14 @@ class NAdam(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -611,13 +626,14 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -663,13 +679,14 @@ class Rprop(Optimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -711,13 +728,14 @@ class SparseAdam(Optimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -768,13 +786,14 @@ class Adafactor(Optimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -834,13 +853,14 @@ class Muon(Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: str = "propagate",
+        nonfinite_sync: bool = False,
     ) -> None:
         self._construct(locals())
 
@@ -908,7 +928,7 @@ class LBFGS(ClosureOptimizer):
         history_size: int = 100,
         line_search_fn: str | None = None,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,
@@ -965,7 +985,7 @@ class ConjugateGradient(ClosureOptimizer):
         tolerance_change: float = 1e-9,
         restart: int | None = None,
         *,
-        backend: str = "cpu",
+        backend: str | Device = "cpu",
         allow_software: bool = False,
         threads: int | None = None,
         flush_denormals: bool = True,

@@ -23,7 +23,7 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
-) -> float:
+) -> Any:
     r"""Scales gradients in place so that their common norm is at most ``max_norm``.
 
     The factor is :math:`\min(1, max\_norm / (norm + 10^{-6}))` as in torch, without a bound 1; the norm is that of all
@@ -51,7 +51,8 @@ def clip_grad_norm_(
     Returns
     -------
     float
-        The norm before clipping; 0.0 without gradients.
+        The norm before clipping; 0.0 without gradients. Of gradients on a GPU (:mod:`roptim.gpu`) a number that is
+        fetched when it is first used as one: nothing waits for the device until then.
 
     Raises
     ------
@@ -63,6 +64,10 @@ def clip_grad_norm_(
     place = "clip_grad_norm_"
     bound, p = _bound(place, "max_norm", max_norm), _order(place, norm_type)
     gradients = _gradients(place, parameters)
+    if _on_device(place, gradients, p):
+        if error_if_nonfinite:
+            _refuse_nonfinite(place, float(_device_norm(place, gradients, None)))
+        return _device_norm(place, gradients, bound)
     total = _norm(place, gradients, p, written=True)
     if error_if_nonfinite:
         _refuse_nonfinite(place, total)
@@ -70,9 +75,29 @@ def clip_grad_norm_(
     return total
 
 
+def _on_device(place: str, gradients: list[Any], p: float | None) -> bool:
+    """Whether the gradients lie on a device, where only their 2-norm is known."""
+    on_device = [isinstance(g, _roptim.DeviceArray) for g in gradients]
+    if not any(on_device):
+        return False
+    if not all(on_device):
+        raise refuse(RoptimValueError, place, "gradients", "all on a device or all on the host", "both")
+    if p != 2:
+        remedy = "give clip_value to the optimizer" if p is None else "take another on the host: a.numpy()"
+        got = "another call" if p is None else repr(p)
+        raise refuse(RoptimValueError, place, "the norm of gradients on a device", "2", got, remedy)
+    return True
+
+
+def _device_norm(place: str, gradients: list[Any], bound: float | None) -> Any:
+    from roptim.gpu import Norm
+
+    return Norm(_roptim.clip_norm_on_device(gradients, bound, place))
+
+
 def get_total_norm(
     tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
-) -> float:
+) -> Any:
     """The norm of all gradients together, in float64; see :func:`clip_grad_norm_`.
 
     Parameters
@@ -89,7 +114,13 @@ def get_total_norm(
     """
     place = "get_total_norm"
     p = _order(place, norm_type)
-    total = _norm(place, _gradients(place, tensors), p, written=False)
+    gradients = _gradients(place, tensors)
+    if _on_device(place, gradients, p):
+        norm = _device_norm(place, gradients, None)
+        if error_if_nonfinite:
+            _refuse_nonfinite(place, float(norm))
+        return norm
+    total = _norm(place, gradients, p, written=False)
     if error_if_nonfinite:
         _refuse_nonfinite(place, total)
     return total
@@ -111,6 +142,7 @@ def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: float, f
     if total < 0:
         raise refuse(RoptimValueError, place, "total_norm", "a number >= 0", repr(total_norm))
     gradients = _gradients(place, parameters)
+    _on_device(place, gradients, None)
     # For its checks: what is scaled must be writeable, and none twice.
     _norm(place, gradients, math.inf, written=True)
     _scale(gradients, _roptim.clip_factor(bound, total))
@@ -130,6 +162,7 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
     place = "clip_grad_value_"
     bound = _bound(place, "clip_value", clip_value)
     gradients = _gradients(place, parameters)
+    _on_device(place, gradients, None)
     _norm(place, gradients, math.inf, written=True)
     with np.errstate(all="ignore"):
         for g in gradients:
@@ -208,7 +241,7 @@ def _scale(gradients: list[Any], factor: float) -> None:
 
 def _gradients(place: str, parameters: Any) -> list[Any]:
     """The arrays to look at and scale; the engine looks at each."""
-    if isinstance(parameters, (np.ndarray, Parameter, SparseGrad)):
+    if isinstance(parameters, (np.ndarray, Parameter, SparseGrad, _roptim.DeviceArray)):
         parameters = [parameters]
     elif isinstance(parameters, dict):
         parameters = list(parameters.values())

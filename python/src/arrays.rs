@@ -294,6 +294,16 @@ pub(crate) fn view<'py>(
     flat.call_method1("reshape", (shape.to_vec(),))
 }
 
+/// A new array, not yet filled; bfloat16 needs the ml_dtypes package.
+pub(crate) fn empty<'py>(py: Python<'py>, dtype: &str, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
+    let numpy = py.import("numpy")?;
+    if dtype == Dtype::BF16.name() {
+        // NumPy knows the name from then on.
+        py.import("ml_dtypes")?;
+    }
+    numpy.call_method1("empty", (shape.to_vec(), dtype))
+}
+
 /// A new array with a copy of the bytes.
 pub(crate) fn from_bytes<'py>(
     py: Python<'py>,
@@ -301,8 +311,7 @@ pub(crate) fn from_bytes<'py>(
     shape: &[usize],
     bytes: &[u8],
 ) -> PyResult<Bound<'py, PyAny>> {
-    let numpy = py.import("numpy")?;
-    let array = numpy.call_method1("empty", (shape.to_vec(), dtype))?;
+    let array = empty(py, dtype, shape)?;
     let flat = array.call_method1("reshape", (-1,))?.call_method1("view", ("uint8",))?;
     if !bytes.is_empty() {
         let flat = flat.cast_into::<PyArray1<u8>>().map_err(|e| PyTypeError::new_err(e.to_string()))?;

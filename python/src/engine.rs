@@ -16,6 +16,7 @@ use roptim::{
 };
 
 use crate::arrays::{self, Access, Context, Seen, as_array, look, share_memory};
+use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
 use crate::overlap::{Interval, Map};
@@ -27,6 +28,20 @@ use crate::values;
 /// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
 /// other threads would gain.
 const HOLD_LOCK_BELOW: usize = 32 * 1024;
+
+/// A gradient as it was given.
+enum Given<'py> {
+    Host(Gradient<'py>),
+    Device(Bound<'py, DeviceArray>),
+}
+
+/// What gradients of a parameter may store.
+fn gradient_dtypes(parameter: Dtype) -> String {
+    match parameter.of_state() {
+        own if own == parameter => own.to_string(),
+        wide => format!("{parameter} or {wide}"),
+    }
+}
 
 /// A registered parameter.
 struct Registered {
@@ -163,7 +178,7 @@ impl Engine {
         table: &Table,
         gradients: Option<&Bound<'py, PyList>>,
         place: &str,
-    ) -> PyResult<Vec<Option<Gradient<'py>>>> {
+    ) -> PyResult<Vec<Option<Given<'py>>>> {
         let count = table.params.len();
         if let Some(list) = gradients
             && list.len() != count
@@ -192,14 +207,20 @@ impl Engine {
             };
             let Some(object) = object else { return Ok(None) };
             if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
-                return Ok(Some(Gradient { array: array.clone(), touched: None }));
+                return Ok(Some(Given::Host(Gradient { array: array.clone(), touched: None })));
             }
+            let object = match object.cast::<DeviceArray>() {
+                Ok(array) if self.on_gpu && !self.needs_closure => return Ok(Some(Given::Device(array.clone()))),
+                Ok(array) => array.get().home(py)?,
+                Err(_) => object,
+            };
             let label = format!("gradient of {}", registered.label);
             let context = Context { place, label: &label };
             if let Some(sparse) = sparse::of_rows(&object, registered.seen.shape(), context)? {
-                return Ok(Some(sparse));
+                return Ok(Some(Given::Host(sparse)));
             }
-            as_array(&object, Access::Read, context).map(|array| Some(Gradient { array, touched: None }))
+            let array = as_array(&object, Access::Read, context)?;
+            Ok(Some(Given::Host(Gradient { array, touched: None })))
         };
         table.params.iter().enumerate().map(one).collect()
     }
@@ -232,10 +253,7 @@ impl Engine {
                     Err(_) => arrays::foreign_dtype(array),
                 };
                 if let Some(dtype) = wrong {
-                    let allowed = match want.dtype.of_state() {
-                        own if own == want.dtype => own.to_string(),
-                        wide => format!("{} or {wide}", want.dtype),
-                    };
+                    let allowed = gradient_dtypes(want.dtype);
                     let remedy = match want.dtype.of_state() {
                         Dtype::F64 => "cast it with .astype(numpy.float64)",
                         Dtype::C64 => "cast it with .astype(numpy.complex64)",
@@ -264,7 +282,9 @@ impl Engine {
 impl Engine {
     #[new]
     #[allow(clippy::too_many_arguments, reason = "the options of an optimizer, given by name")]
-    #[pyo3(signature = (name, *, backend, threads, flush_denormals, allow_software, clip_norm, clip_value, nonfinite))]
+    #[pyo3(signature = (
+        name, *, backend, threads, flush_denormals, allow_software, clip_norm, clip_value, nonfinite, nonfinite_sync
+    ))]
     fn new(
         py: Python<'_>,
         name: &str,
@@ -275,6 +295,7 @@ impl Engine {
         clip_norm: Option<f64>,
         clip_value: Option<f64>,
         nonfinite: &str,
+        nonfinite_sync: bool,
     ) -> PyResult<Self> {
         let nonfinite = match nonfinite {
             "propagate" => Nonfinite::Propagate,
@@ -286,7 +307,7 @@ impl Engine {
             }
         };
         let guard = Guard { clip_norm, clip_value, nonfinite };
-        let options = Options { threads, flush_subnormals: flush_denormals, guard };
+        let options = Options { threads, flush_subnormals: flush_denormals, guard, nonfinite_sync };
         let (optimizer, on_gpu) = match backend.split_once(':').unwrap_or((backend, "")) {
             ("cpu", "") => (Optimizer::cpu(name, &options), false),
             ("gpu", selector) => {
@@ -304,13 +325,16 @@ impl Engine {
         Ok(Self { shared, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
     }
 
-    /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused.
+    /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
+    /// is made at once, or, without `reserve`, by [`Engine::reserve`].
+    #[pyo3(signature = (hypers, params, names, reserve=true))]
     fn add_group<'py>(
         &self,
         py: Python<'py>,
         hypers: &Bound<'_, PyDict>,
         params: &Bound<'_, PyList>,
         names: Option<Vec<String>>,
+        reserve: bool,
     ) -> PyResult<Bound<'py, PyDict>> {
         let mut guard = self.table(py)?;
         let table = &mut *guard;
@@ -348,8 +372,10 @@ impl Engine {
         });
         let infos = infos.collect();
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-        let hypers = self.shared.try_use().and_then(|mut optimizer| {
-            let group = optimizer.add_group(&changes, infos)?;
+        let hypers = guarded(place, || {
+            let mut optimizer = self.shared.try_use()?;
+            let add = if reserve { Optimizer::add_group } else { Optimizer::add_group_without_memory };
+            let group = add(&mut optimizer, &changes, infos)?;
             for (i, registered) in added.iter().enumerate() {
                 optimizer.set_title(table.params.len() + i, &registered.label);
             }
@@ -357,15 +383,18 @@ impl Engine {
         });
         let hypers = hypers.or_raise(py)?;
         // Nothing below can fail: the engine has the group now.
-        if self.on_gpu {
-            for (i, parameter) in added.iter().enumerate().filter_map(|(i, r)| Some((i, r.parameter.as_ref()?))) {
-                let home = Home { shared: Arc::clone(&self.shared), index: table.params.len() + i };
-                parameter.get().set_home(Some(home));
-            }
+        for (i, parameter) in added.iter().enumerate().filter_map(|(i, r)| Some((i, r.parameter.as_ref()?))) {
+            let here = || Home { shared: Arc::clone(&self.shared), index: table.params.len() + i };
+            parameter.get().set_home(self.on_gpu.then(here));
         }
         table.params.extend(added);
         table.writable = writable;
         values::to_dict(py, hypers.iter())
+    }
+
+    /// Makes the memory that steps need on a device.
+    fn reserve(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| guarded(self.name(), || self.shared.try_use()?.reserve())).or_raise(py)
     }
 
     /// Checks hyperparameters as a group's without keeping them.
@@ -403,7 +432,53 @@ impl Engine {
     /// Parameter's own gradient.
     #[pyo3(signature = (gradients=None))]
     fn step(&self, py: Python<'_>, gradients: Option<&Bound<'_, PyList>>) -> PyResult<()> {
-        self.with_gradients(py, gradients, Haste::Now, |optimizer, params, gradients| optimizer.step(params, gradients))
+        if gradients.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
+            return self.with_parameters(py, Haste::Now, Optimizer::step_accumulated);
+        }
+        self.with_gradients(py, "step", gradients, Haste::Now, |optimizer, params, gradients| optimizer.step(params, gradients))
+    }
+
+    /// Adds gradients to sums on the device, which the next step without gradients takes.
+    fn accumulate(&self, py: Python<'_>, gradients: &Bound<'_, PyList>) -> PyResult<()> {
+        let add = |optimizer: &mut Optimizer, _: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]| {
+            optimizer.accumulate(gradients)
+        };
+        self.with_gradients(py, "accumulate", Some(gradients), Haste::Now, add)
+    }
+
+    /// Forgets such sums.
+    fn clear_sums(&self, py: Python<'_>) -> PyResult<()> {
+        self.shared.try_use().map(|mut optimizer| optimizer.clear_sums()).or_raise(py)
+    }
+
+    /// Waits for the device and brings every Parameter's values to its array.
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        if !self.on_gpu {
+            return Ok(());
+        }
+        self.settle(py)?;
+        let parameters: Vec<_> = {
+            let table = self.table(py)?;
+            table.params.iter().filter_map(|r| r.parameter.as_ref().map(|p| p.clone_ref(py))).collect()
+        };
+        parameters.iter().try_for_each(|parameter| parameter.get().bring_home(py))
+    }
+
+    /// Loses the device, for tests.
+    fn _lose_device(&self, py: Python<'_>) -> PyResult<()> {
+        self.shared.try_use().map(|optimizer| optimizer.force_loss()).or_raise(py)
+    }
+
+    /// Whether gradients were accumulated for the next step.
+    #[getter]
+    fn has_sums(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(self.shared.try_use().or_raise(py)?.has_sums())
+    }
+
+    /// Bytes that parameters, gradients and state take on a device.
+    #[getter]
+    fn device_bytes(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(self.shared.try_use().or_raise(py)?.device_bytes())
     }
 
     /// One step of an optimizer that evaluates the loss several times. `evaluate` is called without arguments
@@ -415,7 +490,7 @@ impl Engine {
         // so an interrupt arrives in it and is an error like others.
         let one = || {
             let (loss, gradients): (f64, Option<Bound<'_, PyList>>) = evaluate.call0()?.extract()?;
-            self.with_gradients(py, gradients.as_ref(), Haste::Wait, |optimizer, params, gradients| {
+            self.with_gradients(py, "step", gradients.as_ref(), Haste::Wait, |optimizer, params, gradients| {
                 optimizer.tell(loss, params, gradients)
             })
         };
@@ -434,6 +509,7 @@ impl Engine {
     /// Names of the slots a parameter has, `step` first where the optimizer shows it; empty before the
     /// first update.
     fn state_keys(&self, py: Python<'_>, index: usize) -> PyResult<Vec<&'static str>> {
+        self.settle(py)?;
         let optimizer = self.shared.try_use().or_raise(py)?;
         if !optimizer.has_state(index) {
             return Ok(Vec::new());
@@ -446,11 +522,13 @@ impl Engine {
 
     /// Updates applied to a parameter.
     fn step_of(&self, py: Python<'_>, index: usize) -> PyResult<u64> {
+        self.settle(py)?;
         Ok(self.shared.try_use().or_raise(py)?.entries()[index].step)
     }
 
     /// Sets a parameter's count of updates.
     fn set_step_of(&self, py: Python<'_>, index: usize, step: u64) -> PyResult<()> {
+        self.settle(py)?;
         self.shared.try_use().or_raise(py)?.set_step(index, step);
         Ok(())
     }
@@ -458,8 +536,9 @@ impl Engine {
     /// One slot: a view on the CPU, a read-only copy on a GPU, a float where it is a number; a read-only copy of
     /// state that all parameters share; None where it does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.settle(py)?;
         let found = guarded("state", || {
-            let optimizer = self.shared.try_use()?;
+            let mut optimizer = self.shared.try_use()?;
             let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
             Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)))
@@ -482,6 +561,7 @@ impl Engine {
 
     /// Sets a slot that is a number.
     fn set_scalar(&self, py: Python<'_>, index: usize, key: &str, value: f64) -> PyResult<()> {
+        self.settle(py)?;
         self.shared.try_use().or_raise(py)?.set_scalar(index, key, value);
         Ok(())
     }
@@ -501,7 +581,7 @@ impl Engine {
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let tree = py.detach(|| {
             guarded(self.name(), || {
-                let optimizer = self.shared.try_use()?;
+                let mut optimizer = self.shared.try_use()?;
                 let shows_step = optimizer.preset().declaration().shows_step;
                 Ok(optimizer.state_dict()?.into_tree(shows_step))
             })
@@ -532,19 +612,24 @@ impl Engine {
     /// Applied updates.
     #[getter]
     fn update_count(&self, py: Python<'_>) -> PyResult<u64> {
+        self.settle(py)?;
         Ok(self.shared.try_use().or_raise(py)?.update_count())
     }
 
     /// Updates left out because a gradient was not finite.
     #[getter]
     fn skip_count(&self, py: Python<'_>) -> PyResult<u64> {
+        self.settle(py)?;
         Ok(self.shared.try_use().or_raise(py)?.skip_count())
     }
 
     /// The norm of the last step's gradients, where it is bounded.
     #[getter]
     fn gradient_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {
-        Ok(self.shared.try_use().or_raise(py)?.gradient_norm())
+        if !self.on_gpu {
+            return self.shared.try_use().and_then(|mut optimizer| optimizer.gradient_norm()).or_raise(py);
+        }
+        py.detach(|| guarded(self.name(), || self.shared.try_use()?.gradient_norm())).or_raise(py)
     }
 
     /// Whether an interrupted step left work half done.
@@ -573,15 +658,47 @@ impl Engine {
 }
 
 impl Engine {
+    /// Waits until it is known what became of the last step on a device.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        if !self.on_gpu {
+            return Ok(());
+        }
+        py.detach(|| guarded(self.name(), || self.shared.try_use()?.settle())).or_raise(py)
+    }
+
+    /// Looks at a gradient on a device: shape and dtype of its parameter.
+    fn look_at_array(
+        &self,
+        py: Python<'_>,
+        table: &Table,
+        index: usize,
+        array: &DeviceArray,
+        place: &str,
+    ) -> PyResult<TensorRef<'static>> {
+        let want = &table.params[index].seen;
+        let label = || format!("gradient of {}", table.params[index].label);
+        if array.extents() != want.shape() {
+            let allowed = format!("of shape {}", shape_text(want.shape()));
+            let got = shape_text(array.extents());
+            return Err(refuse(py, ErrorKind::Value, place, &label(), allowed, got, None));
+        }
+        if !want.dtype.takes(array.stores()) {
+            let allowed = gradient_dtypes(want.dtype);
+            return Err(refuse(py, ErrorKind::Type, place, &label(), allowed, array.stores(), None));
+        }
+        Ok(array.as_gradient())
+    }
+
     /// Calls the engine with the parameters and these gradients, after every check.
     fn with_gradients<T: Send>(
         &self,
         py: Python<'_>,
+        name: &str,
         gradients: Option<&Bound<'_, PyList>>,
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>], &[Option<TensorRef<'_>>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
-        let place = format!("{}.step", self.name());
+        let place = format!("{}.{name}", self.name());
         let mut guard = self.table_in(py, haste)?;
         let table = &mut *guard;
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
@@ -592,12 +709,20 @@ impl Engine {
         let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
         let mut elements = 0;
         for (index, array) in arrays.iter().enumerate() {
+            let array = match array {
+                Some(Given::Device(array)) => {
+                    tensors.push(Some(self.look_at_array(py, table, index, array.get(), &place)?));
+                    continue;
+                }
+                Some(Given::Host(array)) => Some(array),
+                None => None,
+            };
             let raw = match array {
                 Some(array) => Some(self.look_at_gradient(py, table, index, array, &place)?),
                 None => None,
             };
             elements += raw.as_ref().map_or(0, |raw| raw.len);
-            let touched = array.as_ref().and_then(|gradient| gradient.touched.clone());
+            let touched = array.and_then(|gradient| gradient.touched.clone());
             // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
             // just now, and `arrays` holds the array until the step is over.
             let tensor = raw.map(|raw| unsafe { TensorRef::from_raw(raw) });

@@ -3,6 +3,7 @@
 
 mod arrays;
 mod clip;
+mod device_array;
 mod devices;
 mod engine;
 mod errors;
@@ -23,6 +24,8 @@ mod _roptim {
 
     #[pymodule_export]
     use crate::clip::{clip_factor, norm};
+    #[pymodule_export]
+    use crate::device_array::{DeviceArray, DeviceNorm, clip_norm_on_device};
     #[pymodule_export]
     use crate::devices::devices;
     #[pymodule_export]

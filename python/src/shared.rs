@@ -63,7 +63,7 @@ impl Shared {
     pub(crate) fn sync(&self, index: usize, raw: &RawTensor) -> roptim::Result<()> {
         // SAFETY: the caller looked at the array just now and holds a reference to it.
         let mut target = unsafe { TensorMut::from_raw(raw.clone()) };
-        self.wait().sync(index, &mut target)
+        self.wait().sync(&mut [(index, &mut target)])
     }
 }
 

@@ -217,10 +217,11 @@ impl Norm {
     }
 }
 
-/// Scales arrays so that their common 2-norm is at most `max_norm`, without waiting; the norm they had.
+/// Scales arrays so that their common 2-norm is at most `max_norm`, if there is one, without waiting; the norm they
+/// had.
 ///
 /// All of them must lie on one device.
-pub fn clip_norm(place: &str, arrays: &[Arc<Array>], max_norm: f64) -> Result<Norm> {
+pub fn clip_norm(place: &str, arrays: &[Arc<Array>], max_norm: Option<f64>) -> Result<Norm> {
     let Some(first) = arrays.first() else {
         return Err(Error::refuse(ErrorKind::Value, place, "gradients", "on a device", "none"));
     };
@@ -241,7 +242,7 @@ pub fn clip_norm(place: &str, arrays: &[Arc<Array>], max_norm: f64) -> Result<No
     if chunks == 0 {
         return Ok(Norm { held: OfProcess::new((context.clone(), None)) });
     }
-    let bounds = Bounds { max_norm: Some(max_norm), ..Bounds::NONE };
+    let bounds = Bounds { max_norm: Some(max_norm.unwrap_or(f64::INFINITY)), ..Bounds::NONE };
     let words: Vec<u8> = bounds.words(chunks).iter().flat_map(|word| word.to_le_bytes()).collect();
     let (work, buffers) = context.scoped(place, || {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
@@ -273,7 +274,9 @@ pub fn clip_norm(place: &str, arrays: &[Arc<Array>], max_norm: f64) -> Result<No
     })?;
     let mut encoder = context.device.create_command_encoder(&Default::default());
     guard.record(context, &mut encoder);
-    Dispatch::record(context, &mut encoder, &scales);
+    if max_norm.is_some() {
+        Dispatch::record(context, &mut encoder, &scales);
+    }
     submit(context, place, encoder)?;
     Ok(Norm { held: OfProcess::new((context.clone(), Some(work))) })
 }

@@ -1,5 +1,6 @@
 //! An optimizer: a preset, its groups, the store, and an executor.
 
+mod accumulate;
 mod closure;
 mod guard;
 mod state;
@@ -96,6 +97,8 @@ pub struct Optimizer {
     allocations: u64,
     torn: bool,
     scratch: Scratch,
+    /// Sums of gradients on the host, by parameter; empty where there are none.
+    sums: Vec<Option<accumulate::Sum>>,
 }
 
 /// Reused from step to step.
@@ -192,6 +195,7 @@ impl Optimizer {
             allocations: 0,
             torn: false,
             scratch: Scratch::default(),
+            sums: Vec::new(),
         })
     }
 
@@ -683,7 +687,7 @@ impl Optimizer {
         let mut elements = 0;
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
-            refuse_sparse(preset, entry, index, gradient)?;
+            refuse_sparse(&format!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
             let hypers = &groups[entry.group];
             let kernel = rule.with_kernel(hypers, Facts);
             let fresh = executor.missing(index, SlotSet::of(kernel.slots));
@@ -701,61 +705,6 @@ impl Optimizer {
             gpu::Outcome::Skipped => Made::Nothing,
             gpu::Outcome::Pending => Made::Unknown,
         })
-    }
-
-    /// On a GPU: adds gradients to the sums that [`Optimizer::step_accumulated`] takes. They are in order of
-    /// registration; `None` adds nothing. On an error nothing has changed.
-    #[cfg(feature = "gpu")]
-    pub fn accumulate(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        let place = self.place_of("accumulate");
-        self.check_whole()?;
-        if gradients.len() != self.entries.len() {
-            let (want, got) = (format!("{} arrays", self.entries.len()), gradients.len());
-            return Err(Error::refuse(ErrorKind::Value, place, "gradients", want, got));
-        }
-        let mut elements = 0;
-        for (i, gradient) in gradients.iter().enumerate() {
-            if let Some(gradient) = gradient {
-                self.check_gradient(&place, i, gradient)?;
-                refuse_sparse(self.preset, &self.entries[i], i, gradient)?;
-                elements += gradient.raw.len;
-            }
-        }
-        let Self { backend, threads, torn, .. } = self;
-        let Backend::Gpu(executor) = backend else {
-            return Err(Error::refuse(ErrorKind::Value, place, "backend", "\"gpu\"", "\"cpu\""));
-        };
-        noted(executor.accumulate(gradients, threads.pool(elements >= COPY_IN_PARALLEL)), torn)
-    }
-
-    /// On a GPU: one update by the sums of gradients, which begin anew then.
-    #[cfg(feature = "gpu")]
-    pub fn step_accumulated(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
-        let entries = self.entries.iter().enumerate();
-        let gradients: Vec<Option<TensorRef<'_>>> = match &self.backend {
-            Backend::Gpu(executor) => {
-                entries.map(|(i, entry)| executor.has_sum(i).then(|| gpu::sum_of(entry.info.reals()))).collect()
-            }
-            Backend::Cpu(_) => entries.map(|_| None).collect(),
-        };
-        self.step(params, &gradients)
-    }
-
-    /// Whether gradients were added up for the next step.
-    pub fn has_sums(&self) -> bool {
-        match &self.backend {
-            Backend::Cpu(_) => false,
-            #[cfg(feature = "gpu")]
-            Backend::Gpu(executor) => (0..self.entries.len()).any(|index| executor.has_sum(index)),
-        }
-    }
-
-    /// Forgets sums of gradients.
-    pub fn clear_sums(&mut self) {
-        #[cfg(feature = "gpu")]
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.clear_sums();
-        }
     }
 
     /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
@@ -935,6 +884,7 @@ enum Made {
 }
 
 /// Elements from which copies to and from the device are worth several threads.
+#[cfg(feature = "gpu")]
 const COPY_IN_PARALLEL: usize = 1 << 18;
 
 /// Notes when an outcome says that what lies on the device is not known any more.
@@ -944,13 +894,12 @@ fn noted<T>(outcome: Result<T>, torn: &mut bool) -> Result<T> {
     outcome
 }
 
-#[cfg(feature = "gpu")]
-fn refuse_sparse(preset: &Preset, entry: &Entry, index: usize, gradient: &TensorRef<'_>) -> Result<()> {
+fn refuse_sparse(place: &str, allowed: &str, entry: &Entry, index: usize, gradient: &TensorRef<'_>) -> Result<()> {
     if gradient.rows.is_none() {
         return Ok(());
     }
-    let (place, label) = (format!("{}.step", preset.name), format!("gradient of {}", entry.label(index)));
-    Err(Error::refuse(ErrorKind::Type, place, label, "dense on the GPU", "a sparse one")
+    let label = format!("gradient of {}", entry.label(index));
+    Err(Error::refuse(ErrorKind::Type, place, label, allowed, "a sparse one")
         .with_remedy("use backend=\"cpu\", or give it with zeros"))
 }
 
