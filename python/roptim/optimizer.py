@@ -158,16 +158,12 @@ class Optimizer:
         defaults: dict[str, Any],
         **options: Any,
     ) -> None:
-        params = _tree.listed(params, type(self).__name__)
-        if isinstance(params, (list, tuple)) and any(_is_group(item) for item in params):
-            groups: list[Any] = list(params)
-        else:
-            groups = [{"params": params}]
         if options.get("backend") == "auto" and self._engine_name is not None:
-            options = {**options, "backend": self._automatic(groups, bool(options.get("allow_software")))}
+            params = _tree.listed(params, type(self).__name__)
+            options = {**options, "backend": self._automatic(params, bool(options.get("allow_software")))}
         self._setup(defaults, options)
         self._reserves = False
-        for group in groups:
+        for group in _grouped(_tree.listed(params, self._place)):
             self.add_param_group(group)
         self._reserves = True
         if self._engine is not None:
@@ -206,12 +202,12 @@ class Optimizer:
         options = {name: arguments[name] for name in OPTIONS if name in arguments}
         Optimizer.__init__(self, arguments["params"], defaults, **options)
 
-    def _automatic(self, groups: list[Any], allow_software: bool) -> str:
-        """What ``backend="auto"`` stands for with these groups."""
+    def _automatic(self, params: Any, allow_software: bool) -> str:
+        """What ``backend="auto"`` stands for with these parameters."""
         assert self._engine_name is not None
         place = type(self).__name__
         objects: list[Any] = []
-        for group in groups:
+        for group in _grouped(params):
             if _is_group(group):
                 objects += _tree.flatten(_tree.listed(group["params"], place), place)[1]
         arrays = [p._array if isinstance(p, Parameter) else p for p in objects]
@@ -948,6 +944,13 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
 def _given(gradients: Any, closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
     return () if gradients is None else (gradients,), {} if closure is None else {"closure": closure}
+
+
+def _grouped(params: Any) -> list[Any]:
+    """The groups that a constructor was given."""
+    if isinstance(params, (list, tuple)) and any(_is_group(item) for item in params):
+        return list(params)
+    return [{"params": params}]
 
 
 def _is_group(item: object) -> bool:
