@@ -329,6 +329,105 @@ pub trait TensorRule: 'static {
 
     /// One update of one parameter that has elements. Weight decay is the rule's own.
     fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>);
+
+    /// The same on a GPU.
+    const PROGRAM: Program;
+}
+
+/// Most units that the passes of a [`Program`] are cut into.
+pub const MAX_UNITS: usize = 8;
+/// Most areas of a [`Program`].
+pub const MAX_AREAS: usize = 4;
+
+/// How a tensor rule's passes see a tensor that has elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    /// Matrices of the last two axes; 0 where there are fewer axes.
+    pub matrices: usize,
+    /// Their rows; 0 without matrices.
+    pub rows: usize,
+    /// Their columns; 0 without matrices.
+    pub columns: usize,
+    /// Elements.
+    pub len: usize,
+    /// Elements of a chunk, but for the last one.
+    pub chunk: usize,
+}
+
+impl Form {
+    /// Of a tensor of this shape.
+    pub fn new(shape: &[usize], chunk: usize) -> Self {
+        let len = shape.iter().product();
+        let [matrices, rows, columns] = match shape {
+            [stack @ .., rows, columns] => [stack.iter().product(), *rows, *columns],
+            _ => [0; 3],
+        };
+        Self { matrices, rows, columns, len, chunk }
+    }
+
+    /// How many chunks there are.
+    pub fn chunks(&self) -> usize {
+        self.len.div_ceil(self.chunk)
+    }
+}
+
+/// What passes are cut into.
+#[derive(Debug, Clone, Copy)]
+pub struct Unit {
+    /// How many a tensor has.
+    pub count: fn(&Form) -> usize,
+    /// Whether one lane works on one; else one workgroup.
+    pub by_lane: bool,
+}
+
+/// Working memory that lasts for one step. What is in it before is not known.
+#[derive(Debug, Clone, Copy)]
+pub struct Area {
+    /// Its name in WGSL, an array of `u32`.
+    pub name: &'static str,
+    /// Words that a tensor needs there.
+    pub words: fn(&Form) -> usize,
+}
+
+/// One dispatch for all tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct ProgramPass {
+    /// Name of the WGSL entry point.
+    pub entry: &'static str,
+    /// What it is cut into, by position in [`Program::units`].
+    pub unit: usize,
+    /// Neighbours that repeat run in turns, as often as [`Program::turns`] says.
+    pub repeats: bool,
+}
+
+/// The GPU's form of a tensor rule: passes over many tensors at once, in order.
+///
+/// Their text is the rule's file in `shaders/rules/`; `shaders/shared/tensor.wgsl` has what they find there.
+#[derive(Debug, Clone, Copy)]
+pub struct Program {
+    /// Names of the coefficients of a tensor, as the WGSL struct `Scalars` spells them.
+    pub coefficients: &'static [&'static str],
+    /// Constants of the text that the sizes here follow.
+    pub constants: &'static [(&'static str, u32)],
+    /// What passes are cut into. The first is chunks.
+    pub units: &'static [Unit],
+    /// Working memory.
+    pub areas: &'static [Area],
+    /// The passes.
+    pub passes: &'static [ProgramPass],
+    /// The coefficients of one update of a tensor of this shape and dtype, in f64.
+    pub row: fn(&Hypers, Moment, &[usize], Dtype) -> [f64; MAX_COEFFICIENTS],
+    /// How often the passes that repeat run.
+    pub turns: fn(&Hypers) -> u32,
+}
+
+impl Program {
+    /// Chunks, as every program's first unit has them.
+    pub const CHUNKS: Unit = Unit { count: Form::chunks, by_lane: false };
+    /// One for each tensor.
+    pub const TENSORS: Unit = Unit { count: |_| 1, by_lane: false };
+    /// The position of [`Program::CHUNKS`].
+    pub const CHUNK_UNIT: usize = 0;
 }
 
 /// What a kernel declares, as data.
@@ -349,6 +448,16 @@ impl KernelFacts {
     pub fn of<K: Kernel>() -> Self {
         Self { entry: K::ENTRY, slots: K::SLOTS, coefficients: K::COEFFICIENTS, rests: K::RESTS }
     }
+
+    /// Those of a tensor rule, under its stem.
+    pub fn of_tensors<R: TensorRule>() -> Self {
+        Self {
+            entry: R::DECLARATION.stem,
+            slots: first_slots(R::DECLARATION.slots.len()),
+            coefficients: R::PROGRAM.coefficients,
+            rests: false,
+        }
+    }
 }
 
 /// Returns a kernel's [`KernelFacts`].
@@ -361,6 +470,13 @@ impl KernelVisitor for Facts {
     fn visit<K: Kernel>(self) -> KernelFacts {
         KernelFacts::of::<K>()
     }
+}
+
+/// x as a sum of two f32, for what WGSL computes in double-floats; as large as keeps them finite.
+pub(crate) fn halves(x: f64) -> [f64; 2] {
+    let x = x.clamp(-1e37, 1e37);
+    let hi = f64::from(x as f32);
+    [hi, x - hi]
 }
 
 /// `1 − βᵗ` without cancellation, `−expm1(t·ln β)`, from the pure-Rust libm so that every platform has

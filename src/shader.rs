@@ -12,13 +12,23 @@
 //! | 3 | control words of the step and its coefficient rows, [`ROW_WORDS`] words each | read |
 //! | 4 + k | the kernel's slot k, the same window as the parameters | read, write |
 //!
+//! [`tensors`] is a module with the passes of a tensor rule. Slots and gradients have windows of their own there:
+//!
+//! | binding of [`tensors`] | what | access |
+//! |---|---|---|
+//! | 0, 1 | parameters, gradients, four to an element | read, write; read |
+//! | 2 | tensors of the window, [`TENSOR_WORDS`] words each | read |
+//! | 3 | as of [`update`], a row for each tensor | read |
+//! | 4 + k | slot k | read, write |
+//! | behind them | areas of working memory | read, write |
+//!
 //! [`measure`] and [`decide`] are the passes of the guard before it, [`sum_into`] and [`scale`] work on gradients.
 
 use std::fmt::Write;
 
 use crate::real::Dtype;
-use crate::rule::{KernelFacts, MAX_COEFFICIENTS};
-use crate::rules::RuleId;
+use crate::rule::{KernelFacts, MAX_AREAS, MAX_COEFFICIENTS, MAX_SLOTS, MAX_UNITS, ProgramPass};
+use crate::rules::{RuleId, TensorRuleId};
 
 /// Twin of the numbers.
 pub const REAL: &str = include_str!("../shaders/shared/real.wgsl");
@@ -30,6 +40,10 @@ pub const STORAGE: &str = include_str!("../shaders/shared/storage.wgsl");
 pub const DOUBLE: &str = include_str!("../shaders/shared/double.wgsl");
 /// Chunks and control words.
 pub const STEP: &str = include_str!("../shaders/shared/step.wgsl");
+/// What happens to every element around the rule.
+pub const FRAME: &str = include_str!("../shaders/shared/frame.wgsl");
+/// What the passes of a tensor rule share.
+pub const TENSOR: &str = include_str!("../shaders/shared/tensor.wgsl");
 /// Twin of the loop.
 pub const RUN: &str = include_str!("../shaders/shared/run.wgsl");
 /// What the passes of the guard share.
@@ -53,6 +67,12 @@ pub const TABLE_WORDS: usize = 4;
 pub const CHUNK_WORDS: usize = 4;
 /// Words of the struct `Partial`.
 pub const PARTIAL_WORDS: usize = 4;
+/// Words before the entries of the table of tensors.
+pub const TENSORS_WORDS: usize = 4;
+/// Words of the struct `Tensor` before its arrays.
+pub const TENSOR_HEAD_WORDS: usize = 8;
+/// Words of an entry of the table of tensors.
+pub const TENSOR_WORDS: usize = TENSOR_HEAD_WORDS + MAX_SLOTS + MAX_AREAS + MAX_UNITS;
 /// Binding of the first slot.
 pub const FIRST_SLOT_BINDING: u32 = 4;
 /// The bit of `Frame.switches` that turns L2 decay on.
@@ -96,10 +116,15 @@ fn binding(index: usize, access: &str, name: &str, ty: &str) -> String {
     format!("@group(0) @binding({index}) var<storage, {access}> {name}: {ty};\n")
 }
 
+/// The struct `Row` around the scalars of a rule, and its control words.
+fn row(coefficients: usize) -> String {
+    let unused = MAX_COEFFICIENTS - coefficients;
+    let padding = if unused == 0 { String::new() } else { format!(" unused: array<f32, {unused}>,") };
+    format!("struct Row {{ frame: Frame, c: Scalars,{padding} }}\nstruct Work {{ control: Control, rows: array<Row> }}\n")
+}
+
 /// One update by a rule's kernel of parameters and gradients that store these types.
 pub fn update(rule: RuleId, kernel: &KernelFacts, parameter: Dtype, gradient: Dtype) -> Module {
-    let unused = MAX_COEFFICIENTS - kernel.coefficients.len();
-    let padding = if unused == 0 { String::new() } else { format!(" unused: array<f32, {unused}>,") };
     let ((parameter, p), (gradient, g)) = (storage(parameter), storage(gradient));
     let (mut slots, mut load, mut pass, mut store) = (String::new(), String::new(), String::new(), String::new());
     for k in 0..kernel.slots.len() {
@@ -114,9 +139,7 @@ pub fn update(rule: RuleId, kernel: &KernelFacts, parameter: Dtype, gradient: Dt
     let generated = format!(
         "
 // Generated for the kernel {entry}.
-struct Row {{ frame: Frame, c: Scalars,{padding} }}
-struct Work {{ control: Control, rows: array<Row> }}
-{}{}{}{}{slots}
+{}{}{}{}{}{slots}
 fn update(row: Row, control: Control, at: u32, gradient_at: u32, inside: vec4<bool>) {{
     let p = from_{p}(parameters[at]);
     let g = prepared(row.frame, control, p, from_{g}(gradients[gradient_at]));
@@ -124,15 +147,68 @@ fn update(row: Row, control: Control, at: u32, gradient_at: u32, inside: vec4<bo
     parameters[at] = to_{p}(select(vec4<f32>(0.0), theta, inside));
 {store}}}
 ",
+        row(kernel.coefficients.len()),
         binding(0, "read_write", "parameters", &format!("array<{parameter}>")),
         binding(1, "read", "gradients", &format!("array<{gradient}>")),
         binding(2, "read", "table", "Table"),
         binding(3, "read", "work", "Work"),
     );
-    let text = [REAL, MOMENTS, STORAGE, STEP, RUN, rule.shader().unwrap_or_default(), &generated].join("\n");
+    let text = [REAL, MOMENTS, STORAGE, STEP, FRAME, RUN, rule.shader().unwrap_or_default(), &generated].join("\n");
     let mut written = vec![true, false, false, false];
     written.resize(FIRST_SLOT_BINDING as usize + kernel.slots.len(), true);
     Module { text, entry: "step", written }
+}
+
+/// A tensor rule's module for parameters and gradients that store these types, entered at one of its passes.
+pub fn tensors(rule: TensorRuleId, pass: &ProgramPass, parameter: Dtype, gradient: Dtype) -> Module {
+    let program = rule.program();
+    let mut constants = String::new();
+    for (name, value) in program.constants {
+        // Writing to a String cannot fail.
+        let _ = writeln!(constants, "const {name}: u32 = {value}u;");
+    }
+    let slots = rule.declaration().slots.iter().map(|slot| (slot.name, "array<f32>"));
+    let areas = program.areas.iter().map(|area| (area.name, "array<u32>"));
+    let memory: Vec<String> = (FIRST_SLOT_BINDING as usize..)
+        .zip(slots.chain(areas))
+        .map(|(index, (name, ty))| binding(index, "read_write", name, ty))
+        .collect();
+    let ((parameter, p), (gradient, g)) = (storage(parameter), storage(gradient));
+    let element = match g {
+        "f32" => "gradients[at / 4u][at % 4u]".to_owned(),
+        g => format!("from_{g}(vec2<u32>(gradients[at / 4u][at / 2u % 2u] >> (16u * (at % 2u)) & 0xffffu, 0u)).x"),
+    };
+    let generated = format!(
+        "
+// Generated.
+{constants}{}{}{}{}{}{}
+fn gradient_at(at: u32) -> f32 {{
+    return {element};
+}}
+
+fn gradients_at(at4: u32) -> vec4<f32> {{
+    return from_{g}(gradients[at4]);
+}}
+
+fn parameters_at(at4: u32) -> vec4<f32> {{
+    return from_{p}(parameters[at4]);
+}}
+
+fn keep_parameters(at4: u32, x: vec4<f32>) {{
+    parameters[at4] = to_{p}(x);
+}}
+",
+        row(program.coefficients.len()),
+        binding(0, "read_write", "parameters", &format!("array<{parameter}>")),
+        binding(1, "read", "gradients", &format!("array<{gradient}>")),
+        binding(2, "read", "table", "Tensors"),
+        binding(3, "read", "work", "Work"),
+        memory.concat(),
+    );
+    let text = [REAL, STORAGE, DOUBLE, STEP, FRAME, GUARD, TENSOR, rule.shader(), &generated].join("\n");
+    let mut written = vec![true, false, false, false];
+    written.resize(FIRST_SLOT_BINDING as usize + memory.len(), true);
+    Module { text, entry: pass.entry, written }
 }
 
 /// The first pass of the guard over gradients of this type: gradients, chunks, control words, partial sums.

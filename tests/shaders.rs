@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use roptim::Dtype;
-use roptim::rules::RuleId;
+use roptim::rules::{RuleId, TensorRuleId};
+use roptim::rule::{MAX_AREAS, MAX_COEFFICIENTS, MAX_SLOTS, MAX_UNITS, Program};
 use roptim::shader;
 
 fn with_shader() -> impl Iterator<Item = RuleId> {
@@ -51,11 +52,13 @@ fn each_rule_has_one_shader_file_and_each_file_a_rule() {
         .unwrap()
         .map(|file| file.unwrap().file_name().into_string().unwrap().trim_end_matches(".wgsl").to_owned())
         .collect();
-    let stems: BTreeSet<String> = with_shader().map(|rule| rule.declaration().stem.to_owned()).collect();
-    assert_eq!(files, stems);
-    for rule in with_shader() {
-        let twin = format!("// Twin of src/rules/{}.rs.\n", rule.declaration().stem);
-        assert!(rule.shader().unwrap().starts_with(&twin), "{} must begin with {twin:?}", rule.declaration().stem);
+    let elementwise = with_shader().map(|rule| (rule.declaration().stem, rule.shader().unwrap()));
+    let of_tensors = TensorRuleId::ALL.iter().map(|rule| (rule.declaration().stem, rule.shader()));
+    let texts: Vec<_> = elementwise.chain(of_tensors).collect();
+    assert_eq!(files, texts.iter().map(|(stem, _)| (*stem).to_owned()).collect());
+    for (stem, text) in texts {
+        let twin = format!("// Twin of src/rules/{stem}.rs.\n");
+        assert!(text.starts_with(&twin), "{stem} must begin with {twin:?}");
     }
 }
 
@@ -111,6 +114,56 @@ fn modules_of_the_guard_and_of_gradients_are_what_the_executor_fills() {
         assert!(size("Partial").is_none_or(|words| words == shader::PARTIAL_WORDS));
         assert_eq!(module.entry_points.len(), 1);
         assert_eq!(module.entry_points[0].name, made.entry);
+    }
+}
+
+#[test]
+fn passes_of_tensor_rules_are_what_the_executor_runs() {
+    for &rule in TensorRuleId::ALL {
+        let (program, declared) = (rule.program(), rule.declaration());
+        assert!(program.units.len() <= MAX_UNITS && program.areas.len() <= MAX_AREAS, "{}", declared.stem);
+        assert!(!program.units[Program::CHUNK_UNIT].by_lane && program.coefficients.len() <= MAX_COEFFICIENTS);
+        let entries: BTreeSet<&str> = program.passes.iter().map(|pass| pass.entry).collect();
+        assert_eq!(entries.len(), program.passes.len(), "{}", declared.stem);
+        for (parameter, gradient) in STORED.into_iter().flat_map(|p| [(p, p), (p, Dtype::F32)]) {
+            let made = shader::tensors(rule, &program.passes[0], parameter, gradient);
+            let module = validated(declared.stem, &made.text);
+            let mut names = vec!["parameters", "gradients", "table", "work"];
+            names.extend(declared.slots.iter().map(|slot| slot.name));
+            names.extend(program.areas.iter().map(|area| area.name));
+            assert!(names.len() <= 8, "WebGPU guarantees 8 storage buffers");
+            assert_eq!(made.written.len(), names.len());
+            for (_, variable) in module.global_variables.iter() {
+                let Some(binding) = &variable.binding else { continue };
+                let naga::AddressSpace::Storage { access } = variable.space else { panic!("a storage buffer") };
+                let written = access.contains(naga::StorageAccess::STORE);
+                assert_eq!(made.written[binding.binding as usize], written, "{:?}", variable.name);
+                assert_eq!(variable.name.as_deref(), Some(names[binding.binding as usize]));
+            }
+            let found: BTreeSet<&str> = module.entry_points.iter().map(|e| e.name.as_str()).collect();
+            assert_eq!(found, entries, "entry points of {}", declared.stem);
+            assert!(module.entry_points.iter().all(|e| e.workgroup_size.iter().product::<u32>() <= 256));
+            let ty = |name: &str| module.types.iter().find(|(_, t)| t.name.as_deref() == Some(name)).unwrap().0;
+            let scalars: Vec<String> = fields(&module, ty("Scalars")).into_iter().map(|(name, ..)| name).collect();
+            assert_eq!(scalars, program.coefficients, "coefficients of {}", declared.stem);
+            struct_ends_in_array_of(&module, "Tensors", shader::TENSORS_WORDS, shader::TENSOR_WORDS);
+            struct_ends_in_array_of(&module, "Work", shader::CONTROL_WORDS, shader::ROW_WORDS);
+            let offsets: Vec<usize> = fields(&module, ty("Tensor")).iter().map(|f| f.1 as usize / 4).skip(8).collect();
+            let head = shader::TENSOR_HEAD_WORDS;
+            assert_eq!(offsets, [head, head + MAX_SLOTS, head + MAX_SLOTS + MAX_AREAS]);
+            let shared: usize = module
+                .global_variables
+                .iter()
+                .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+                .map(|(_, v)| match module.types[v.ty].inner {
+                    // Those as long as a workgroup, which is 256 at most.
+                    naga::TypeInner::Array { stride, size: naga::ArraySize::Pending(_), .. } => 256 * stride as usize,
+                    ref inner => inner.size(module.to_ctx()) as usize,
+                })
+                .sum();
+            // No entry point uses both kinds; all together is more than the truth.
+            assert!(shared <= 2 * 16 * 1024, "{} bytes of shared memory", shared);
+        }
     }
 }
 

@@ -28,7 +28,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::linear::{SUM_BLOCK, each_row, lanes, map, sum_of_squares, tree};
 use crate::real::{Dtype, Real};
-use crate::rule::{Declaration, Moment, Slot, TensorRule, Work};
+use crate::rule::{
+    Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work, coefficients,
+    halves,
+};
 
 /// The rule.
 #[derive(Debug)]
@@ -36,6 +39,106 @@ pub struct Adafactor;
 
 /// Rows whose squares are added to one partial sum of the columns.
 const BAND: usize = 64;
+
+/// On a GPU: elements of a line that one lane adds up.
+const PIECE: usize = 128;
+/// Words of a partial sum.
+const PARTIAL: usize = 4;
+
+/// The scalars of one update.
+struct Scalars {
+    eps1: f64,
+    eps2: f64,
+    /// wₜ.
+    weight: f64,
+    /// ρₜ.
+    rho: f64,
+    d: f64,
+    /// `1 − lr·λ`.
+    shrink: f64,
+    /// The lower bound of V̂.
+    smallest: f64,
+}
+
+impl Scalars {
+    fn new(h: &Hypers, at: Moment, dtype: Dtype) -> Self {
+        let (eps1, eps2) = match h.get("eps") {
+            Some(Value::Pair([eps1, eps2])) => (eps1, eps2),
+            Some(Value::HalfPair(eps2)) => (dtype.epsilon(), eps2),
+            other => unreachable!("eps is declared as a pair, found {other:?}"),
+        };
+        let (t, lr) = (at.step as f64, h.float("lr"));
+        Self {
+            eps1,
+            eps2,
+            weight: libm::pow(t, h.float("beta2_decay")),
+            rho: lr.min(1.0 / libm::sqrt(t)),
+            d: h.float("d"),
+            shrink: 1.0 - lr * h.float("weight_decay"),
+            smallest: eps1 * eps1,
+        }
+    }
+}
+
+coefficients! {
+    /// [`Scalars`] for the GPU; what enters double-floats is one.
+    OnGpu {
+        /// wₜ.
+        weight,
+        /// `1 − lr·λ`.
+        shrink,
+        /// ε₁².
+        smallest,
+        /// ε₁.
+        eps1,
+        /// ε₂, its upper half.
+        eps2_hi,
+        /// ε₂, its lower half.
+        eps2_lo,
+        /// ρₜ, its upper half.
+        rho_hi,
+        /// ρₜ, its lower half.
+        rho_lo,
+        /// d, its upper half.
+        d_hi,
+        /// d, its lower half.
+        d_lo,
+    }
+}
+
+fn on_gpu(h: &Hypers, at: Moment, _: &[usize], dtype: Dtype) -> [f64; MAX_COEFFICIENTS] {
+    let Scalars { eps1, eps2, weight, rho, d, shrink, smallest } = Scalars::new(h, at, dtype);
+    let ([eps2_hi, eps2_lo], [rho_hi, rho_lo], [d_hi, d_lo]) = (halves(eps2), halves(rho), halves(d));
+    OnGpu { weight, shrink, smallest, eps1, eps2_hi, eps2_lo, rho_hi, rho_lo, d_hi, d_lo }.into_row()
+}
+
+/// How many rows and how many columns the matrices have together.
+fn lines(form: &Form) -> [usize; 2] {
+    [form.matrices * form.rows, form.matrices * form.columns]
+}
+
+/// How many pieces each row and each column has.
+fn pieces(form: &Form) -> [usize; 2] {
+    [form.columns.div_ceil(PIECE), form.rows.div_ceil(PIECE)]
+}
+
+/// Lines that one lane does not finish: all rows, all columns, or none.
+fn long_lines(form: &Form) -> [usize; 2] {
+    let ([rows, columns], [of_row, of_column]) = (lines(form), pieces(form));
+    [if of_row > 1 { rows } else { 0 }, if of_column > 1 { columns } else { 0 }]
+}
+
+/// Matrices whose rows' mean one lane does not finish.
+fn long_stacks(form: &Form) -> usize {
+    if form.rows > PIECE { form.matrices } else { 0 }
+}
+
+/// By chunk two partial sums; factor and padding; by matrix a floor; by piece a partial sum, of long lines only.
+fn scratch(form: &Form) -> usize {
+    let ([rows, columns], [of_row, of_column]) = (long_lines(form), pieces(form));
+    let partials = 2 * form.chunks() + 1 + rows * of_row + columns * of_column + long_stacks(form) * of_column;
+    PARTIAL * partials + form.matrices
+}
 
 /// The last two axes.
 fn matrix(shape: &[usize]) -> Option<(usize, usize)> {
@@ -138,17 +241,12 @@ impl TensorRule for Adafactor {
 
     fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>) {
         let Work { shape, dtype, p, g, slots: [row, column, variance, _], parallel } = work;
-        let (eps1, eps2) = match h.get("eps") {
-            Some(Value::Pair([eps1, eps2])) => (eps1, eps2),
-            Some(Value::HalfPair(eps2)) => (dtype.epsilon(), eps2),
-            other => unreachable!("eps is declared as a pair, found {other:?}"),
-        };
-        let (n, t, lr) = (p.len() as f64, at.step as f64, h.float("lr"));
-        let weight = F::from_f64(libm::pow(t, h.float("beta2_decay")));
+        let Scalars { eps1, eps2, weight, rho, d, shrink, smallest } = Scalars::new(h, at, dtype);
+        let (n, weight) = (p.len() as f64, F::from_f64(weight));
         let size = libm::sqrt(sum_of_squares(parallel, p) / n);
         // A size that is not a number makes the update so.
         let size = if size < eps2 { eps2 } else { size };
-        let alpha = size * lr.min(1.0 / libm::sqrt(t));
+        let alpha = size * rho;
 
         let mut floors = Vec::new();
         let (rows, columns) = matrix(shape).unwrap_or((1, SUM_BLOCK));
@@ -171,7 +269,7 @@ impl TensorRule for Adafactor {
                 *v = F::lerp(*v, g * g, weight);
             }
         }
-        let smallest = F::from_f64(eps1 * eps1);
+        let smallest = F::from_f64(smallest);
         let estimate = Estimate { row, column, variance, floors, columns, rows, smallest };
         let squares = map(parallel, g.len().div_ceil(columns), |i| {
             let g = &g[i * columns..((i + 1) * columns).min(g.len())];
@@ -180,13 +278,56 @@ impl TensorRule for Adafactor {
                 u * u
             })
         });
-        let clipping = libm::sqrt(tree(&mut { squares }) / n) / h.float("d");
+        let clipping = libm::sqrt(tree(&mut { squares }) / n) / d;
         let factor = F::from_f64(-alpha / if clipping < 1.0 { 1.0 } else { clipping });
-        let shrink = F::from_f64(1.0 - lr * h.float("weight_decay"));
+        let shrink = F::from_f64(shrink);
         each_row(parallel, p, columns, |i, p| {
             for (k, p) in p.iter_mut().enumerate() {
                 *p = *p * shrink + factor * estimate.update(i, k, g[i * columns + k]);
             }
         });
     }
+
+    const PROGRAM: Program = {
+        const CHUNKS: usize = Program::CHUNK_UNIT;
+        const PIECES: usize = 1;
+        const LONG_LINES: usize = 2;
+        const STACKS: usize = 3;
+        const LONG_STACKS: usize = 4;
+        const TENSORS: usize = 5;
+        const LINES: usize = 6;
+        const fn pass(entry: &'static str, unit: usize) -> ProgramPass {
+            ProgramPass { entry, unit, repeats: false }
+        }
+        const fn by_lane(count: fn(&Form) -> usize) -> Unit {
+            Unit { count, by_lane: true }
+        }
+        Program {
+            coefficients: OnGpu::NAMES,
+            constants: &[("PIECE", PIECE as u32)],
+            units: &[
+                Program::CHUNKS,
+                by_lane(|form| lines(form).iter().zip(pieces(form)).map(|(lines, pieces)| lines * pieces).sum()),
+                by_lane(|form| long_lines(form).iter().sum()),
+                by_lane(|form| form.matrices * pieces(form)[1]),
+                by_lane(long_stacks),
+                Program::TENSORS,
+                by_lane(|form| lines(form).iter().sum()),
+            ],
+            areas: &[Area { name: "scratch", words: scratch }],
+            passes: &[
+                pass("sizes", CHUNKS),
+                pass("squares", PIECES),
+                pass("means", LONG_LINES),
+                pass("stacks", STACKS),
+                pass("floors", LONG_STACKS),
+                pass("estimates", CHUNKS),
+                pass("factors", TENSORS),
+                pass("update", CHUNKS),
+                pass("flush", LINES),
+            ],
+            row: on_gpu,
+            turns: |_| 0,
+        }
+    };
 }

@@ -25,8 +25,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hypers, Value};
 use crate::real::{Dtype, Real};
 use crate::rule::{
-    Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Rule, ScalarSlots, SlotSet, TensorRule,
-    Work,
+    Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Program, Rule, ScalarSlots, SlotSet,
+    TensorRule, Work,
 };
 
 /// The three kinds of rules.
@@ -147,7 +147,7 @@ rules! {
 }
 
 macro_rules! tensor_rules {
-    ($($id:ident => $rule:ty;)+) => {
+    ($($id:ident => $rule:ty, $shader:literal;)+) => {
         /// Names a tensor rule.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[allow(missing_docs, reason = "the variants are the rules' own names")]
@@ -160,6 +160,21 @@ macro_rules! tensor_rules {
             /// What the rule declares.
             pub fn declaration(self) -> &'static Declaration {
                 match self { $(Self::$id => const { &<$rule>::DECLARATION }),+ }
+            }
+
+            /// The rule's text for the GPU.
+            pub fn shader(self) -> &'static str {
+                match self { $(Self::$id => include_str!(concat!("../../shaders/rules/", $shader))),+ }
+            }
+
+            /// The rule's passes on the GPU.
+            pub fn program(self) -> &'static Program {
+                match self { $(Self::$id => const { &<$rule>::PROGRAM }),+ }
+            }
+
+            /// The rule's facts.
+            pub fn facts(self) -> KernelFacts {
+                match self { $(Self::$id => KernelFacts::of_tensors::<$rule>()),+ }
             }
 
             /// Whether a parameter may be given to it.
@@ -181,8 +196,8 @@ macro_rules! tensor_rules {
 }
 
 tensor_rules! {
-    Adafactor => adafactor::Adafactor;
-    Muon => muon::Muon;
+    Adafactor => adafactor::Adafactor, "adafactor.wgsl";
+    Muon => muon::Muon, "muon.wgsl";
 }
 
 /// Does something with a concrete closure method.
@@ -251,7 +266,11 @@ impl Preset {
 
     /// Whether it runs on a GPU.
     pub fn has_shader(&self) -> bool {
-        matches!(self.method, Method::Elementwise(rule) if rule.shader().is_some())
+        match self.method {
+            Method::Elementwise(rule) => rule.shader().is_some(),
+            Method::Tensor(_) => true,
+            Method::Closure(_) => false,
+        }
     }
 
     /// Where it comes from.

@@ -27,14 +27,77 @@ use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::hyper::{Choice, Hyper, Hypers, Range, Value};
 use crate::linear::{Matrix, product, sum_of_squares};
 use crate::real::{Dtype, Real};
-use crate::rule::{Declaration, Moment, Slot, TensorRule, Work};
+use crate::rule::{Area, Declaration, Form, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work, coefficients};
 
 /// The rule.
 #[derive(Debug)]
 pub struct Muon;
 
+/// On a GPU: rows and columns of the part of a product that one workgroup computes.
+const TILE: usize = 64;
+
+coefficients! {
+    /// The scalars of one update.
+    Scalars {
+        /// `1 − μ`.
+        weight,
+        /// μ.
+        ahead,
+        /// 1 with Nesterov momentum, else 0.
+        nesterov,
+        /// a.
+        a,
+        /// b.
+        b,
+        /// c.
+        c,
+        /// ε.
+        eps,
+        /// How often the iteration runs.
+        steps,
+        /// `1 − lr·λ`.
+        shrink,
+        /// `−lr·s`.
+        factor,
+    }
+}
+
+impl Scalars<f64> {
+    fn new(h: &Hypers, shape: &[usize]) -> Self {
+        let &[rows, columns] = shape else { unreachable!("accept refused other shapes") };
+        let Some(Value::Triple([a, b, c])) = h.get("ns_coefficients") else { unreachable!("declared as three") };
+        let (lr, momentum, rows, columns) = (h.float("lr"), h.float("momentum"), rows as f64, columns as f64);
+        let adjusted = match h.choice("adjust_lr_fn") {
+            Some(Choice::MatchRmsAdamw) => lr * (0.2 * libm::sqrt(rows.max(columns))),
+            _ => lr * libm::sqrt((rows / columns).max(1.0)),
+        };
+        Self {
+            weight: 1.0 - momentum,
+            ahead: momentum,
+            nesterov: f64::from(u8::from(h.flag("nesterov"))),
+            a,
+            b,
+            c,
+            eps: h.float("eps"),
+            steps: f64::from(turns(h)),
+            shrink: 1.0 - lr * h.float("weight_decay"),
+            factor: -adjusted,
+        }
+    }
+}
+
+/// How often the iteration runs.
+fn turns(h: &Hypers) -> u32 {
+    h.whole("ns_steps").and_then(|steps| u32::try_from(steps).ok()).unwrap_or(0)
+}
+
+/// Rows and columns of a matrix that is not taller than wide.
+fn wide(form: &Form) -> [usize; 2] {
+    [form.rows.min(form.columns), form.rows.max(form.columns)]
+}
+
 /// The iteration's result for the matrix `u` with no more rows than columns, in place.
-fn orthogonalize<F: Real>(parallel: bool, u: &mut Vec<F>, rows: usize, columns: usize, [a, b, c]: [F; 3], steps: i64) {
+fn orthogonalize<F: Real>(parallel: bool, u: &mut Vec<F>, rows: usize, columns: usize, [a, b, c]: [F; 3], steps: u32) {
     let mut gram = vec![F::ZERO; rows * rows];
     let mut polynomial = gram.clone();
     let mut next = u.clone();
@@ -112,15 +175,14 @@ impl TensorRule for Muon {
     fn update<F: Real>(h: &Hypers, _: Moment, work: Work<'_, F>) {
         let Work { shape, p, g, slots: [buffer, ..], parallel, .. } = work;
         let &[rows, columns] = shape else { unreachable!("accept refused other shapes") };
-        let (lr, momentum, eps) = (h.float("lr"), h.float("momentum"), h.float("eps"));
-        let Some(Value::Triple(coefficients)) = h.get("ns_coefficients") else { unreachable!("declared as three") };
-        let (weight, ahead) = (F::from_f64(1.0 - momentum), F::from_f64(momentum));
+        let Scalars { weight, ahead, nesterov, a, b, c, eps, shrink, factor, .. } = Scalars::new(h, shape);
+        let (weight, ahead) = (F::from_f64(weight), F::from_f64(ahead));
         for (b, &g) in buffer.iter_mut().zip(g) {
             *b = F::lerp(*b, g, weight);
         }
-        let nesterov = h.flag("nesterov");
+        let is_nesterov = nesterov != 0.0;
         let mut u: Vec<F> =
-            buffer.iter().zip(g).map(|(&b, &g)| if nesterov { F::lerp(g, b, ahead) } else { b }).collect();
+            buffer.iter().zip(g).map(|(&b, &g)| if is_nesterov { F::lerp(g, b, ahead) } else { b }).collect();
         let norm = libm::sqrt(sum_of_squares(parallel, &u));
         let norm = F::from_f64(if norm < eps { eps } else { norm });
         u.iter_mut().for_each(|x| *x = *x / norm);
@@ -128,19 +190,54 @@ impl TensorRule for Muon {
         if tall {
             u = transposed(&u, rows, columns);
         }
-        let steps = h.whole("ns_steps").unwrap_or(0);
-        orthogonalize(parallel, &mut u, rows.min(columns), rows.max(columns), coefficients.map(F::from_f64), steps);
+        let coefficients = [a, b, c].map(F::from_f64);
+        orthogonalize(parallel, &mut u, rows.min(columns), rows.max(columns), coefficients, turns(h));
         if tall {
             u = transposed(&u, columns, rows);
         }
-        let (rows, columns) = (rows as f64, columns as f64);
-        let adjusted = match h.choice("adjust_lr_fn") {
-            Some(Choice::MatchRmsAdamw) => lr * (0.2 * libm::sqrt(rows.max(columns))),
-            _ => lr * libm::sqrt((rows / columns).max(1.0)),
-        };
-        let (shrink, factor) = (F::from_f64(1.0 - lr * h.float("weight_decay")), F::from_f64(-adjusted));
+        let (shrink, factor) = (F::from_f64(shrink), F::from_f64(factor));
         for (p, &x) in p.iter_mut().zip(&u) {
             *p = *p * shrink + factor * x;
         }
     }
+
+    const PROGRAM: Program = {
+        const CHUNKS: usize = Program::CHUNK_UNIT;
+        const TENSORS: usize = 1;
+        const SQUARE_TILES: usize = 2;
+        const TILES: usize = 3;
+        const fn once(entry: &'static str, unit: usize) -> ProgramPass {
+            ProgramPass { entry, unit, repeats: false }
+        }
+        const fn in_turns(entry: &'static str, unit: usize) -> ProgramPass {
+            ProgramPass { entry, unit, repeats: true }
+        }
+        Program {
+            coefficients: Scalars::NAMES,
+            constants: &[("TILE", TILE as u32)],
+            units: &[
+                Program::CHUNKS,
+                Program::TENSORS,
+                Unit { count: |form| wide(form)[0].div_ceil(TILE).pow(2), by_lane: false },
+                Unit { count: |form| wide(form).iter().map(|n| n.div_ceil(TILE)).product(), by_lane: false },
+            ],
+            // Before the iteration partial sums and the norm lie where A and its polynomial will.
+            areas: &[
+                Area { name: "even", words: |form| form.len },
+                Area { name: "odd", words: |form| form.len },
+                Area { name: "square", words: |form| wide(form)[0].pow(2).max(4 * form.chunks() + 4) },
+            ],
+            passes: &[
+                once("momentum", CHUNKS),
+                once("norms", TENSORS),
+                once("normalize", CHUNKS),
+                in_turns("gram", SQUARE_TILES),
+                in_turns("polynomial", SQUARE_TILES),
+                in_turns("next", TILES),
+                once("update", CHUNKS),
+            ],
+            row: |h, _, shape, _| Scalars::new(h, shape).into_row(),
+            turns,
+        }
+    };
 }

@@ -1,0 +1,333 @@
+// Twin of src/rules/muon.rs.
+//
+//     momentum     chunks             B, U, ΣU²
+//     norms        tensors            max(‖U‖, ε)
+//     normalize    chunks             X = U/max(‖U‖, ε)
+//     gram         tiles of A         A = X·Xᵀ                 ┐
+//     polynomial   tiles of A         P = c·A·A + b·A          │ in turns
+//     next         tiles of X         X ← a·X + P·X            ┘
+//     update       chunks             θ
+//
+// X lies in `even` or `odd` by the count of turns before, in the parameter's order; A meanwhile lies in the other
+// one, P in `square`. Rows and columns of X change places where the matrix is tall. Before the first turn `square`
+// holds ΣU² by chunk and, behind them, the norm.
+
+struct Scalars {
+    weight: f32,
+    ahead: f32,
+    nesterov: f32,
+    a: f32,
+    b: f32,
+    c: f32,
+    eps: f32,
+    steps: f32,
+    shrink: f32,
+    factor: f32,
+}
+
+const CHUNKS: u32 = 0u;
+const TENSORS: u32 = 1u;
+const SQUARE_TILES: u32 = 2u;
+const TILES: u32 = 3u;
+
+fn partial_at(at: u32) -> Sum {
+    return sum_in(vec4<u32>(square[at], square[at + 1u], square[at + 2u], square[at + 3u]));
+}
+
+fn keep_partial(at: u32, sum: Sum) {
+    let words = words_of(sum);
+    square[at] = words.x;
+    square[at + 1u] = words.y;
+    square[at + 2u] = words.z;
+    square[at + 3u] = words.w;
+}
+
+fn square_at(t: Tensor, chunk: u32) -> u32 {
+    return t.areas[2] + 4u * chunk;
+}
+
+fn norm_at(t: Tensor) -> u32 {
+    return square_at(t, chunks_of(t));
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn momentum(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let number = number_of(workgroup, grid);
+    if (!is_there(CHUNKS, number)) {
+        return;
+    }
+    unseen_zero = work.control.zero;
+    let t = table.items[owner_of(CHUNKS, number)];
+    let chunk = number - t.first[CHUNKS];
+    let row = work.rows[t.row];
+    var sum = nothing();
+    for (var i = lane; 4u * i < chunk_len(t, chunk); i += WORKGROUP) {
+        let begin = chunk * table.chunk + 4u * i;
+        let inside = lanes_inside(i, chunk_len(t, chunk));
+        let count = min(4u, t.len - begin);
+        let g = ready(row, gradients_at(t.gradient4 + begin / 4u));
+        var b = vec4<f32>(0.0);
+        for (var j = 0u; j < count; j += 1u) {
+            b[j] = momentum_buffer[t.slots[0] + begin + j];
+        }
+        b = lerp(b, g, row.c.weight);
+        let u = select(vec4<f32>(0.0), select(b, lerp(g, b, row.c.ahead), row.c.nesterov != 0.0), inside);
+        let kept = stored(row.frame, b, inside);
+        for (var j = 0u; j < count; j += 1u) {
+            momentum_buffer[t.slots[0] + begin + j] = kept[j];
+            even[t.areas[0] + begin + j] = bitcast<u32>(u[j]);
+        }
+        sum = with_squares(sum, u);
+    }
+    let total = sum_of_workgroup(lane, sum);
+    if (lane == 0u) {
+        keep_partial(square_at(t, chunk), total);
+    }
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn norms(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let number = number_of(workgroup, grid);
+    if (!is_there(TENSORS, number)) {
+        return;
+    }
+    unseen_zero = work.control.zero;
+    let t = table.items[owner_of(TENSORS, number)];
+    var sum = nothing();
+    for (var chunk = lane; chunk < chunks_of(t); chunk += WORKGROUP) {
+        sum = joined(sum, partial_at(square_at(t, chunk)));
+    }
+    let total = sum_of_workgroup(lane, sum);
+    if (lane == 0u) {
+        let bits = rounded(root(total.value), total.exponent / 2, total.found);
+        // Bits of numbers that are not negative are in their order, NaN the last.
+        square[norm_at(t)] = max(bits, bitcast<u32>(work.rows[t.row].c.eps));
+    }
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn normalize(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let number = number_of(workgroup, grid);
+    if (!is_there(CHUNKS, number)) {
+        return;
+    }
+    let t = table.items[owner_of(CHUNKS, number)];
+    let chunk = number - t.first[CHUNKS];
+    let norm = bitcast<f32>(square[norm_at(t)]);
+    for (var i = lane; i < chunk_len(t, chunk); i += WORKGROUP) {
+        let at = t.areas[0] + chunk * table.chunk + i;
+        even[at] = bitcast<u32>(bitcast<f32>(even[at]) / norm);
+    }
+}
+
+// The product of two matrices, a tile of 64×64 to a workgroup, 4×4 of it to a lane:
+//
+//     for k in 0..inner, ascending: out[i, j] += left[i, k]·right[k, j]
+//
+// Slabs of 16 steps of k are brought to shared memory, each as 16 groups of four numbers for each k, and one group
+// of padding so that the writes of neighbouring lanes do not meet in one bank.
+const GRAM: u32 = 0u;
+const POLYNOMIAL: u32 = 1u;
+const NEXT: u32 = 2u;
+
+const LANES: u32 = 256u;
+const SLAB: u32 = 16u;
+const GROUPS: u32 = 17u;
+
+var<workgroup> left_slab: array<vec4<f32>, 272>;
+var<workgroup> right_slab: array<vec4<f32>, 272>;
+
+// A matrix that is not taller than wide, as the iteration sees it.
+struct Shape {
+    rows: u32,
+    columns: u32,
+    row_stride: u32,
+    column_stride: u32,
+}
+
+fn shape_of(t: Tensor) -> Shape {
+    if (t.rows > t.columns) {
+        return Shape(t.columns, t.rows, 1u, t.columns);
+    }
+    return Shape(t.rows, t.columns, t.columns, 1u);
+}
+
+// X, for `turn` turns before; and A, which lies in the other area.
+fn x_at(t: Tensor, turn: u32, at: u32) -> f32 {
+    if ((turn & 1u) == 0u) {
+        return bitcast<f32>(even[t.areas[0] + at]);
+    }
+    return bitcast<f32>(odd[t.areas[1] + at]);
+}
+
+fn beside_x_at(t: Tensor, turn: u32, at: u32) -> f32 {
+    return x_at(t, turn + 1u, at);
+}
+
+fn keep_beside_x(t: Tensor, turn: u32, at: u32, value: f32) {
+    if ((turn & 1u) == 0u) {
+        odd[t.areas[1] + at] = bitcast<u32>(value);
+    } else {
+        even[t.areas[0] + at] = bitcast<u32>(value);
+    }
+}
+
+fn left_at(kind: u32, t: Tensor, s: Shape, i: u32, k: u32) -> f32 {
+    if (kind == GRAM) {
+        return x_at(t, table.turn, i * s.row_stride + k * s.column_stride);
+    }
+    if (kind == POLYNOMIAL) {
+        return beside_x_at(t, table.turn, i * s.rows + k);
+    }
+    return bitcast<f32>(square[t.areas[2] + i * s.rows + k]);
+}
+
+fn right_at(kind: u32, t: Tensor, s: Shape, k: u32, j: u32) -> f32 {
+    if (kind == GRAM) {
+        return x_at(t, table.turn, j * s.row_stride + k * s.column_stride);
+    }
+    if (kind == POLYNOMIAL) {
+        return beside_x_at(t, table.turn, k * s.rows + j);
+    }
+    return x_at(t, table.turn, k * s.row_stride + j * s.column_stride);
+}
+
+fn keep_product(kind: u32, t: Tensor, s: Shape, i: u32, j: u32, product: f32) {
+    let c = work.rows[t.row].c;
+    if (kind == GRAM) {
+        keep_beside_x(t, table.turn, i * s.rows + j, product);
+    } else if (kind == POLYNOMIAL) {
+        let a = beside_x_at(t, table.turn, i * s.rows + j);
+        square[t.areas[2] + i * s.rows + j] = bitcast<u32>(c.b * a + c.c * product);
+    } else {
+        let at = i * s.row_stride + j * s.column_stride;
+        keep_beside_x(t, table.turn, at, c.a * x_at(t, table.turn, at) + product);
+    }
+}
+
+fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
+    if (!is_there(unit, number)) {
+        return;
+    }
+    let t = table.items[owner_of(unit, number)];
+    if (table.turn >= u32(work.rows[t.row].c.steps)) {
+        return;
+    }
+    let s = shape_of(t);
+    let is_next = kind == NEXT;
+    let inner = select(s.rows, s.columns, kind == GRAM);
+    let width = select(s.rows, s.columns, is_next);
+    let tile = number - t.first[unit];
+    let tiles = (width + TILE - 1u) / TILE;
+    let first_row = tile / tiles * TILE;
+    let first_column = tile % tiles * TILE;
+    // Neighbouring lanes read neighbouring numbers: along k where these lie side by side.
+    let left_along = kind != GRAM || s.column_stride == 1u;
+    let right_along = (kind == GRAM && s.column_stride == 1u) || (is_next && s.row_stride == 1u);
+    let fast = lane % SLAB;
+    let slow = lane / SLAB;
+    let left_k = select(slow, fast, left_along);
+    let left_group = select(fast, slow, left_along);
+    let right_k = select(slow, fast, right_along);
+    let right_group = select(fast, slow, right_along);
+    var sums: array<vec4<f32>, 4>;
+    for (var begin = 0u; begin < inner; begin += SLAB) {
+        var left = vec4<f32>(0.0);
+        var right = vec4<f32>(0.0);
+        for (var r = 0u; r < 4u; r += 1u) {
+            let i = first_row + 4u * left_group + r;
+            if (i < s.rows && begin + left_k < inner) {
+                left[r] = left_at(kind, t, s, i, begin + left_k);
+            }
+            let j = first_column + 4u * right_group + r;
+            if (j < width && begin + right_k < inner) {
+                right[r] = right_at(kind, t, s, begin + right_k, j);
+            }
+        }
+        left_slab[left_k * GROUPS + left_group] = left;
+        right_slab[right_k * GROUPS + right_group] = right;
+        workgroupBarrier();
+        for (var k = 0u; k < SLAB; k += 1u) {
+            let a = left_slab[k * GROUPS + slow];
+            let b = right_slab[k * GROUPS + fast];
+            sums[0] += a.x * b;
+            sums[1] += a.y * b;
+            sums[2] += a.z * b;
+            sums[3] += a.w * b;
+        }
+        workgroupBarrier();
+    }
+    for (var r = 0u; r < 4u; r += 1u) {
+        for (var q = 0u; q < 4u; q += 1u) {
+            let i = first_row + 4u * slow + r;
+            let j = first_column + 4u * fast + q;
+            if (i < s.rows && j < width) {
+                keep_product(kind, t, s, i, j, sums[r][q]);
+            }
+        }
+    }
+}
+
+@compute @workgroup_size(LANES)
+fn gram(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    multiply(GRAM, SQUARE_TILES, number_of(workgroup, grid), lane);
+}
+
+@compute @workgroup_size(LANES)
+fn polynomial(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    multiply(POLYNOMIAL, SQUARE_TILES, number_of(workgroup, grid), lane);
+}
+
+@compute @workgroup_size(LANES)
+fn next(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    multiply(NEXT, TILES, number_of(workgroup, grid), lane);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn update(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let number = number_of(workgroup, grid);
+    if (!is_there(CHUNKS, number)) {
+        return;
+    }
+    let t = table.items[owner_of(CHUNKS, number)];
+    let chunk = number - t.first[CHUNKS];
+    let c = work.rows[t.row].c;
+    for (var i = lane; 4u * i < chunk_len(t, chunk); i += WORKGROUP) {
+        let begin = chunk * table.chunk + 4u * i;
+        var x = vec4<f32>(0.0);
+        for (var j = 0u; j < min(4u, t.len - begin); j += 1u) {
+            x[j] = x_at(t, u32(c.steps), begin + j);
+        }
+        let at = t.parameter4 + begin / 4u;
+        let theta = parameters_at(at) * c.shrink + c.factor * x;
+        keep_parameters(at, select(vec4<f32>(0.0), theta, lanes_inside(i, chunk_len(t, chunk))));
+    }
+}
