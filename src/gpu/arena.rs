@@ -3,13 +3,15 @@
 //! Every tensor is padded to [`ALIGN`] elements, so that it can be copied alone and no vec4 straddles two tensors;
 //! the padding stays zero. A line is cut into windows no longer than one binding may be. For each role there is one
 //! buffer to a window, made when it is first needed. A tensor that does not fit into the rest of a window goes on in
-//! the next.
+//! the next; or, for rules that see whole tensors, begins there, and its slots, which have lengths of their own, lie
+//! in the same window of theirs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
+use crate::rule::MAX_SLOTS;
 
 /// Elements that tensors are padded to.
 pub(super) const ALIGN: usize = 64;
@@ -82,6 +84,16 @@ struct Tensor {
     parameter: Dtype,
     first: usize,
     len: usize,
+    /// Of a whole tensor: the first element in the window and the length of each slot. Those of others lie where
+    /// the parameter does.
+    slots: Option<[(usize, usize); MAX_SLOTS]>,
+}
+
+/// How far the whole tensors of one window reach.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ends {
+    parameter: usize,
+    slots: [usize; MAX_SLOTS],
 }
 
 /// The lines.
@@ -92,16 +104,31 @@ pub(super) struct Layout {
     tensors: Vec<Tensor>,
     /// Elements of each line.
     totals: BTreeMap<Dtype, usize>,
+    /// Of windows with whole tensors.
+    ends: BTreeMap<Window, Ends>,
 }
 
 impl Layout {
     pub(super) fn new(window: usize) -> Self {
-        Self { window: (window / ALIGN).max(1) * ALIGN, tensors: Vec::new(), totals: BTreeMap::new() }
+        let window = (window / ALIGN).max(1) * ALIGN;
+        Self { window, tensors: Vec::new(), totals: BTreeMap::new(), ends: BTreeMap::new() }
     }
 
-    /// The same tensors with other windows.
-    pub(super) fn rewindowed(&self, window: usize) -> Self {
-        Self { tensors: self.tensors.clone(), totals: self.totals.clone(), ..Self::new(window) }
+    /// Elements of a window.
+    pub(super) fn window(&self) -> usize {
+        self.window
+    }
+
+    /// The same tensors with other windows; `None` where a whole tensor would not fit into one.
+    pub(super) fn rewindowed(&self, window: usize) -> Option<Self> {
+        let mut new = Self::new(window);
+        for tensor in &self.tensors {
+            match tensor.slots {
+                None => new.push(tensor.parameter, tensor.len)?,
+                Some(slots) => new.push_whole(tensor.parameter, tensor.len, slots.map(|(_, len)| len))?,
+            }
+        }
+        Some(new)
     }
 
     /// Adds a tensor; says so if the line would be longer than memory.
@@ -109,13 +136,44 @@ impl Layout {
         let total = self.totals.entry(parameter).or_insert(0);
         let end = len.checked_next_multiple_of(ALIGN).and_then(|n| n.checked_add(*total));
         let end = end.filter(|&end| end <= isize::MAX as usize / 4)?;
-        self.tensors.push(Tensor { parameter, first: *total, len });
+        self.tensors.push(Tensor { parameter, first: *total, len, slots: None });
         *total = end;
+        Some(())
+    }
+
+    /// Adds a tensor that lies within one window, with slots of these lengths; `None` where it is too long.
+    pub(super) fn push_whole(&mut self, parameter: Dtype, len: usize, slots: [usize; MAX_SLOTS]) -> Option<()> {
+        let lengths = || slots.iter().chain([&len]);
+        if lengths().any(|len| len.checked_next_multiple_of(ALIGN).is_none_or(|padded| padded > self.window)) {
+            return None;
+        }
+        let total = self.totals.get(&parameter).copied().unwrap_or(0);
+        let mut window = Window { parameter, index: total / self.window };
+        let mut ends = self.ends.get(&window).copied().unwrap_or_default();
+        let fits = |end: usize, len: usize| end + len.next_multiple_of(ALIGN) <= self.window;
+        if !fits(ends.parameter, len) || !ends.slots.iter().zip(slots).all(|(&end, len)| fits(end, len)) {
+            (window.index, ends) = (window.index + 1, Ends::default());
+        }
+        let first = window.index.checked_mul(self.window)?.checked_add(ends.parameter)?;
+        let total = first.checked_add(len.next_multiple_of(ALIGN)).filter(|&end| end <= isize::MAX as usize / 4)?;
+        let places = std::array::from_fn(|k| (ends.slots[k], slots[k]));
+        ends.parameter += len.next_multiple_of(ALIGN);
+        ends.slots.iter_mut().zip(slots).for_each(|(end, len)| *end += len.next_multiple_of(ALIGN));
+        self.tensors.push(Tensor { parameter, first, len, slots: Some(places) });
+        self.totals.insert(parameter, total);
+        self.ends.insert(window, ends);
         Some(())
     }
 
     /// Forgets the tensors that were added last, but so many.
     pub(super) fn truncate(&mut self, count: usize) {
+        if !self.ends.is_empty() {
+            let mut fewer = self.clone();
+            fewer.tensors.truncate(count);
+            // They fitted before.
+            *self = fewer.rewindowed(self.window).unwrap_or_else(|| Self::new(self.window));
+            return;
+        }
         for tensor in self.tensors.drain(count.min(self.tensors.len())..).rev() {
             self.totals.insert(tensor.parameter, tensor.first);
         }
@@ -128,7 +186,7 @@ impl Layout {
 
     /// The parts of a tensor, each inside one window and at most `longest` elements.
     pub(super) fn segments(&self, index: usize, longest: usize) -> impl Iterator<Item = Segment> + use<> {
-        let Tensor { parameter, first, len } = self.tensors[index];
+        let Tensor { parameter, first, len, .. } = self.tensors[index];
         let (window, longest) = (self.window, longest.max(ALIGN));
         let mut start = 0;
         std::iter::from_fn(move || {
@@ -143,8 +201,37 @@ impl Layout {
         })
     }
 
+    /// Elements of slot k of a tensor.
+    pub(super) fn slot_len(&self, index: usize, k: usize) -> usize {
+        let tensor = &self.tensors[index];
+        tensor.slots.map_or(tensor.len, |slots| slots[k].1)
+    }
+
+    /// Where a whole tensor's slots begin in its window.
+    pub(super) fn slots_at(&self, index: usize) -> [usize; MAX_SLOTS] {
+        self.tensors[index].slots.unwrap_or_default().map(|(at, _)| at)
+    }
+
+    /// The parts of slot k of a tensor, as [`Layout::segments`] has those of the tensor.
+    pub(super) fn slot_segments(&self, index: usize, k: usize, longest: usize) -> impl Iterator<Item = Segment> + use<> {
+        let Tensor { parameter, first, slots, .. } = self.tensors[index];
+        let spanning = slots.is_none().then(|| self.segments(index, longest));
+        let window = Window { parameter, index: first / self.window };
+        let longest = longest.max(ALIGN) / ALIGN * ALIGN;
+        let whole = slots.map(|slots| slots[k]).into_iter().flat_map(move |(at, len)| {
+            let part = move |start: usize| Segment { window, at: at + start, start, len: (len - start).min(longest) };
+            (0..len).step_by(longest).map(part)
+        });
+        spanning.into_iter().flatten().chain(whole)
+    }
+
     /// Bytes of a window's buffer.
     fn bytes(&self, role: Role, window: Window) -> u64 {
+        if let Some(ends) = self.ends.get(&window) {
+            let elements = if let Role::Slot(k) = role { ends.slots[k] } else { ends.parameter };
+            // A buffer is bound even if no tensor has such a slot.
+            return (elements.max(ALIGN) * role.dtype(window.parameter).size()) as u64;
+        }
         let total = self.totals.get(&window.parameter).copied().unwrap_or(0);
         let elements = self.window.min(total - window.index * self.window);
         (elements * role.dtype(window.parameter).size()) as u64
@@ -249,6 +336,57 @@ mod tests {
                 }
                 prop_assert_eq!(next, len);
             }
+        }
+
+        #[test]
+        fn whole_tensors_and_their_slots_lie_in_one_window(
+            window in 64usize..2000,
+            tensors in prop::collection::vec((0usize..900, 0usize..900, 0usize..900, 0usize..3), 1..20),
+            kept in 0usize..20,
+        ) {
+            let mut layout = Layout::new(window);
+            let mut taken: BTreeMap<(Role, Window), Vec<bool>> = BTreeMap::new();
+            let mut placed = Vec::new();
+            for &(len, rows, columns, of) in &tensors {
+                let slots = [rows, 0, columns, 0];
+                let too_long = [len, rows, columns].iter().any(|n| n.next_multiple_of(ALIGN) > layout.window);
+                let before = layout.clone();
+                prop_assert_eq!(layout.push_whole(STORED[of], len, slots).is_none(), too_long);
+                if too_long {
+                    prop_assert_eq!(layout.tensors.len(), before.tensors.len());
+                } else {
+                    placed.push((len, slots));
+                }
+            }
+            for (index, &(len, slots)) in placed.iter().enumerate() {
+                let of_parameter: Vec<Segment> = layout.segments(index, usize::MAX).collect();
+                prop_assert_eq!(of_parameter.len(), usize::from(len > 0));
+                let mut all: Vec<(Role, Segment)> = of_parameter.iter().map(|s| (Role::Parameter, *s)).collect();
+                for (k, &slot) in slots.iter().enumerate() {
+                    prop_assert_eq!(layout.slot_len(index, k), slot);
+                    let found: Vec<Segment> = layout.slot_segments(index, k, 100).collect();
+                    prop_assert_eq!(found.iter().map(|s| s.len).sum::<usize>(), slot);
+                    prop_assert!(found.iter().all(|s| of_parameter.iter().all(|p| p.window == s.window)));
+                    prop_assert!(found.first().is_none_or(|s| s.at == layout.slots_at(index)[k]));
+                    all.extend(found.into_iter().map(|s| (Role::Slot(k), s)));
+                }
+                for (role, segment) in all {
+                    let bytes = layout.bytes(role, segment.window);
+                    prop_assert!(segment.offset(role) + segment.padded(role) as u64 <= bytes);
+                    prop_assert!(segment.at + segment.len <= layout.window && segment.at % ALIGN == 0);
+                    let line = taken.entry((role, segment.window)).or_insert_with(|| vec![false; layout.window]);
+                    for place in &mut line[segment.at..][..segment.len] {
+                        prop_assert!(!std::mem::replace(place, true));
+                    }
+                }
+            }
+            let mut fewer = Layout::new(window);
+            let kept = kept.min(placed.len());
+            for (tensor, &(len, slots)) in layout.tensors.iter().zip(&placed).take(kept) {
+                fewer.push_whole(tensor.parameter, len, slots).unwrap();
+            }
+            layout.truncate(kept);
+            prop_assert_eq!(format!("{layout:?}"), format!("{fewer:?}"));
         }
 
         /// Tensors of any size that memory can name, against arithmetic that cannot overflow.

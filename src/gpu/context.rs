@@ -303,6 +303,11 @@ impl Context {
         }
     }
 
+    /// Lanes of a workgroup: small ones suit software adapters; GPUs hide memory latency with larger ones.
+    pub(super) fn workgroup(&self) -> u32 {
+        if self.info.software { 64 } else { 256 }
+    }
+
     /// Elements of the longest window: float32 numbers that one binding may span.
     pub(super) fn window_elements(&self) -> usize {
         let limits = self.device.limits();

@@ -3,7 +3,7 @@
 //! ```text
 //! upload   gradients, plain parameters, control words and coefficient rows
 //! guard    norm, clip factor, what is not finite             where it is asked for
-//! update   one dispatch per (kernel, window), all tensors    one workgroup per chunk
+//! update   one dispatch per (kernel, window), all tensors    one workgroup per chunk; a tensor rule's passes
 //! download plain parameters
 //! ```
 //!
@@ -16,16 +16,17 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
-use super::arena::{Arena, Role, Segment, Window};
+use super::arena::{Arena, Layout, Role, Segment, Window};
 use super::array::{Array, is_sum};
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
+use super::program::{self, Bound, Member, Scratch};
 use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
 use crate::cpu::Frame;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::real::Dtype;
-use crate::rule::{KernelFacts, Row, SlotSet};
-use crate::rules::RuleId;
+use crate::rule::{Form, KernelFacts, MAX_AREAS, Program, Row, SlotSet};
+use crate::rules::{Method, RuleId, TensorRuleId};
 use crate::shader::{self, CONTROL_WORDS, FLUSH_SUBNORMALS, FRAME_WORDS, HAS_NAN, L2, ROW_WORDS};
 use crate::store::ParamInfo;
 use crate::tensor::{RawTensor, TensorMut, TensorRef};
@@ -46,6 +47,8 @@ pub struct Job {
     pub row: usize,
     /// The kernel.
     pub kernel: KernelFacts,
+    /// How often the passes of a tensor rule that repeat run.
+    pub turns: u32,
     /// Slots that [`Executor::missing`] reported.
     pub fresh: SlotSet,
 }
@@ -74,6 +77,7 @@ pub struct Culprit {
 #[derive(Debug, Clone, Copy)]
 struct Param {
     len: usize,
+    form: Form,
     /// What it stores.
     dtype: Dtype,
     resident: bool,
@@ -116,8 +120,8 @@ struct Plan {
 impl Plan {
     fn is_of(&self, jobs: &[(Job, Origin)], generation: u64) -> bool {
         let same = |(a, b): (&(Job, Origin), &(Job, Origin))| {
-            let (a, b) = ((a.0.index, a.0.row, a.0.kernel.entry, a.1), (b.0.index, b.0.row, b.0.kernel.entry, b.1));
-            a == b
+            let facts = |(job, origin): &(Job, Origin)| (job.index, job.row, job.kernel.entry, job.turns, *origin);
+            facts(a) == facts(b)
         };
         self.generation == generation && self.jobs.len() == jobs.len() && self.jobs.iter().zip(jobs).all(same)
     }
@@ -138,6 +142,7 @@ struct Pending {
 struct Inner {
     context: Arc<Context>,
     arena: Arena,
+    scratch: Scratch,
     staging: Staging,
     /// Control words and coefficient rows.
     work: Option<wgpu::Buffer>,
@@ -152,6 +157,7 @@ impl Inner {
         Self {
             arena: Arena::new(context.window_elements()),
             context,
+            scratch: Scratch::default(),
             staging: Staging::new(BLOCK_BYTES),
             work: None,
             plans: VecDeque::new(),
@@ -161,11 +167,27 @@ impl Inner {
     }
 }
 
+/// The kinds of rules that steps of gradients have.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Elementwise(RuleId),
+    Tensor(TensorRuleId),
+}
+
+impl Kind {
+    fn program(self) -> Option<&'static Program> {
+        match self {
+            Self::Elementwise(_) => None,
+            Self::Tensor(rule) => Some(rule.program()),
+        }
+    }
+}
+
 /// Runs a rule over tensors on one GPU.
 #[derive(Debug)]
 pub struct Executor {
     place: &'static str,
-    rule: RuleId,
+    rule: Kind,
     request: DeviceRequest,
     chunk: usize,
     params: Vec<Param>,
@@ -176,11 +198,18 @@ pub struct Executor {
 
 impl Executor {
     /// Opens the device that the request asks for; `place` is the optimizer's name in messages.
-    pub fn new(place: &'static str, rule: RuleId, request: &DeviceRequest) -> Result<Self> {
+    pub fn new(place: &'static str, method: Method, request: &DeviceRequest) -> Result<Self> {
+        let rule = match method {
+            Method::Elementwise(rule) => Kind::Elementwise(rule),
+            Method::Tensor(rule) => Kind::Tensor(rule),
+            Method::Closure(_) => {
+                return Err(Error::refuse(ErrorKind::Value, place, "backend", "\"cpu\"", "\"gpu\""));
+            }
+        };
         Ok(Self::on(Context::shared(place, request)?, place, rule, request.clone()))
     }
 
-    pub(super) fn on(context: Arc<Context>, place: &'static str, rule: RuleId, request: DeviceRequest) -> Self {
+    fn on(context: Arc<Context>, place: &'static str, rule: Kind, request: DeviceRequest) -> Self {
         let inner = OfProcess::new(Inner::on(context));
         Self { place, rule, request, chunk: CHUNK, params: Vec::new(), inner, broken: false }
     }
@@ -197,7 +226,7 @@ impl Executor {
 
     /// Bytes on the device.
     pub fn device_bytes(&self) -> u64 {
-        self.inner.get(self.place).map_or(0, |inner| inner.arena.bytes())
+        self.inner.get(self.place).map_or(0, |inner| inner.arena.bytes() + inner.scratch.bytes())
     }
 
     /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until parameters are
@@ -205,8 +234,9 @@ impl Executor {
     pub fn force(&mut self, window: usize, chunk: usize) {
         let chunk = chunk.next_multiple_of(4).max(4);
         let Ok(inner) = self.inner.get_mut(self.place) else { return };
-        if inner.arena.is_unallocated() {
-            inner.arena.layout = inner.arena.layout.rewindowed(window);
+        let layout = inner.arena.layout.rewindowed(window).filter(|_| inner.arena.is_unallocated());
+        if let Some(layout) = layout {
+            inner.arena.layout = layout;
             inner.staging = Staging::new(4 * window.max(super::arena::ALIGN));
             self.chunk = chunk;
         }
@@ -223,7 +253,7 @@ impl Executor {
 
     /// Registers parameters. On an error nothing has changed.
     pub fn add(&mut self, params: &[ParamInfo]) -> Result<()> {
-        let place = self.place;
+        let (place, rule, chunk) = (self.place, self.rule, self.chunk);
         let inner = self.inner.get_mut(place)?;
         let mut layout = inner.arena.layout.clone();
         for (i, info) in params.iter().enumerate() {
@@ -234,14 +264,20 @@ impl Executor {
                     .with_remedy(format!("use backend=\"cpu\" for {}", info.dtype)));
             }
             let elements = info.shape.iter().try_fold(info.dtype.parts(), |n, &axis| n.checked_mul(axis));
-            elements.and_then(|n| layout.push(info.dtype.part(), n)).ok_or_else(|| {
+            let too_large = || {
                 let (allowed, got) = ("of a size that memory can hold", format!("{:?}", info.shape));
                 Error::refuse(ErrorKind::Value, place, label(), allowed, got)
-            })?;
+            };
+            let elements = elements.ok_or_else(too_large)?;
+            match rule {
+                Kind::Elementwise(_) => layout.push(info.dtype.part(), elements).ok_or_else(too_large)?,
+                Kind::Tensor(rule) => push_whole(place, label, rule, &mut layout, info, chunk)?,
+            }
         }
         inner.arena.layout = layout;
         self.params.extend(params.iter().map(|info| Param {
             len: info.reals(),
+            form: Form::new(&info.shape, chunk),
             dtype: info.dtype.part(),
             resident: info.resident,
             present: SlotSet::EMPTY,
@@ -263,15 +299,21 @@ impl Executor {
 
     /// Makes the memory that steps will need, with these slots of each parameter. On an error nothing has changed.
     pub fn reserve(&mut self, slots: &[SlotSet]) -> Result<()> {
-        let Inner { context, arena, .. } = self.inner.get_mut(self.place)?;
+        let inner = self.inner.get_mut(self.place)?;
+        let layout = &inner.arena.layout;
         let mut wanted = BTreeSet::new();
         for (index, slots) in slots.iter().enumerate() {
-            for segment in arena.layout.segments(index, usize::MAX) {
+            for segment in layout.segments(index, usize::MAX) {
                 let roles = [Role::Parameter, Role::Gradient(self.params[index].dtype)];
-                wanted.extend(roles.into_iter().chain(slots.iter().map(Role::Slot)).map(|role| (role, segment.window)));
+                let slots = slots.iter().chain(bound_slots(self.rule)).map(Role::Slot);
+                wanted.extend(roles.into_iter().chain(slots).map(|role| (role, segment.window)));
+            }
+            for k in slots.iter() {
+                wanted.extend(layout.slot_segments(index, k, usize::MAX).map(|s| (Role::Slot(k), s.window)));
             }
         }
-        arena.ensure(context, self.place, &wanted)
+        inner.arena.ensure(&inner.context, self.place, &wanted)?;
+        inner.ensure_scratch(self.place, self.rule, &self.params)
     }
 
     /// Of the wanted slots those that a parameter does not have: they begin as zeros in the step whose job
@@ -308,7 +350,8 @@ impl Executor {
         let inner = self.inner.get(self.place)?;
         let exists = |&&(index, k): &&(usize, usize)| self.has_slot(index, k);
         let sources: Vec<_> = wanted.iter().filter(exists).copied().collect();
-        let mut found: Vec<Vec<u8>> = sources.iter().map(|&(index, _)| vec![0; 4 * self.params[index].len]).collect();
+        let bytes = |&(index, k): &(usize, usize)| vec![0; 4 * inner.arena.layout.slot_len(index, k)];
+        let mut found: Vec<Vec<u8>> = sources.iter().map(bytes).collect();
         let read = inner.read_slots(self.place, &sources, &mut found);
         self.noting(read)?;
         let mut found = found.into_iter();
@@ -332,13 +375,13 @@ impl Executor {
         };
         let mut wanted = BTreeSet::new();
         for (index, k, bytes) in given() {
-            assert_eq!(bytes.len(), 4 * self.params[index].len, "a slot is as long as its parameter");
-            wanted.extend(arena.layout.segments(index, usize::MAX).map(|s| (Role::Slot(k), s.window)));
+            assert_eq!(bytes.len(), 4 * arena.layout.slot_len(index, k), "a slot has the length of its shape");
+            wanted.extend(arena.layout.slot_segments(index, k, usize::MAX).map(|s| (Role::Slot(k), s.window)));
         }
         arena.ensure(context, place, &wanted)?;
         let mut uploads = Vec::new();
         for (index, k, bytes) in given() {
-            for segment in arena.layout.segments(index, staging.longest()) {
+            for segment in arena.layout.slot_segments(index, k, staging.longest()) {
                 let source = Source::Bytes(&bytes[4 * segment.start..][..4 * segment.len]);
                 uploads.push(upload(place, arena, Role::Slot(k), segment, source)?);
             }
@@ -364,7 +407,11 @@ impl Executor {
         let (mut new, layout) = (Inner::on(Context::shared(self.place, &self.request)?), inner.arena.layout.clone());
         // The window of the new device may be another one, but for a test's.
         new.arena.layout = if layout.is_of(inner.context.window_elements()) {
-            layout.rewindowed(new.context.window_elements())
+            let fitting = layout.rewindowed(new.context.window_elements());
+            fitting.ok_or_else(|| {
+                let allowed = "a device that holds every parameter in one binding";
+                Error::refuse(ErrorKind::Device, self.place, "the GPU", allowed, &new.context.info.name)
+            })?
         } else {
             layout
         };
@@ -477,8 +524,8 @@ impl Executor {
                 origins.push((*job, inner.origin(place, gradient)?));
             }
         }
-        let plan = inner.prepare(place, rule, chunk, rows.len(), &origins, gradients, bounds.looks())?;
-        let Inner { context, arena, staging, work, plans, in_flight, pending } = inner;
+        let plan = inner.prepare(place, rule, chunk, rows.len(), &origins, gradients, states, bounds.looks())?;
+        let Inner { context, arena, staging, work, plans, in_flight, pending, .. } = inner;
         let Some(work) = work.as_ref() else { unreachable!("prepared") };
         let words = bounds.words(plans[plan].owners.len() as u32);
         let words = words.into_iter().chain(rows.iter().flat_map(row_words));
@@ -515,7 +562,7 @@ impl Executor {
         let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
         for job in jobs {
             for k in job.fresh.intersection(states[job.index].used).iter() {
-                for segment in arena.layout.segments(job.index, usize::MAX) {
+                for segment in arena.layout.slot_segments(job.index, k, usize::MAX) {
                     let role = Role::Slot(k);
                     let buffer = arena.buffer(place, role, segment.window)?;
                     encoder.clear_buffer(buffer, segment.offset(role), Some(segment.padded(role) as u64));
@@ -708,6 +755,17 @@ impl Origin {
     }
 }
 
+/// Part of one tensor in one dispatch.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    key: Key,
+    /// First element in the window.
+    at: usize,
+    /// First element in the bound gradients.
+    gradient_at: usize,
+    len: usize,
+}
+
 /// Tables by dispatch, with the parameter of each chunk.
 type Tables = BTreeMap<Key, (Table, Vec<usize>)>;
 
@@ -727,6 +785,25 @@ impl Inner {
         Ok(if worth { Origin::Array { id: array.id(), buffer: 0, dtype } } else { Origin::Arena(dtype) })
     }
 
+    /// Makes the working memory of a tensor rule's passes over these parameters.
+    fn ensure_scratch(&mut self, place: &str, rule: Kind, params: &[Param]) -> Result<()> {
+        let Some(program) = rule.program() else { return Ok(()) };
+        let layout = &self.arena.layout;
+        let mut sums: BTreeMap<Window, [usize; MAX_AREAS]> = BTreeMap::new();
+        for (index, param) in params.iter().enumerate() {
+            for segment in layout.segments(index, usize::MAX) {
+                let sum = sums.entry(segment.window).or_default();
+                sum.iter_mut().zip(program::words(program, &param.form)).for_each(|(sum, words)| *sum += words);
+            }
+        }
+        // Whichever tensors go together, they need no more than a window and no more than all.
+        let most = |k: usize| sums.values().map(|sum| sum[k].min(layout.window())).max().unwrap_or(0);
+        if self.scratch.ensure(&self.context, place, program.areas, std::array::from_fn(most))? {
+            self.plans.clear();
+        }
+        Ok(())
+    }
+
     /// Windows and chunk tables of some tensors.
     fn tables(
         &self,
@@ -737,32 +814,41 @@ impl Inner {
     ) -> Result<(BTreeSet<(Role, Window)>, Tables)> {
         let (mut wanted, mut tables) = (BTreeSet::new(), Tables::new());
         for item in items {
-            let array = gradients[item.index].as_ref().and_then(Array::of);
-            for segment in self.arena.layout.segments(item.index, usize::MAX) {
-                let window = segment.window;
+            for part in self.parts(place, item, gradients)? {
+                let Key { window, origin, .. } = part.key;
                 wanted.insert((Role::Parameter, window));
-                let mut push = |origin, at, gradient_at, len| {
-                    let key = Key { entry: item.entry, window, origin };
-                    let (table, owners): &mut (Table, Vec<usize>) = tables.entry(key).or_default();
-                    table.push(chunk, at, gradient_at, len, item.row);
-                    owners.resize(table.len() as usize, item.index);
+                match origin {
+                    Origin::Array { .. } => false,
+                    Origin::Sum => wanted.insert((Role::Sum, window)),
+                    Origin::Arena(dtype) => wanted.insert((Role::Gradient(dtype), window)),
                 };
-                match (item.origin, array) {
-                    (Origin::Array { id, dtype, .. }, Some(array)) => {
-                        for piece in array.pieces(place, segment.start, segment.len)? {
-                            let origin = Origin::Array { id, buffer: piece.buffer, dtype };
-                            push(origin, segment.at + (piece.start - segment.start), piece.at, piece.len);
-                        }
-                    }
-                    (origin, _) => {
-                        let role = if origin == Origin::Sum { Role::Sum } else { Role::Gradient(origin.dtype()) };
-                        wanted.insert((role, window));
-                        push(origin, segment.at, segment.at, segment.len);
-                    }
-                }
+                let (table, owners): &mut (Table, Vec<usize>) = tables.entry(part.key).or_default();
+                table.push(chunk, part.at, part.gradient_at, part.len, item.row);
+                owners.resize(table.len() as usize, item.index);
             }
         }
         Ok((wanted, tables))
+    }
+
+    /// Where a tensor and its gradient lie.
+    fn parts(&self, place: &str, item: &Item, gradients: &[Option<TensorRef<'_>>]) -> Result<Vec<Part>> {
+        let array = gradients[item.index].as_ref().and_then(Array::of);
+        let mut parts = Vec::new();
+        for Segment { window, at, start, len } in self.arena.layout.segments(item.index, usize::MAX) {
+            let mut push = |origin, at, gradient_at, len| {
+                parts.push(Part { key: Key { entry: item.entry, window, origin }, at, gradient_at, len });
+            };
+            match (item.origin, array) {
+                (Origin::Array { id, dtype, .. }, Some(array)) => {
+                    for piece in array.pieces(place, start, len)? {
+                        let origin = Origin::Array { id, buffer: piece.buffer, dtype };
+                        push(origin, at + (piece.start - start), piece.at, piece.len);
+                    }
+                }
+                (origin, _) => push(origin, at, at, len),
+            }
+        }
+        Ok(parts)
     }
 
     /// The gradients of a dispatch.
@@ -789,11 +875,12 @@ impl Inner {
     fn prepare(
         &mut self,
         place: &str,
-        rule: RuleId,
+        rule: Kind,
         chunk: usize,
         rows: usize,
         jobs: &[(Job, Origin)],
         gradients: &[Option<TensorRef<'_>>],
+        params: &[Param],
         looks: bool,
     ) -> Result<usize> {
         let work_bytes = 4 * (CONTROL_WORDS + ROW_WORDS * rows) as u64;
@@ -816,17 +903,53 @@ impl Inner {
             entry: job.kernel.entry,
             origin: *origin,
         });
-        let (mut wanted, tables) = self.tables(place, chunk, &items.collect::<Vec<_>>(), gradients)?;
+        let items: Vec<Item> = items.collect();
+        let (mut wanted, tables) = self.tables(place, chunk, &items, gradients)?;
         let kernels: BTreeMap<&str, KernelFacts> = jobs.iter().map(|(job, _)| (job.kernel.entry, job.kernel)).collect();
         for key in tables.keys() {
             wanted.extend(kernels[key.entry].slots.iter().map(|&k| (Role::Slot(k), key.window)));
         }
+        for (job, _) in jobs {
+            for &k in job.kernel.slots {
+                let segments = self.arena.layout.slot_segments(job.index, k, usize::MAX);
+                wanted.extend(segments.map(|segment| (Role::Slot(k), segment.window)));
+            }
+        }
         self.arena.ensure(&self.context, place, &wanted)?;
+        self.ensure_scratch(place, rule, params)?;
+        let mut members: BTreeMap<Key, Vec<Member>> = BTreeMap::new();
+        if rule.program().is_some() {
+            for (item, (job, _)) in items.iter().zip(jobs) {
+                let (slots, form) = (self.arena.layout.slots_at(item.index), params[item.index].form);
+                for Part { key, at, gradient_at, .. } in self.parts(place, item, gradients)? {
+                    let member = Member { at, gradient_at, row: item.row, slots, form, turns: job.turns };
+                    members.entry(key).or_default().push(member);
+                }
+            }
+        }
         let Some(work) = &self.work else { unreachable!("made above") };
         let (mut updates, mut owners, mut measured) = (Vec::new(), Vec::new(), Vec::new());
         for (key, (table, of_chunks)) in &tables {
             let kernel = &kernels[key.entry];
             let (parameter, gradient) = (key.window.parameter, key.origin.dtype());
+            let rule = match rule {
+                Kind::Elementwise(rule) => rule,
+                Kind::Tensor(rule) => {
+                    let gradients = self.gradient_buffer(place, *key, gradients)?;
+                    let bound = Bound { window: key.window, gradients, gradient, work };
+                    for members in program::batches(rule.program(), &members[key], self.arena.layout.window()) {
+                        let memory = (&self.arena, &self.scratch);
+                        updates.extend(program::dispatches(&self.context, place, rule, memory, bound, members)?);
+                    }
+                    if looks {
+                        let first = owners.len() as u32;
+                        let chunks = self.context.scoped(place, || table.buffer(&self.context, place, first))?;
+                        measured.push((gradient, gradients, chunks, table.len()));
+                    }
+                    owners.extend(of_chunks);
+                    continue;
+                }
+            };
             let name = format!("{} {parameter} {gradient}", kernel.entry);
             let make = || shader::update(rule, kernel, parameter, gradient);
             let pipeline = self.context.pipeline(place, &name, make)?;
@@ -875,7 +998,7 @@ impl Inner {
         let mut downloads = Vec::new();
         for (&(index, k), bytes) in sources.iter().zip(found) {
             let mut rest = bytes.as_mut_slice();
-            for segment in self.arena.layout.segments(index, self.staging.longest()) {
+            for segment in self.arena.layout.slot_segments(index, k, self.staging.longest()) {
                 let (part, behind) = rest.split_at_mut(4 * segment.len);
                 rest = behind;
                 downloads.push(download(place, &self.arena, Role::Slot(k), segment, Sink::Bytes(part))?);
@@ -903,6 +1026,44 @@ impl Inner {
 fn fitting<'a>(raw: &'a RawTensor, param: &Param) -> &'a RawTensor {
     assert!((raw.len, raw.dtype) == (param.len, param.dtype), "the optimizer compares lengths and dtypes first");
     raw
+}
+
+/// The slots that every pass of a tensor rule binds, whether or not a tensor has them.
+fn bound_slots(rule: Kind) -> std::ops::Range<usize> {
+    match rule {
+        Kind::Elementwise(_) => 0..0,
+        Kind::Tensor(rule) => 0..rule.declaration().slots.len(),
+    }
+}
+
+/// Adds a tensor of a tensor rule, which passes must reach whole.
+fn push_whole(
+    place: &str,
+    label: impl Fn() -> String,
+    rule: TensorRuleId,
+    layout: &mut Layout,
+    info: &ParamInfo,
+    chunk: usize,
+) -> Result<()> {
+    let refuse = |allowed: String, got: String| {
+        let error = Error::refuse(ErrorKind::Value, place, label(), allowed, got);
+        Err(error.with_remedy("use backend=\"cpu\" for it"))
+    };
+    let len = |k: usize| rule.slot_shape(k, &info.shape).map_or(0, |shape| shape.iter().product());
+    let (most, elements) = (layout.window(), info.reals());
+    if elements > most {
+        return refuse(format!("of at most {most} elements on this GPU"), elements.to_string());
+    }
+    let words = program::words(rule.program(), &Form::new(&info.shape, chunk));
+    let most_words = words.into_iter().max().unwrap_or(0);
+    if most_words > most {
+        let got = format!("shape {}, which needs {}", shape_text(&info.shape), 4 * most_words);
+        return refuse(format!("of at most {} bytes of working memory on this GPU", 4 * most), got);
+    }
+    match layout.push_whole(info.dtype.part(), elements, std::array::from_fn(len)) {
+        Some(()) => Ok(()),
+        None => refuse(format!("of slots of at most {most} elements on this GPU"), shape_text(&info.shape)),
+    }
 }
 
 fn upload<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment, source: Source<'a>) -> Result<Upload<'a>> {
@@ -985,7 +1146,7 @@ mod tests {
             }
             context => context.unwrap(),
         };
-        let mut executor = Executor::on(context, "Adam", RuleId::Adam, request);
+        let mut executor = Executor::on(context, "Adam", Kind::Elementwise(RuleId::Adam), request);
         executor.add(&[ParamInfo::vector("w", 3, Dtype::F32)]).unwrap();
         Some(executor)
     }
@@ -998,7 +1159,7 @@ mod tests {
             *value = if *name == "eps" { 0.0 } else { 1.0 };
         }
         let fresh = executor.missing(0, SlotSet::of(&[0, 1]));
-        let job = Job { index: 0, row: 0, kernel: RuleId::Adam.kernels()[0], fresh };
+        let job = Job { index: 0, row: 0, kernel: RuleId::Adam.kernels()[0], turns: 0, fresh };
         let mut params = [w.as_mut_slice().into()];
         let rows = [Row { shared, coefficients }];
         let gradients = [Some(g.as_slice().into())];
@@ -1039,8 +1200,8 @@ mod tests {
         let Some(mut executor) = executor() else { return };
         let inner = executor.inner.get_mut("").unwrap();
         // One window longer than any buffer may be; drivers that overcommit never run out of memory here.
-        let plain = inner.arena.layout.rewindowed(1 << 20);
-        inner.arena.layout = inner.arena.layout.rewindowed(1 << 50);
+        let plain = inner.arena.layout.rewindowed(1 << 20).unwrap();
+        inner.arena.layout = inner.arena.layout.rewindowed(1 << 50).unwrap();
         executor.add(&[ParamInfo::vector("v", 1 << 50, Dtype::F32)]).unwrap();
         let error = executor.reserve(&[SlotSet::EMPTY; 2]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device);

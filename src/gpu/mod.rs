@@ -19,6 +19,7 @@ mod context;
 mod executor;
 mod passes;
 mod pipeline;
+mod program;
 mod staging;
 
 pub(crate) use array::sum_of;

@@ -74,14 +74,23 @@ impl Table {
     pub(super) fn buffer(&self, context: &Context, place: &str, first: u32) -> Result<wgpu::Buffer> {
         let mut head = [0; TABLE_WORDS];
         head[0] = first;
-        let words = head.iter().chain(self.chunks.iter().flatten());
-        let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
-        let buffer = context.buffer("chunks", bytes.len() as u64, wgpu::BufferUsages::STORAGE, true);
-        let view = buffer.slice(..).get_mapped_range_mut();
-        view.map_err(|e| unmapped(place, e))?.copy_from_slice(&bytes);
-        buffer.unmap();
-        Ok(buffer)
+        table_buffer(context, place, "chunks", head.iter().chain(self.chunks.iter().flatten()))
     }
+}
+
+/// Words that shaders read, on the device.
+pub(super) fn table_buffer<'a>(
+    context: &Context,
+    place: &str,
+    label: &str,
+    words: impl Iterator<Item = &'a u32>,
+) -> Result<wgpu::Buffer> {
+    let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+    let buffer = context.buffer(label, bytes.len() as u64, wgpu::BufferUsages::STORAGE, true);
+    let view = buffer.slice(..).get_mapped_range_mut();
+    view.map_err(|e| unmapped(place, e))?.copy_from_slice(&bytes);
+    buffer.unmap();
+    Ok(buffer)
 }
 
 /// What the guard asks of the gradients of one step.

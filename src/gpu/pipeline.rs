@@ -36,15 +36,13 @@ impl Pipeline {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        // Small workgroups suit software adapters; GPUs hide memory latency with larger ones.
-        let workgroup = if context.info.software { 64.0 } else { 256.0 };
         let compute = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(label),
             layout: Some(&pipeline_layout),
             module: &compiled,
             entry_point: Some(module.entry),
             compilation_options: wgpu::PipelineCompilationOptions {
-                constants: &[("WORKGROUP", workgroup)],
+                constants: &[("WORKGROUP", f64::from(context.workgroup()))],
                 ..Default::default()
             },
             cache: None,

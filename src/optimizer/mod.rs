@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
 use crate::real::Dtype;
-use crate::rule::{Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
+use crate::rule::{Decay, Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
@@ -160,11 +160,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
-        let Method::Elementwise(rule) = preset.method else { return Err(cpu_only(preset)) };
         if !preset.has_shader() {
             return Err(cpu_only(preset));
         }
-        let executor = gpu::Executor::new(preset.name, rule, device)?;
+        let executor = gpu::Executor::new(preset.name, preset.method, device)?;
         Self::with_backend(preset, Backend::Gpu(Box::new(executor)), options)
     }
 
@@ -682,18 +681,31 @@ impl Optimizer {
         let bounds = self.guard.bounds();
         let Self { preset, groups, entries, backend, scratch, threads, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
-        let Method::Elementwise(rule) = preset.method else { unreachable!("`gpu` refused the others") };
         let mut jobs = Vec::new();
         let mut elements = 0;
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
             refuse_sparse(&format!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
             let hypers = &groups[entry.group];
-            let kernel = rule.with_kernel(hypers, Facts);
-            let fresh = executor.missing(index, SlotSet::of(kernel.slots));
+            let fresh = executor.missing(index, preset.needed_slots(hypers, &entry.info.shape));
             let at = Moment { step: entry.step + 1, fresh };
-            let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, common));
-            jobs.push(gpu::Job { index, row, kernel, fresh });
+            jobs.push(match preset.method {
+                Method::Elementwise(rule) => {
+                    let kernel = rule.with_kernel(hypers, Facts);
+                    let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, common));
+                    gpu::Job { index, row, kernel, turns: 0, fresh }
+                }
+                Method::Tensor(rule) => {
+                    let ParamInfo { shape, dtype, .. } = &entry.info;
+                    let coefficients = (rule.program().row)(hypers, at, shape, *dtype);
+                    // Decay is the rule's own.
+                    let shared = Shared { decay: Decay::None, ..shared(hypers, common) };
+                    scratch.rows.push(Row { shared, coefficients });
+                    let (row, turns) = (scratch.rows.len() - 1, (rule.program().turns)(hypers));
+                    gpu::Job { index, row, kernel: rule.facts(), turns, fresh }
+                }
+                Method::Closure(_) => unreachable!("`gpu` refused it"),
+            });
             elements += entry.info.reals();
         }
         let pool = threads.pool(elements >= COPY_IN_PARALLEL);
