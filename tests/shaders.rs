@@ -14,13 +14,17 @@ fn with_shader() -> impl Iterator<Item = RuleId> {
 }
 
 fn validated(what: &str, text: &str) -> naga::Module {
+    validated_with_info(what, text).0
+}
+
+fn validated_with_info(what: &str, text: &str) -> (naga::Module, naga::valid::ModuleInfo) {
     let module = naga::front::wgsl::parse_str(text)
         .unwrap_or_else(|e| panic!("{what} does not parse:\n{}", e.emit_to_string(text)));
     // Default capabilities: what every adapter has, no f64 and no extensions.
-    Validator::new(ValidationFlags::all(), Capabilities::default())
+    let info = Validator::new(ValidationFlags::all(), Capabilities::default())
         .validate(&module)
         .unwrap_or_else(|e| panic!("{what} is not valid: {e:?}"));
-    module
+    (module, info)
 }
 
 const STORED: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
@@ -127,7 +131,7 @@ fn passes_of_tensor_rules_are_what_the_executor_runs() {
         assert_eq!(entries.len(), program.passes.len(), "{}", declared.stem);
         for (parameter, gradient) in STORED.into_iter().flat_map(|p| [(p, p), (p, Dtype::F32)]) {
             let made = shader::tensors(rule, &program.passes[0], parameter, gradient);
-            let module = validated(declared.stem, &made.text);
+            let (module, info) = validated_with_info(declared.stem, &made.text);
             let mut names = vec!["parameters", "gradients", "table", "work"];
             names.extend(declared.slots.iter().map(|slot| slot.name));
             names.extend(program.areas.iter().map(|area| area.name));
@@ -151,18 +155,17 @@ fn passes_of_tensor_rules_are_what_the_executor_runs() {
             let offsets: Vec<usize> = fields(&module, ty("Tensor")).iter().map(|f| f.1 as usize / 4).skip(8).collect();
             let head = shader::TENSOR_HEAD_WORDS;
             assert_eq!(offsets, [head, head + MAX_SLOTS, head + MAX_SLOTS + MAX_AREAS]);
-            let shared: usize = module
-                .global_variables
-                .iter()
-                .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
-                .map(|(_, v)| match module.types[v.ty].inner {
-                    // Those as long as a workgroup, which is 256 at most.
-                    naga::TypeInner::Array { stride, size: naga::ArraySize::Pending(_), .. } => 256 * stride as usize,
-                    ref inner => inner.size(module.to_ctx()) as usize,
-                })
-                .sum();
-            // No entry point uses both kinds; all together is more than the truth.
-            assert!(shared <= 2 * 16 * 1024, "{} bytes of shared memory", shared);
+            for (index, entry) in module.entry_points.iter().enumerate() {
+                let uses = |handle| !info.get_entry_point(index)[handle].is_empty();
+                let bytes = |(handle, v): (_, &naga::GlobalVariable)| match module.types[v.ty].inner {
+                    _ if v.space != naga::AddressSpace::WorkGroup || !uses(handle) => 0,
+                    // As many as a workgroup has lanes.
+                    naga::TypeInner::Array { stride, size: naga::ArraySize::Pending(_), .. } => 256 * stride,
+                    ref inner => inner.size(module.to_ctx()),
+                };
+                let shared: u32 = module.global_variables.iter().map(bytes).sum();
+                assert!(shared <= 16 << 10, "{} needs {shared} bytes of shared memory", entry.name);
+            }
         }
     }
 }
