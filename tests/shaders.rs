@@ -156,7 +156,7 @@ fn passes_of_tensor_rules_are_what_the_executor_runs() {
             let head = shader::TENSOR_HEAD_WORDS;
             assert_eq!(offsets, [head, head + MAX_SLOTS, head + MAX_SLOTS + MAX_AREAS]);
             for (index, entry) in module.entry_points.iter().enumerate() {
-                let uses = |handle| !info.get_entry_point(index)[handle].is_empty();
+                let uses = |handle: naga::Handle<naga::GlobalVariable>| !info.get_entry_point(index)[handle].is_empty();
                 let bytes = |(handle, v): (_, &naga::GlobalVariable)| match module.types[v.ty].inner {
                     _ if v.space != naga::AddressSpace::WorkGroup || !uses(handle) => 0,
                     // As many as a workgroup has lanes.
