@@ -120,7 +120,9 @@ fn binding(index: usize, access: &str, name: &str, ty: &str) -> String {
 fn row(coefficients: usize) -> String {
     let unused = MAX_COEFFICIENTS - coefficients;
     let padding = if unused == 0 { String::new() } else { format!(" unused: array<f32, {unused}>,") };
-    format!("struct Row {{ frame: Frame, c: Scalars,{padding} }}\nstruct Work {{ control: Control, rows: array<Row> }}\n")
+    format!(
+        "struct Row {{ frame: Frame, c: Scalars,{padding} }}\nstruct Work {{ control: Control, rows: array<Row> }}\n"
+    )
 }
 
 /// One update by a rule's kernel of parameters and gradients that store these types.

@@ -17,7 +17,8 @@ use roptim::hyper::Choice;
 use roptim::rules::Method;
 use roptim::tensor::{RawTensor, Strides};
 use roptim::{
-    Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, Preset, REGISTRY, Range, TensorMut, TensorRef, Value,
+    Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, Preset, REGISTRY, Range, TensorMut, TensorRef,
+    Value,
 };
 
 /// A few ulp in each of ten steps; a step changes parameters by about 1e-2 of their size.
@@ -167,12 +168,8 @@ fn small(name: &str) -> [(usize, usize); 3] {
 
 fn infos(name: &str, range: std::ops::Range<usize>, resident: bool) -> Vec<ParamInfo> {
     let shapes = shapes(name);
-    let info = |i: usize| ParamInfo {
-        name: Some(format!("p{i}")),
-        shape: shapes[i].clone(),
-        dtype: Dtype::F32,
-        resident,
-    };
+    let info =
+        |i: usize| ParamInfo { name: Some(format!("p{i}")), shape: shapes[i].clone(), dtype: Dtype::F32, resident };
     range.map(info).collect()
 }
 
@@ -629,7 +626,10 @@ fn tensor_rules_agree_over_shapes_types_and_variants() {
         for (hypers, dtype) in variants.iter().flat_map(|h| [Dtype::F32, Dtype::F16, Dtype::BF16].map(|d| (h, d))) {
             let draw = |seed: u64, i: usize| {
                 let n = shapes[i].iter().product();
-                Stored::new(dtype, &numbers(seed, n).into_iter().map(|x| if x == 3e4 { 3.0 } else { x }).collect::<Vec<_>>())
+                Stored::new(
+                    dtype,
+                    &numbers(seed, n).into_iter().map(|x| if x == 3e4 { 3.0 } else { x }).collect::<Vec<_>>(),
+                )
             };
             let mut both = optimizers(name);
             let mut values = [0, 1].map(|_| (0..shapes.len()).map(|i| draw(i as u64 + 1, i)).collect::<Vec<_>>());
@@ -659,7 +659,10 @@ fn tensor_rules_agree_over_shapes_types_and_variants() {
             }
             compare_state(software, &mut both, &format!("{name} {hypers:?} {dtype}"));
         }
-        eprintln!("{name}: at most {worst:.1e}; {} of {} float32, {} of {} halves differ", different[0], all[0], different[1], all[1]);
+        eprintln!(
+            "{name}: at most {worst:.1e}; {} of {} float32, {} of {} halves differ",
+            different[0], all[0], different[1], all[1]
+        );
         // A half-precision number goes another way where the sum before its rounding is close to the middle.
         assert!(different[1] * 100 <= all[1], "{name}: {} of {} halves differ", different[1], all[1]);
     }
@@ -761,7 +764,8 @@ fn gradients_of_tensor_rules_come_from_the_device_too() {
         let lengths = shapes.map(|[rows, columns]| rows * columns);
         let mut values = [0, 1].map(|_| lengths.map(|n| numbers(n as u64, n)).to_vec());
         for optimizer in &mut both {
-            let info = |shape: [usize; 2]| ParamInfo { name: None, shape: shape.into(), dtype: Dtype::F32, resident: true };
+            let info =
+                |shape: [usize; 2]| ParamInfo { name: None, shape: shape.into(), dtype: Dtype::F32, resident: true };
             optimizer.add_group(&[], shapes.map(info).into()).unwrap();
         }
         let [cpu, gpu] = &mut both;
@@ -799,7 +803,12 @@ fn a_tensor_that_no_window_holds_is_refused_by_name() {
     let refused = |name: &str, window: usize, shape: &[usize]| {
         let mut gpu = Optimizer::gpu(name, &Options::default(), &request()).unwrap();
         gpu.force_gpu(window, 4);
-        let info = |shape: &[usize]| ParamInfo { name: Some("w".into()), shape: shape.into(), dtype: Dtype::F32, resident: false };
+        let info = |shape: &[usize]| ParamInfo {
+            name: Some("w".into()),
+            shape: shape.into(),
+            dtype: Dtype::F32,
+            resident: false,
+        };
         gpu.add_group(&[], vec![info(&[2, 3])]).unwrap();
         let error = gpu.add_group(&[], vec![info(&[1, 1]), info(shape)]).unwrap_err();
         assert_eq!((error.kind(), gpu.entries().len(), gpu.groups().len()), (ErrorKind::Value, 1, 1));

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use roptim::Dtype;
-use roptim::rules::{RuleId, TensorRuleId};
 use roptim::rule::{MAX_AREAS, MAX_COEFFICIENTS, MAX_SLOTS, MAX_UNITS, Program};
+use roptim::rules::{RuleId, TensorRuleId};
 use roptim::shader;
 
 fn with_shader() -> impl Iterator<Item = RuleId> {

@@ -213,7 +213,12 @@ impl Layout {
     }
 
     /// The parts of slot k of a tensor, as [`Layout::segments`] has those of the tensor.
-    pub(super) fn slot_segments(&self, index: usize, k: usize, longest: usize) -> impl Iterator<Item = Segment> + use<> {
+    pub(super) fn slot_segments(
+        &self,
+        index: usize,
+        k: usize,
+        longest: usize,
+    ) -> impl Iterator<Item = Segment> + use<> {
         let Tensor { parameter, first, slots, .. } = self.tensors[index];
         let spanning = slots.is_none().then(|| self.segments(index, longest));
         let window = Window { parameter, index: first / self.window };
@@ -282,7 +287,8 @@ impl Arena {
             let mut encoder = context.device.create_command_encoder(&Default::default());
             let mut made = Vec::with_capacity(missing.len());
             for &(role, window) in &missing {
-                let mut usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+                let mut usage =
+                    wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
                 if context.shares_memory && matches!(role, Role::Parameter | Role::Gradient(_)) {
                     usage |= wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::MAP_READ;
                 }

@@ -685,8 +685,7 @@ impl Executor {
         let mut dispatches = Vec::new();
         for (key, (table, _)) in &tables {
             let dtype = key.origin.dtype();
-            let pipeline =
-                inner.context.pipeline(place, &format!("sum_into {dtype}"), || shader::sum_into(dtype))?;
+            let pipeline = inner.context.pipeline(place, &format!("sum_into {dtype}"), || shader::sum_into(dtype))?;
             let sums = inner.arena.buffer(place, Role::Sum, key.window)?;
             let addends = inner.gradient_buffer(place, *key, gradients)?;
             dispatches.push(inner.context.scoped(place, || {
@@ -1119,8 +1118,7 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     let frame = Frame::<f32>::new(&row.shared);
     let l2 = if frame.l2.is_some() { L2 } else { 0 };
     let flush = if row.shared.flush_subnormals { FLUSH_SUBNORMALS } else { 0 };
-    let [factor, decay, shrink] =
-        [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
+    let [factor, decay, shrink] = [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
     let mut words = [0; ROW_WORDS];
     let (head, coefficients) = words.split_at_mut(FRAME_WORDS);
     head.copy_from_slice(&[factor, decay, shrink, l2 | flush]);

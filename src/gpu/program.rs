@@ -48,7 +48,8 @@ impl Scratch {
             return Ok(false);
         }
         self.buffers = context.scoped(place, || {
-            let make = |(area, &bytes): (&Area, _)| context.buffer(area.name, bytes, wgpu::BufferUsages::STORAGE, false);
+            let make =
+                |(area, &bytes): (&Area, _)| context.buffer(area.name, bytes, wgpu::BufferUsages::STORAGE, false);
             Ok(areas.iter().zip(&wanted).map(make).collect())
         })?;
         Ok(true)

@@ -246,9 +246,13 @@ impl<'a> Drain<'a> {
             }
             Sink::Bytes(target) => {
                 let whole = &bytes[..target.len()];
-                into.extend(target.chunks_mut(PIECE_BYTES).zip(whole.chunks(PIECE_BYTES)).map(|(target, bytes)| {
-                    Self { bytes, sink: Sink::Bytes(target), at: 0 }
-                }));
+                into.extend(
+                    target.chunks_mut(PIECE_BYTES).zip(whole.chunks(PIECE_BYTES)).map(|(target, bytes)| Self {
+                        bytes,
+                        sink: Sink::Bytes(target),
+                        at: 0,
+                    }),
+                );
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
 use crate::real::Dtype;
-use crate::rule::{Decay, Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
+use crate::rule::{Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
@@ -536,7 +536,9 @@ impl Optimizer {
         self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
-            (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients).map(|()| Made::Whole),
+            (Backend::Cpu(_), Method::Elementwise(rule)) => {
+                self.step_cpu(rule, params, gradients).map(|()| Made::Whole)
+            }
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
             (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
@@ -699,7 +701,7 @@ impl Optimizer {
                     let ParamInfo { shape, dtype, .. } = &entry.info;
                     let coefficients = (rule.program().row)(hypers, at, shape, *dtype);
                     // Decay is the rule's own.
-                    let shared = Shared { decay: Decay::None, ..shared(hypers, common) };
+                    let shared = Shared { decay: Shared::NEUTRAL.decay, ..shared(hypers, common) };
                     scratch.rows.push(Row { shared, coefficients });
                     let (row, turns) = (scratch.rows.len() - 1, (rule.program().turns)(hypers));
                     gpu::Job { index, row, kernel: rule.facts(), turns, fresh }

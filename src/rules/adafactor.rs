@@ -29,8 +29,8 @@ use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::linear::{SUM_BLOCK, each_row, lanes, map, sum_of_squares, tree};
 use crate::real::{Dtype, Real};
 use crate::rule::{
-    Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work, coefficients,
-    halves,
+    Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work,
+    coefficients, halves,
 };
 
 /// The rule.
