@@ -443,7 +443,9 @@ impl Engine {
         if gradients.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
             return self.with_parameters(py, Haste::Now, Optimizer::step_accumulated);
         }
-        self.with_gradients(py, "step", gradients, Haste::Now, |optimizer, params, gradients| optimizer.step(params, gradients))
+        self.with_gradients(py, "step", gradients, Haste::Now, |optimizer, params, gradients| {
+            optimizer.step(params, gradients)
+        })
     }
 
     /// Adds gradients to sums on the device, which the next step without gradients takes.

@@ -191,11 +191,14 @@ impl Arena {
         if missing.is_empty() {
             return Ok(());
         }
+        let bytes = missing.iter().map(|&(role, window)| self.layout.bytes(role, window)).sum();
+        context.refuse_beyond_memory(place, bytes)?;
         let made = context.scoped(place, || {
             let mut encoder = context.device.create_command_encoder(&Default::default());
             let mut made = Vec::with_capacity(missing.len());
             for &(role, window) in &missing {
-                let mut usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+                let mut usage =
+                    wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
                 if context.shares_memory && matches!(role, Role::Parameter | Role::Gradient(_)) {
                     usage |= wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::MAP_READ;
                 }

@@ -68,6 +68,7 @@ impl Array {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let mapped = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::MAP_READ;
         let usage = if context.shares_memory { usage | mapped } else { usage };
+        context.refuse_beyond_memory(place, (len * dtype.size()) as u64)?;
         let buffers = context.scoped(place, || {
             let starts = (0..len.max(1)).step_by(window);
             let of = |start: usize| (len - start).clamp(1, window).next_multiple_of(ALIGN) * dtype.size();

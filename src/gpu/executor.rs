@@ -368,7 +368,7 @@ impl Executor {
         } else {
             layout
         };
-        std::mem::swap(&mut new.staging, &mut inner.staging);
+        new.staging = inner.staging.anew();
         *inner = new;
         for param in &mut self.params {
             (param.present, param.used) = (SlotSet::EMPTY, SlotSet::EMPTY);
@@ -638,8 +638,7 @@ impl Executor {
         let mut dispatches = Vec::new();
         for (key, (table, _)) in &tables {
             let dtype = key.origin.dtype();
-            let pipeline =
-                inner.context.pipeline(place, &format!("sum_into {dtype}"), || shader::sum_into(dtype))?;
+            let pipeline = inner.context.pipeline(place, &format!("sum_into {dtype}"), || shader::sum_into(dtype))?;
             let sums = inner.arena.buffer(place, Role::Sum, key.window)?;
             let addends = inner.gradient_buffer(place, *key, gradients)?;
             dispatches.push(inner.context.scoped(place, || {
@@ -958,8 +957,7 @@ fn row_words(row: &Row) -> [u32; ROW_WORDS] {
     let frame = Frame::<f32>::new(&row.shared);
     let l2 = if frame.l2.is_some() { L2 } else { 0 };
     let flush = if row.shared.flush_subnormals { FLUSH_SUBNORMALS } else { 0 };
-    let [factor, decay, shrink] =
-        [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
+    let [factor, decay, shrink] = [frame.gradient_factor, frame.l2.unwrap_or(0.0), frame.shrink].map(f32::to_bits);
     let mut words = [0; ROW_WORDS];
     let (head, coefficients) = words.split_at_mut(FRAME_WORDS);
     head.copy_from_slice(&[factor, decay, shrink, l2 | flush]);
@@ -977,8 +975,8 @@ mod tests {
     /// An executor of Adam over one parameter of three elements on a device of its own; `None` without
     /// an adapter.
     fn executor() -> Option<Executor> {
-        let request = DeviceRequest { allow_software: true, ..DeviceRequest::default() };
-        let context = match Context::private("Adam", &request) {
+        let request = DeviceRequest { allow_software: true, alone: true, ..DeviceRequest::default() };
+        let context = match Context::shared("Adam", &request) {
             Err(e) if e.kind() == ErrorKind::NoAdapter => {
                 assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
                 return None;
@@ -1043,8 +1041,7 @@ mod tests {
         inner.arena.layout = inner.arena.layout.rewindowed(1 << 50);
         executor.add(&[ParamInfo::vector("v", 1 << 50, Dtype::F32)]).unwrap();
         let error = executor.reserve(&[SlotSet::EMPTY; 2]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Device);
-        assert!(error.to_string().starts_with("Adam: the GPU refused an operation: "), "{error}");
+        assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::OutOfMemory), "{error}");
         let inner = executor.inner.get_mut("").unwrap();
         assert!(inner.arena.is_unallocated() && inner.arena.generation == 0);
         inner.arena.layout = plain;

@@ -108,11 +108,8 @@ impl Bounds {
     pub(super) fn words(&self, chunks: u32) -> [u32; CONTROL_WORDS] {
         let bound = self.bound as f32;
         let is_bounded = bound.is_finite();
-        let switches = [
-            (is_bounded, shader::BOUNDED),
-            (self.max_norm.is_some(), shader::CLIPS_NORM),
-            (self.skips, shader::SKIPS),
-        ];
+        let switches =
+            [(is_bounded, shader::BOUNDED), (self.max_norm.is_some(), shader::CLIPS_NORM), (self.skips, shader::SKIPS)];
         let switches = switches.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit);
         let (max_hi, max_lo, max_exponent) = match self.max_norm {
             Some(max_norm) if max_norm.is_finite() => {

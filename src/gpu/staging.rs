@@ -246,9 +246,13 @@ impl<'a> Drain<'a> {
             }
             Sink::Bytes(target) => {
                 let whole = &bytes[..target.len()];
-                into.extend(target.chunks_mut(PIECE_BYTES).zip(whole.chunks(PIECE_BYTES)).map(|(target, bytes)| {
-                    Self { bytes, sink: Sink::Bytes(target), at: 0 }
-                }));
+                into.extend(
+                    target.chunks_mut(PIECE_BYTES).zip(whole.chunks(PIECE_BYTES)).map(|(target, bytes)| Self {
+                        bytes,
+                        sink: Sink::Bytes(target),
+                        at: 0,
+                    }),
+                );
             }
         }
     }
@@ -333,6 +337,11 @@ fn map_on_submit(
 impl Staging {
     pub(super) fn new(block_bytes: usize) -> Self {
         Self { block_bytes, up: Vec::new(), down: Mutex::default() }
+    }
+
+    /// The same for another device.
+    pub(super) fn anew(&self) -> Self {
+        Self::new(self.block_bytes)
     }
 
     /// Elements of the longest item worth making.

@@ -537,7 +537,9 @@ impl Optimizer {
         self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
-            (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients).map(|()| Made::Whole),
+            (Backend::Cpu(_), Method::Elementwise(rule)) => {
+                self.step_cpu(rule, params, gradients).map(|()| Made::Whole)
+            }
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
             (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
