@@ -485,6 +485,12 @@ impl Engine {
         Ok(self.shared.try_use().or_raise(py)?.has_sums())
     }
 
+    /// Dispatches of the last step on a device.
+    #[getter]
+    fn dispatches(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.shared.try_use().or_raise(py)?.dispatches())
+    }
+
     /// Bytes that parameters, gradients and state take on a device.
     #[getter]
     fn device_bytes(&self, py: Python<'_>) -> PyResult<u64> {

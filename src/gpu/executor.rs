@@ -200,6 +200,12 @@ impl Executor {
         self.inner.get(self.place).map_or(0, |inner| inner.arena.bytes())
     }
 
+    /// Dispatches of the last step.
+    pub fn dispatches(&self) -> usize {
+        let plan = self.inner.get(self.place).ok().and_then(|inner| inner.plans.front());
+        plan.map_or(0, |plan| plan.updates.len() + plan.guard.as_ref().map_or(0, GuardPasses::dispatches))
+    }
+
     /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until parameters are
     /// added; results do not change.
     pub fn force(&mut self, window: usize, chunk: usize) {

@@ -459,6 +459,21 @@ def test_sums_outlast_what_does_not_step(side: dict[str, Any]) -> None:
     assert (q != 1).all()
 
 
+def test_sums_after_a_bad_step_are_not_lost() -> None:
+    """The error of a step comes while the next sums are ready; they are the following step's."""
+    p = Parameter(f32(3), name="w")
+    opt = SGD([p], lr=1.0, nonfinite="raise", **ON_GPU)
+    opt.accumulate([f32(3, value=math.nan)])
+    opt.step()
+    opt.accumulate([f32(3)])
+    opt.accumulate([f32(3)])
+    with pytest.raises(NonfiniteError, match='"w"'):
+        opt.step()
+    opt.step()
+    assert (p.data == -1).all()
+    assert (opt.update_count, opt._engine.has_sums) == (1, False)
+
+
 def test_many_sums_take_no_more_memory() -> None:
     p = Parameter(f32(BOUND + 5))
     opt = SGD([p], lr=1.0, **ON_GPU)
@@ -763,6 +778,64 @@ def test_views_of_one_array_as_parameters() -> None:
     assert base.tolist() == [[0] * 4, [-1] * 4]
     opt.step([f32(4), f32(4)])
     assert base.tolist() == [[-1] * 4, [-2] * 4]
+
+
+@pytest.mark.parametrize("limits", ["0", "1"])
+@pytest.mark.parametrize("size", [5, 2_000_000])
+def test_a_gradient_may_be_written_over_at_once(size: int, limits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After step and accumulate; so may an array that was sent, and a value that was assigned."""
+    monkeypatch.setenv("ROPTIM_GPU_MIN_LIMITS", limits)
+    p, g, x = Parameter(f32(size)), f32(size), f32(size)
+    opt = SGD([p], lr=1.0, **ON_GPU)
+    for at in range(3):
+        g[...] = at
+        opt.step([g])
+        g[...] = math.nan
+        g[...] = at
+        opt.accumulate([g])
+        g[...] = at
+        there = on_device(g)
+        g[...] = math.nan
+        opt.accumulate([there])
+        there[...] = f32(size, value=math.nan)
+        opt.step()
+    assert (p.data == 1 - 3 * (0 + 1 + 2)).all()
+    x[...] = 5.0
+    p.data = x
+    x[...] = math.nan
+    opt.step([f32(size)])
+    assert (p.data == 4).all()
+
+
+def test_the_smallest_parameters() -> None:
+    for shape in ((), (0,), (1,)):
+        p = Parameter(np.full(shape, 2.0, np.float32))
+        opt = SGD([p], lr=1.0, **ON_GPU)
+        for _ in range(2):
+            opt.step([np.ones(shape, np.float32)])
+            np.add(p, 1, out=p)
+            p *= 2
+            with p.host() as a:
+                a -= 1
+            p[...] = p - 1
+        assert p.data.shape == shape
+        assert (p.data == 2.0).all()
+        assert isinstance(p.data, np.ndarray)
+
+
+def test_a_file_behind_a_parameter(tmp_path: Any) -> None:
+    w = np.memmap(tmp_path / "w", np.float32, "w+", shape=(5,))
+    w[...] = 1
+    p = Parameter(w)
+    opt = SGD([p], lr=0.5, **ON_GPU)
+    opt.step([f32(5)])
+    assert (p.data == 0.5).all()
+    with pytest.raises(ValueError, match="read-only"):
+        w[0] = 3.0
+    opt.to("cpu")
+    opt.step([f32(5)])
+    w.flush()
+    assert (np.fromfile(tmp_path / "w", np.float32) == 0).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -139,7 +139,7 @@ def arrays(draw: Any) -> Any:
     return np.resize(np.array(few, np.float32), size)
 
 
-@settings(max_examples=20_000 if FULL else 400)
+@settings(max_examples=20_000 if FULL else 250)
 @drawn(
     st.lists(arrays(), min_size=1, max_size=3),
     st.one_of(st.none(), NORMS),

@@ -160,10 +160,8 @@ def test_devices_can_be_named() -> None:
 
 def test_the_command_lists_the_devices() -> None:
     done = subprocess.run([sys.executable, "-m", "roptim", "devices"], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(roptim.devices())
-    for line, device in zip(lines, roptim.devices(), strict=True):
-        assert line.startswith(device.backend)
+    for device in roptim.devices():
+        (line,) = (line for line in done.stdout.splitlines() if line.split()[:1] == [device.backend])
         assert device.name in line
         assert ("allow_software" in line) == device.software
 
@@ -243,6 +241,27 @@ def test_a_loss_that_only_the_restoring_notices(kind: str, order: str, name: str
     run.opt._engine._lose_device()
     run.restore(order)
     run.go_on()
+
+
+def test_a_loss_before_state_of_another_kind_is_loaded() -> None:
+    """Whose memory was never made."""
+    source = SGD([f32(3)], lr=0.5, momentum=0.9)
+    source.step([f32(3)])
+    p = Parameter(f32(3))
+    opt = SGD([p], lr=0.5, **ON_GPU)
+    opt.step([f32(3)])
+    opt._engine._lose_device()
+    for _ in range(2):
+        with pytest.raises(roptim.RoptimRuntimeError):
+            opt.step([f32(3)])
+    p.data = 1.0
+    opt.load_state_dict(source.state_dict())
+    opt.step([f32(3)])
+    assert np.allclose(p.data, 1 - 0.5 * 1.9)
+    later = SGD([Parameter(f32(3))], lr=0.5, **ON_GPU)
+    later._engine._lose_device()
+    later.load_state_dict(source.state_dict())
+    later.step([f32(3)])
 
 
 @pytest.mark.parametrize("options", [{"nonfinite": "raise"}, {"nonfinite": "skip", "clip_norm": 1.0}])
@@ -440,9 +459,11 @@ def test_the_least_limits_change_no_bit(name: str, kind: str) -> None:
     assert same(everything(one, cpu), everything(two, gpu))
 
 
-@pytest.mark.parametrize("kind", ["arrays", "Parameters"])
-def test_ten_thousand_tensors(kind: str) -> None:
-    start = [f32(1 + i % 7, value=i) for i in range(10_000)]
+@pytest.mark.parametrize("kind", ["arrays", "Parameters"] if FULL else ["Parameters"])
+@pytest.mark.parametrize("count", [10_000, 70_000] if FULL else [10_000])
+def test_many_small_tensors(count: int, kind: str) -> None:
+    """With more workgroups than one axis of a grid has, if need be."""
+    start = [f32(1 + i % 7, value=i) for i in range(count)]
     cpu, gpu = given(start, kind), given(start, kind)
     one, two = (Adam(p, lr=0.1, clip_norm=10.0, **b) for p, b in ((cpu, {}), (gpu, ON_GPU)))
     for _ in range(2):
@@ -486,9 +507,9 @@ def test_groups_added_between_steps() -> None:
 
 
 @pytest.mark.usefixtures("least")
-@pytest.mark.parametrize("kind", ["arrays", "Parameters"])
+@pytest.mark.parametrize("kind", ["arrays", "Parameters"] if FULL else ["Parameters"])
 def test_a_tensor_beyond_one_binding(kind: str) -> None:
-    n = 36_000_000
+    n = 33_600_000
     start = np.arange(n, dtype=np.float32)
     (p,) = given([start], kind)
     opt = SGD([p], lr=0.5, clip_norm=1e30, **ON_GPU)
