@@ -14,10 +14,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import LAYOUTS, laid_out
+from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from twins import DTYPES, FULL, GPU_NAMES, KINDS, ON_GPU, draw, everything, f32, given, is_software, same
+from twins import (
+    DTYPES,
+    FULL,
+    GPU_NAMES,
+    KINDS,
+    ON_GPU,
+    draw,
+    everything,
+    f32,
+    given,
+    is_software,
+    needs_software,
+    same,
+)
 
 import roptim
 from roptim import SGD, Adam, NonfiniteError, Parameter, clip_grad_norm_
@@ -341,6 +355,34 @@ def test_accumulated_gradients_are_their_sum(dtype: Any, kind: str, count: int) 
         for opt, p in zip((cpu, gpu, there), params, strict=False):
             assert same(everything(opt, p), want)
             assert not opt._engine.has_sums
+
+
+EDGES = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.1754944e-38, -1e-38, 6e-8, 1.0, -1.0, 6e4, -1e19, 1e38, 3.4028235e38]
+NUMBERS = st.one_of(st.sampled_from([*EDGES, math.inf, math.nan]), st.floats(width=32))
+
+
+@settings(max_examples=5000 if FULL else 100)
+@drawn(
+    st.lists(st.one_of(st.none(), st.lists(NUMBERS, min_size=5, max_size=5)), min_size=1, max_size=6),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["arrays", "Parameters"]),
+    st.integers(0, 63),
+)
+def test_sums_of_hostile_numbers(batches: list[Any], dtype: Any, kind: str, there: int) -> None:
+    needs_software()
+    start = [np.zeros(5, dtype), np.zeros(2, dtype)]
+    cpu, gpu = given(start, kind), given(start, kind)
+    one, two = (SGD(p, lr=1.0, momentum=0.5, maximize=True, **b) for p, b in ((cpu, {}), (gpu, ON_GPU)))
+    with np.errstate(all="ignore"):
+        gradients = [None if batch is None else np.array(batch, np.float32).astype(dtype) for batch in batches]
+    for _ in range(2):
+        for i, g in enumerate(gradients):
+            one.accumulate([g, None])
+            two.accumulate([on_device(g) if g is not None and there >> i & 1 else g, None])
+        if any(g is not None for g in gradients):
+            one.step()
+            two.step()
+        assert same(everything(one, cpu), everything(two, gpu))
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -707,6 +749,20 @@ def test_other_views_of_the_array_are_not_lost_silently(reach: str) -> None:
     assert 99.5 in values or 100.0 in values, "neither used nor told of"
 
 
+def test_adding_at_indices_is_a_write() -> None:
+    """NumPy's ufunc.at heeds no read-only flag."""
+    found = []
+    for backend in ({}, ON_GPU):
+        p = Parameter(f32(4))
+        opt = SGD([p], lr=0.5, **backend)
+        for _ in range(2):
+            opt.step([f32(4)])
+            np.add.at(p, [0, 0, 2], [1.0, 2.0, 3.0])
+            np.negative.at(p, [3])
+        found.append(np.array(p))
+    assert same(*found)
+
+
 def test_a_step_inside_a_host_block_is_not_lost() -> None:
     """What the block wrote is the truth; of the rest, what the step made; or the step is refused."""
     found = []
@@ -988,6 +1044,26 @@ def test_a_move_that_one_dtype_refuses(kind: str) -> None:
     wrapped[0][0] = 7.0
     assert np.asarray(p[0])[0] == 7.0
     opt.step([f32(3), np.ones(2)])
+
+
+def test_a_way_back_that_numpy_refuses() -> None:
+    """It may be tried again: nothing was lost at the first try."""
+    base = f32(6)
+    p = Parameter(base[:3])
+    opt = SGD([p], lr=0.5, **ON_GPU)
+    opt.step([f32(3)])
+    base.flags.writeable = False
+    with pytest.raises((roptim.RoptimError, ValueError)):
+        opt.to("cpu")
+    assert opt.device != "cpu"
+    assert (p.data == 0.5).all()
+    opt.step([f32(3)])
+    assert (p.data == 0).all()
+    base.flags.writeable = True
+    opt.to("cpu")
+    assert base.tolist() == [0, 0, 0, 1, 1, 1]
+    opt.step([f32(3)])
+    assert base.tolist() == [-0.5] * 3 + [1] * 3
 
 
 def test_state_that_was_asked_for_follows_the_move() -> None:
