@@ -166,11 +166,16 @@ fn small(name: &str) -> [(usize, usize); 3] {
     }
 }
 
-fn infos(name: &str, range: std::ops::Range<usize>, resident: bool) -> Vec<ParamInfo> {
+fn infos_of(name: &str, range: std::ops::Range<usize>, resident: bool) -> Vec<ParamInfo> {
     let shapes = shapes(name);
     let info =
         |i: usize| ParamInfo { name: Some(format!("p{i}")), shape: shapes[i].clone(), dtype: Dtype::F32, resident };
     range.map(info).collect()
+}
+
+/// Those of an elementwise rule.
+fn infos(range: std::ops::Range<usize>, resident: bool) -> Vec<ParamInfo> {
+    infos_of("", range, resident)
 }
 
 fn step(optimizer: &mut Optimizer, values: &mut [Vec<f32>], gradients: &[Option<Vec<f32>>]) -> roptim::Result<()> {
@@ -184,13 +189,21 @@ fn lengths(name: &str) -> Vec<usize> {
     shapes(name).iter().map(|shape| shape.iter().product()).collect()
 }
 
-fn start(name: &str) -> Vec<Vec<f32>> {
+fn start_of(name: &str) -> Vec<Vec<f32>> {
     lengths(name).into_iter().enumerate().map(|(i, n)| numbers(i as u64 + 1, n)).collect()
 }
 
-fn gradients(name: &str, at: usize) -> Vec<Option<Vec<f32>>> {
+fn start() -> Vec<Vec<f32>> {
+    start_of("")
+}
+
+fn gradients_of(name: &str, at: usize) -> Vec<Option<Vec<f32>>> {
     let one = |(i, n)| has_gradient(i, at).then(|| numbers((100 * at + i) as u64, n));
     lengths(name).into_iter().enumerate().map(one).collect()
+}
+
+fn gradients(at: usize) -> Vec<Option<Vec<f32>>> {
+    gradients_of("", at)
 }
 
 /// Ten steps of both backends, and everything compared.
@@ -199,13 +212,13 @@ fn run(name: &str, hypers: &[(&str, Value)], adapt: impl FnOnce(&mut Optimizer))
     let mut both = optimizers(name);
     adapt(&mut both[1]);
     for optimizer in &mut both {
-        optimizer.add_group(hypers, infos(name, 0..4, false)).unwrap();
-        optimizer.add_group(&[("lr", Value::Float(0.005))], infos(name, 4..7, false)).unwrap();
+        optimizer.add_group(hypers, infos_of(name, 0..4, false)).unwrap();
+        optimizer.add_group(&[("lr", Value::Float(0.005))], infos_of(name, 4..7, false)).unwrap();
     }
-    let mut values = [start(name), start(name)];
+    let mut values = [start_of(name), start_of(name)];
     for at in 0..10 {
         for (optimizer, values) in both.iter_mut().zip(&mut values) {
-            step(optimizer, values, &gradients(name, at)).unwrap();
+            step(optimizer, values, &gradients_of(name, at)).unwrap();
         }
         let what = format!("{name} {hypers:?} step {at}");
         for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
@@ -265,20 +278,20 @@ fn more_workgroups_than_one_axis_holds() {
 fn a_group_added_later_and_a_slot_needed_later() {
     let Some(software) = software() else { return };
     let mut both = optimizers("SGD");
-    let mut values = [start("SGD"), start("SGD")];
+    let mut values = [start(), start()];
     for (optimizer, values) in both.iter_mut().zip(&mut values) {
-        let gradients = gradients("SGD", 0);
-        optimizer.add_group(&[], infos("SGD", 0..4, false)).unwrap();
+        let gradients = gradients(0);
+        optimizer.add_group(&[], infos(0..4, false)).unwrap();
         step(optimizer, &mut values[..4], &gradients[..4]).unwrap();
-        optimizer.add_group(&[("momentum", Value::Float(0.9))], infos("SGD", 4..7, false)).unwrap();
+        optimizer.add_group(&[("momentum", Value::Float(0.9))], infos(4..7, false)).unwrap();
         step(optimizer, values, &gradients).unwrap();
         optimizer.set_hypers(0, &[("momentum", Value::Float(0.5))]).unwrap();
-        (1..4).for_each(|at| step(optimizer, values, &self::gradients("SGD", at)).unwrap());
+        (1..4).for_each(|at| step(optimizer, values, &self::gradients(at)).unwrap());
         // A momentum buffer that is taken back and needed again is the gradient itself once more.
         optimizer.reset(0).unwrap();
         optimizer.reset(5).unwrap();
         assert!(optimizer.slot_keys(5).is_empty());
-        (4..7).for_each(|at| step(optimizer, values, &self::gradients("SGD", at)).unwrap());
+        (4..7).for_each(|at| step(optimizer, values, &self::gradients(at)).unwrap());
     }
     for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
         compare(software, want, got, &format!("parameter {i}"));
@@ -291,13 +304,13 @@ fn a_slot_that_was_reset_begins_as_zero() {
     let Some(software) = software() else { return };
     for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
         let mut both = optimizers(preset.name);
-        let mut values = [start(preset.name), start(preset.name)];
+        let mut values = [start_of(preset.name), start_of(preset.name)];
         for (optimizer, values) in both.iter_mut().zip(&mut values) {
-            optimizer.add_group(&variants(preset).pop().unwrap(), infos(preset.name, 0..7, false)).unwrap();
-            (0..3).for_each(|at| step(optimizer, values, &gradients(preset.name, at)).unwrap());
+            optimizer.add_group(&variants(preset).pop().unwrap(), infos_of(preset.name, 0..7, false)).unwrap();
+            (0..3).for_each(|at| step(optimizer, values, &gradients_of(preset.name, at)).unwrap());
             optimizer.reset(2).unwrap();
             assert!(!optimizer.has_state(2) && optimizer.slot_keys(2).is_empty());
-            (3..6).for_each(|at| step(optimizer, values, &gradients(preset.name, at)).unwrap());
+            (3..6).for_each(|at| step(optimizer, values, &gradients_of(preset.name, at)).unwrap());
         }
         for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
             compare_within(tolerance(preset.name, software), want, got, &format!("{} parameter {i}", preset.name));
@@ -366,10 +379,10 @@ fn nan_and_infinity_spread_as_on_the_cpu() {
 fn a_resident_parameter_stays_on_the_device() {
     let Some(software) = software() else { return };
     let mut both = optimizers("AdamW");
-    let mut values = [start("AdamW"), start("AdamW")];
+    let mut values = [start(), start()];
     for optimizer in &mut both {
-        optimizer.add_group(&[], infos("AdamW", 0..3, true)).unwrap();
-        optimizer.add_group(&[], infos("AdamW", 3..7, false)).unwrap();
+        optimizer.add_group(&[], infos(0..3, true)).unwrap();
+        optimizer.add_group(&[], infos(3..7, false)).unwrap();
     }
     for at in 0..6 {
         let [cpu, gpu] = &mut both;
@@ -382,8 +395,8 @@ fn a_resident_parameter_stays_on_the_device() {
             }
             gpu.host_written(2);
         }
-        step(cpu, &mut values[0], &gradients("AdamW", at)).unwrap();
-        step(gpu, &mut values[1], &gradients("AdamW", at)).unwrap();
+        step(cpu, &mut values[0], &gradients(at)).unwrap();
+        step(gpu, &mut values[1], &gradients(at)).unwrap();
         assert!(!cpu.host_is_stale(0));
         if at != 3 {
             assert_eq!(values[1][..3], before[..3], "a resident parameter is not written back");
@@ -494,17 +507,17 @@ fn state_moves_between_backends() {
         let hypers = variants(preset).pop().unwrap();
         let mut both = optimizers(preset.name);
         both[1].force_gpu(small(preset.name)[1].0.max(256), 4096);
-        let mut values = start(preset.name);
-        both[0].add_group(&hypers, infos(preset.name, 0..7, false)).unwrap();
-        both[1].add_group(&[], infos(preset.name, 0..7, false)).unwrap();
-        (0..5).for_each(|at| step(&mut both[0], &mut values, &gradients(preset.name, at)).unwrap());
+        let mut values = start_of(preset.name);
+        both[0].add_group(&hypers, infos_of(preset.name, 0..7, false)).unwrap();
+        both[1].add_group(&[], infos_of(preset.name, 0..7, false)).unwrap();
+        (0..5).for_each(|at| step(&mut both[0], &mut values, &gradients_of(preset.name, at)).unwrap());
         let saved = both[0].state_dict().unwrap();
         both[1].load_state_dict(&saved).unwrap();
         assert_eq!(both[1].state_dict().unwrap(), saved, "{}", preset.name);
         let mut values = [values.clone(), values];
         for at in 5..10 {
             for (optimizer, values) in both.iter_mut().zip(&mut values) {
-                step(optimizer, values, &gradients(preset.name, at)).unwrap();
+                step(optimizer, values, &gradients_of(preset.name, at)).unwrap();
             }
         }
         for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
@@ -534,37 +547,450 @@ fn optimizers_share_a_device_across_threads() {
     });
 }
 
+/// Parameters that store these, with numbers that each can hold.
+fn stored(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::BF16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
+}
+
+/// Bytes that are aligned for any dtype.
+fn aligned(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks(8).map(|chunk| chunk.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))).collect()
+}
+
+#[test]
+fn half_precision_is_rounded_as_on_the_cpu() {
+    let Some(software) = software() else { return };
+    for (parameter, gradient) in
+        [(Dtype::F16, Dtype::F16), (Dtype::F16, Dtype::F32), (Dtype::BF16, Dtype::BF16), (Dtype::BF16, Dtype::F32)]
+    {
+        for resident in [false, true] {
+            let mut both = optimizers("AdamW");
+            both[1].force_gpu(128, 100);
+            let len = 1003;
+            let (start, mut results) = (numbers(3, len), Vec::new());
+            for optimizer in &mut both {
+                // A float32 parameter beside it: each storage type has lines of its own.
+                let infos = [parameter, Dtype::F32]
+                    .map(|dtype| ParamInfo { resident, ..ParamInfo::vector(dtype.name(), len, dtype) });
+                optimizer.add_group(&[("lr", Value::Float(0.02))], infos.to_vec()).unwrap();
+                let mut narrow = aligned(&stored(parameter, &start));
+                let mut wide = start.clone();
+                let bytes = len * parameter.size();
+                for at in 0..6 {
+                    let values = numbers(50 + at, len);
+                    let mut g = aligned(&stored(gradient, &values));
+                    let g = RawTensor { ptr: g.as_mut_ptr().cast(), len, dtype: gradient, strides: None };
+                    let p = RawTensor { ptr: narrow.as_mut_ptr().cast(), len, dtype: parameter, strides: None };
+                    // SAFETY: all arrays live through the call and do not overlap.
+                    let (p, g) = unsafe { (TensorMut::from_raw(p), TensorRef::from_raw(g)) };
+                    let gradients = [Some(g), Some(values.as_slice().into())];
+                    optimizer.step(&mut [p, wide.as_mut_slice().into()], &gradients).unwrap();
+                }
+                let p = RawTensor { ptr: narrow.as_mut_ptr().cast(), len, dtype: parameter, strides: None };
+                // SAFETY: as above.
+                let mut p = unsafe { TensorMut::from_raw(p) };
+                optimizer.sync(&mut [(0, &mut p), (1, &mut wide.as_mut_slice().into())]).unwrap();
+                let narrow: Vec<u8> = narrow.iter().flat_map(|word| word.to_le_bytes()).take(bytes).collect();
+                results.push((narrow, wide));
+            }
+            let what = format!("{parameter} with {gradient}, resident {resident}");
+            if software {
+                assert!(results[0].0 == results[1].0, "{what}");
+            }
+            compare(software, &results[0].1, &results[1].1, &what);
+            compare_state(software, &mut both, &what);
+        }
+    }
+}
+
+#[test]
+fn every_half_precision_number_survives_the_way_through_the_device() {
+    let Some(software) = software() else { return };
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let mut sgd = Optimizer::gpu("SGD", &Options::default(), &request()).unwrap();
+        let info = ParamInfo { resident: true, ..ParamInfo::vector("w", 1 << 16, dtype) };
+        sgd.add_group(&[("lr", Value::Float(0.0))], vec![info]).unwrap();
+        let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+        let (mut bytes, mut zeros) = (aligned(&all), aligned(&vec![0; all.len()]));
+        let tensor =
+            |words: &mut Vec<u64>| RawTensor { ptr: words.as_mut_ptr().cast(), len: 1 << 16, dtype, strides: None };
+        // SAFETY: both arrays live through the calls and do not overlap.
+        let (mut p, g) =
+            unsafe { ([TensorMut::from_raw(tensor(&mut bytes))], TensorRef::from_raw(tensor(&mut zeros))) };
+        sgd.step(&mut p, &[Some(g)]).unwrap();
+        let [mut p] = p;
+        sgd.sync(&mut [(0, &mut p)]).unwrap();
+        let got: Vec<u8> = bytes.iter().flat_map(|word| word.to_le_bytes()).collect();
+        for (i, (want, got)) in all.as_chunks::<2>().0.iter().zip(got.as_chunks::<2>().0).enumerate() {
+            let value = |b: &[u8; 2]| match dtype {
+                Dtype::F16 => half::f16::from_le_bytes(*b).to_f32(),
+                _ => half::bf16::from_le_bytes(*b).to_f32(),
+            };
+            let (want_value, got_value) = (value(want), value(got));
+            // A device may flush subnormal float32 numbers, which bfloat16 has, too.
+            let flushed = !software && want_value.abs() < f32::MIN_POSITIVE && got_value == 0.0;
+            let same = want == got || (want_value.is_nan() && got_value.is_nan()) || flushed;
+            assert!(same, "{dtype} {i:#x}: {want_value} became {got_value}");
+        }
+    }
+}
+
+fn guarded(nonfinite: Nonfinite, clip_norm: Option<f64>, clip_value: Option<f64>) -> Options {
+    Options { guard: Guard { clip_norm, clip_value, nonfinite }, ..Options::default() }
+}
+
+#[test]
+fn the_device_clips_and_skips_as_the_cpu_does() {
+    let Some(software) = software() else { return };
+    let clips =
+        [(Some(0.7), None), (Some(2.0), Some(0.3)), (None, Some(0.1)), (Some(f64::INFINITY), None), (None, None)];
+    for (clip_norm, clip_value) in clips {
+        for resident in [false, true] {
+            let options = guarded(Nonfinite::Skip, clip_norm, clip_value);
+            let mut both =
+                [Optimizer::cpu("AdamW", &options).unwrap(), Optimizer::gpu("AdamW", &options, &request()).unwrap()];
+            both[1].force_gpu(256, 100);
+            let mut values = [start(), start()];
+            for (optimizer, values) in both.iter_mut().zip(&mut values) {
+                optimizer.add_group(&[], infos(0..4, resident)).unwrap();
+                optimizer.add_group(&[("lr", Value::Float(0.1))], infos(4..7, resident)).unwrap();
+                for at in 0..8 {
+                    let mut gradients = gradients(at);
+                    if at % 3 == 0 {
+                        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 2 + at / 6];
+                        if let Some(g) = gradients[6].as_mut() {
+                            g[at * 37] = bad;
+                        }
+                    }
+                    step(optimizer, values, &gradients).unwrap();
+                }
+                optimizer.settle().unwrap();
+            }
+            let norms = both.each_mut().map(|o| o.gradient_norm().unwrap());
+            match norms {
+                [Some(want), Some(got)] => assert!((want - got).abs() <= 1e-13 * want, "{want} against {got}"),
+                other => assert_eq!(other, [None, None]),
+            }
+            let counts = both.each_ref().map(|o| (o.skip_count(), o.update_count()));
+            assert!(counts[0] == counts[1] && counts[0].0 > 0, "{counts:?}");
+            for (i, values) in values[1].iter_mut().enumerate() {
+                both[1].sync(&mut [(i, &mut values.as_mut_slice().into())]).unwrap();
+            }
+            for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
+                compare(software, want, got, &format!("{clip_norm:?} {clip_value:?} resident {resident}: {i}"));
+            }
+            compare_state(software, &mut both, "AdamW");
+        }
+    }
+}
+
+#[test]
+fn a_refused_gradient_on_the_device_is_reported_by_the_next_call_and_changes_nothing() {
+    if software().is_none() {
+        return;
+    }
+    for (resident, waits) in [(true, false), (true, true), (false, false)] {
+        let options = Options { nonfinite_sync: waits, ..guarded(Nonfinite::Raise, Some(1.0), None) };
+        let mut adam = Optimizer::gpu("NAdam", &options, &request()).unwrap();
+        adam.add_group(&[], infos(0..7, resident)).unwrap();
+        let mut values = start();
+        step(&mut adam, &mut values, &gradients(0)).unwrap();
+        let (before, before_values) = (adam.state_dict().unwrap(), values.clone());
+        let mut bad = gradients(4);
+        bad[5].as_mut().unwrap()[999] = f32::NAN;
+        bad[6].as_mut().unwrap()[0] = f32::INFINITY;
+        let stepped = step(&mut adam, &mut values, &bad);
+        let reported = if resident && !waits {
+            stepped.and_then(|()| step(&mut adam, &mut values, &gradients(1)))
+        } else {
+            stepped
+        };
+        let error = reported.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Nonfinite);
+        let text = "NAdam.step: gradient of parameter \"p5\" must be finite, got NaN; nonfinite=\"skip\" leaves such updates out";
+        assert_eq!(error.to_string(), text);
+        assert_eq!(adam.state_dict().unwrap(), before);
+        assert_eq!(values, before_values);
+        step(&mut adam, &mut values, &gradients(1)).unwrap();
+        assert_eq!(adam.state_dict().unwrap().update_count, 2);
+    }
+}
+
+#[test]
+fn norms_are_the_cpus_whatever_the_magnitudes() {
+    if software().is_none() {
+        return;
+    }
+    let cases: Vec<Vec<f32>> = vec![
+        vec![3.0, 4.0],
+        vec![0.0; 5000],
+        vec![1e19; 128],
+        vec![1e-30; 10_000],
+        vec![f32::MAX; 3],
+        vec![1e-44, 1e-40],
+        (0..9000).map(|i| if i % 2 == 0 { 1e15 } else { 1e-15 }).collect(),
+        (0..4097).map(|i| (i as f32).sin() * 10f32.powi(i % 70 - 35)).collect(),
+        vec![f32::INFINITY, 1.0],
+        vec![1.0, f32::NAN],
+        vec![],
+    ];
+    for (k, g) in cases.iter().enumerate() {
+        for max_norm in [0.0, 1e-300, 1e-20, 1e-3, 1.0, 5.0, 1e30, 1e300, f64::INFINITY] {
+            let options = guarded(Nonfinite::Propagate, Some(max_norm), None);
+            let mut both =
+                [Optimizer::cpu("SGD", &options).unwrap(), Optimizer::gpu("SGD", &options, &request()).unwrap()];
+            let results = both.each_mut().map(|optimizer| {
+                optimizer
+                    .add_group(&[("lr", Value::Float(1.0))], vec![ParamInfo::vector("w", g.len(), Dtype::F32)])
+                    .unwrap();
+                let mut w = vec![vec![0.0f32; g.len()]];
+                step(optimizer, &mut w, &[Some(g.clone())]).unwrap();
+                (optimizer.gradient_norm().unwrap().unwrap(), w.remove(0))
+            });
+            let [(want, w), (got, v)] = &results;
+            let close = (want - got).abs() <= 1e-13 * want || want.is_nan() && got.is_nan() || want == got;
+            // Subnormal numbers scale to normal ones on a device that keeps them.
+            assert!(close || k == 5, "case {k}, {max_norm:e}: {want:e} against {got:e}");
+            for (a, b) in w.iter().zip(v) {
+                // A factor below the smallest normal number is rounded twice.
+                let gap = (f64::from(*a) - f64::from(*b)).abs();
+                let close = a == b || a.is_nan() && b.is_nan() || gap <= 2f64.powi(-22) * f64::from(a.abs());
+                assert!(close || a.abs() < f32::MIN_POSITIVE, "case {k}, {max_norm:e}: {a:e} against {b:e}");
+            }
+        }
+    }
+}
+
+fn array(values: &[f32]) -> Arc<gpu::Array> {
+    let array = gpu::Array::zeros("test", &request(), Dtype::F32, values.len()).unwrap();
+    array.write("test", None, &values.into()).unwrap();
+    Arc::new(array)
+}
+
+#[test]
+fn gradients_that_lie_on_the_device() {
+    let Some(software) = software() else { return };
+    // Below and above what is worth a dispatch of its own, and beyond a window.
+    for len in [1, 1000, 70_000, 200_003] {
+        let mut both = optimizers("AdamW");
+        both[1].force_gpu(1 << 16, 4096);
+        let (mut want, mut got) = (vec![numbers(1, len), numbers(2, 77)], vec![numbers(1, len), numbers(2, 77)]);
+        for optimizer in &mut both {
+            let infos = [("w", len), ("b", 77)].map(|(name, n)| ParamInfo::vector(name, n, Dtype::F32));
+            optimizer.add_group(&[], infos.to_vec()).unwrap();
+        }
+        for at in 0..4 {
+            let (g, b) = (numbers(10 + at, len), numbers(20 + at, 77));
+            step(&mut both[0], &mut want, &[Some(g.clone()), Some(b.clone())]).unwrap();
+            let held = array(&g);
+            let mut back = vec![0.0f32; len];
+            held.read("test", None, &mut back.as_mut_slice().into()).unwrap();
+            assert_eq!(
+                back.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                g.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            );
+            let gradients = [Some(held.as_gradient()), Some(b.as_slice().into())];
+            let mut params: Vec<TensorMut<'_>> = got.iter_mut().map(|v| v.as_mut_slice().into()).collect();
+            both[1].step(&mut params, &gradients).unwrap();
+        }
+        for (want, got) in want.iter().zip(&got) {
+            compare(software, want, got, &format!("{len} elements"));
+        }
+        let error =
+            step_with(&mut both[0], &mut want, &[Some(array(&numbers(1, len)).as_gradient()), None]).unwrap_err();
+        assert!(error.to_string().ends_with("must be in the host's memory, got one on a device"), "{error}");
+    }
+}
+
+fn step_with(
+    optimizer: &mut Optimizer,
+    values: &mut [Vec<f32>],
+    gradients: &[Option<TensorRef<'_>>],
+) -> roptim::Result<()> {
+    let mut params: Vec<TensorMut<'_>> = values.iter_mut().map(|v| v.as_mut_slice().into()).collect();
+    optimizer.step(&mut params, gradients)
+}
+
+#[test]
+fn clipping_on_the_device_is_the_cpus() {
+    let Some(software) = software() else { return };
+    let values = [numbers(1, 5000), numbers(2, 70_001), vec![], numbers(3, 1)];
+    let arrays: Vec<_> = values.iter().map(|v| array(v)).collect();
+    let norm = gpu::clip_norm("test", &arrays, Some(0.5)).unwrap().value("test").unwrap();
+    let want = values.iter().flatten().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+    assert!((norm / want - 1.0).abs() < 1e-12, "{norm} against {want}");
+    let factor = (0.5 / (want + 1e-6)) as f32;
+    for (values, array) in values.iter().zip(&arrays) {
+        let want: Vec<f32> = values.iter().map(|x| x * factor).collect();
+        let mut got = vec![0.0; values.len()];
+        array.read("test", None, &mut got.as_mut_slice().into()).unwrap();
+        compare(software, &want, &got, "clipped");
+    }
+    assert_eq!(gpu::clip_norm("test", &arrays[2..3], Some(0.5)).unwrap().value("test").unwrap(), 0.0);
+}
+
+#[test]
+fn sums_of_gradients_are_those_of_the_cpu() {
+    let Some(software) = software() else { return };
+    let mut both = optimizers("AdamW");
+    both[1].force_gpu(256, 64);
+    let mut values = [start(), start()];
+    for (optimizer, values) in both.iter_mut().zip(&mut values) {
+        optimizer.add_group(&[], infos(0..7, true)).unwrap();
+        for round in 0..3 {
+            for at in 0..4 {
+                let gradients = gradients(10 * round + at);
+                let gradients: Vec<_> = gradients.iter().map(|g| g.as_ref().map(|g| g.as_slice().into())).collect();
+                optimizer.accumulate(&gradients).unwrap();
+            }
+            let mut params: Vec<TensorMut<'_>> = values.iter_mut().map(|v| v.as_mut_slice().into()).collect();
+            assert!(optimizer.has_sums());
+            optimizer.step_accumulated(&mut params).unwrap();
+            assert!(!optimizer.has_sums());
+        }
+        for (i, values) in values.iter_mut().enumerate() {
+            optimizer.sync(&mut [(i, &mut values.as_mut_slice().into())]).unwrap();
+        }
+        let short = vec![0.0f32; 2];
+        let mut wrong = vec![None; 7];
+        wrong[4] = Some(short.as_slice().into());
+        assert_eq!(optimizer.accumulate(&wrong).unwrap_err().kind(), ErrorKind::Value);
+        assert!(!optimizer.has_sums());
+    }
+    for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
+        compare(software, want, got, &format!("parameter {i}"));
+    }
+    compare_state(software, &mut both, "AdamW");
+}
+
+#[test]
+fn a_lost_device_is_recovered_with_parameters_and_state_or_not_at_all() {
+    let Some(software) = software() else { return };
+    for resident in [true, false] {
+        for state_first in [true, false] {
+            let alone = DeviceRequest { alone: true, ..request() };
+            let options = Options::default();
+            let mut both =
+                [Optimizer::cpu("AdamW", &options).unwrap(), Optimizer::gpu("AdamW", &options, &alone).unwrap()];
+            let mut values = [start(), start()];
+            for (optimizer, values) in both.iter_mut().zip(&mut values) {
+                optimizer.add_group(&[], infos(0..7, resident)).unwrap();
+                (0..3).for_each(|at| step(optimizer, values, &gradients(at)).unwrap());
+                for (i, values) in values.iter_mut().enumerate() {
+                    optimizer.sync(&mut [(i, &mut values.as_mut_slice().into())]).unwrap();
+                }
+            }
+            let [cpu, gpu] = &mut both;
+            let (saved, kept) = (gpu.state_dict().unwrap(), values[1].clone());
+            step(gpu, &mut values[1], &gradients(3)).unwrap();
+            gpu.force_loss();
+            let error = step(gpu, &mut values[1], &gradients(4)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
+            assert!(gpu.is_torn());
+            assert_eq!(step(gpu, &mut values[1], &gradients(4)).unwrap_err().kind(), ErrorKind::Torn);
+            let give = |gpu: &mut Optimizer, values: &mut Vec<Vec<f32>>| {
+                *values = kept.clone();
+                (0..7).for_each(|i| gpu.host_written(i));
+            };
+            if resident {
+                let lost = gpu.sync(&mut [(3, &mut values[1][3].as_mut_slice().into())]);
+                assert!(matches!(lost, Err(e) if e.kind() == ErrorKind::DeviceLost));
+            }
+            if state_first {
+                gpu.load_state_dict(&saved).unwrap();
+                if resident {
+                    let error = step(gpu, &mut values[1], &gradients(3)).unwrap_err();
+                    assert!(error.to_string().contains("was lost with the device"), "{error}");
+                }
+                give(gpu, &mut values[1]);
+            } else {
+                give(gpu, &mut values[1]);
+                assert_eq!(step(gpu, &mut values[1], &gradients(3)).unwrap_err().kind(), ErrorKind::Torn);
+                gpu.load_state_dict(&saved).unwrap();
+            }
+            for at in 3..6 {
+                step(cpu, &mut values[0], &gradients(at)).unwrap();
+                step(gpu, &mut values[1], &gradients(at)).unwrap();
+            }
+            for (i, values) in values[1].iter_mut().enumerate() {
+                gpu.sync(&mut [(i, &mut values.as_mut_slice().into())]).unwrap();
+            }
+            for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
+                compare(software, want, got, &format!("parameter {i}"));
+            }
+            compare_state(software, &mut both, "AdamW");
+        }
+    }
+}
+
+#[test]
+fn memory_that_the_device_lacks_is_missed_before_anything_is_registered() {
+    if software().is_none() {
+        return;
+    }
+    let mut adam = Optimizer::gpu("Adam", &Options::default(), &request()).unwrap();
+    adam.add_group(&[], vec![ParamInfo::vector("w", 3, Dtype::F32)]).unwrap();
+    let before = adam.device_bytes();
+    let error = adam.add_group(&[], vec![ParamInfo::vector("huge", 1 << 36, Dtype::F32)]).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::OutOfMemory | ErrorKind::Device), "{error}");
+    assert_eq!((adam.entries().len(), adam.groups().len(), adam.device_bytes()), (1, 1, before));
+    step(&mut adam, &mut [vec![1.0, 2.0, 3.0]], &[Some(vec![1.0; 3])]).unwrap();
+}
+
+#[test]
+fn ten_thousand_tensors_in_two_thousand_groups() {
+    let Some(software) = software() else { return };
+    const GROUPS: usize = 2_000;
+    let mut both = optimizers("AdamW");
+    let lengths: Vec<usize> = (0..5 * GROUPS).map(|i| i % 13).collect();
+    let mut results = both.each_mut().map(|optimizer| {
+        for group in 0..GROUPS {
+            let info = |i: usize| ParamInfo::vector(&format!("p{i}"), lengths[i], Dtype::F32);
+            let hypers = [("lr", Value::Float(1e-3 * (1.0 + group as f64)))];
+            optimizer.add_group_without_memory(&hypers, (5 * group..5 * group + 5).map(info).collect()).unwrap();
+        }
+        optimizer.reserve().unwrap();
+        let mut values: Vec<Vec<f32>> = lengths.iter().enumerate().map(|(i, &n)| numbers(i as u64, n)).collect();
+        for at in 0..2 {
+            let g: Vec<_> = lengths.iter().enumerate().map(|(i, &n)| Some(numbers(7 * i as u64 + at, n))).collect();
+            step(optimizer, &mut values, &g).unwrap();
+        }
+        values.concat()
+    });
+    let got = results[1].split_off(0);
+    compare(software, &results[0], &got, "all");
+}
+
 /// Numbers of one storage type.
 struct Stored {
     dtype: Dtype,
-    bytes: Vec<u32>,
+    words: Vec<u64>,
     len: usize,
 }
 
 impl Stored {
     /// Rounded to the type.
     fn new(dtype: Dtype, values: &[f32]) -> Self {
-        let bytes: Vec<u8> = match dtype {
-            Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-            Dtype::BF16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
-            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        };
-        let word = |part: &[u8]| u32::from_le_bytes(std::array::from_fn(|i| part.get(i).copied().unwrap_or(0)));
-        Self { dtype, bytes: bytes.chunks(4).map(word).collect(), len: values.len() }
+        Self { dtype, words: aligned(&stored(dtype, values)), len: values.len() }
     }
 
     fn raw(&mut self) -> RawTensor {
-        RawTensor { ptr: self.bytes.as_mut_ptr().cast(), len: self.len, dtype: self.dtype, strides: None }
+        RawTensor { ptr: self.words.as_mut_ptr().cast(), len: self.len, dtype: self.dtype, strides: None }
     }
 
     fn values(&self) -> Vec<f32> {
-        let bytes: Vec<u8> = self.bytes.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let pair = |i: usize| [bytes[2 * i], bytes[2 * i + 1]];
-        match self.dtype {
-            Dtype::F16 => (0..self.len).map(|i| half::f16::from_le_bytes(pair(i)).to_f32()).collect(),
-            Dtype::BF16 => (0..self.len).map(|i| half::bf16::from_le_bytes(pair(i)).to_f32()).collect(),
+        let bytes: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let halves = bytes.as_chunks::<2>().0.iter();
+        let all: Vec<f32> = match self.dtype {
+            Dtype::F16 => halves.map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::BF16 => halves.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
             _ => floats(&bytes),
-        }
+        };
+        all[..self.len].to_vec()
     }
 
     /// One unit in the last place, relative.
@@ -675,12 +1101,12 @@ fn tensor_rules_are_clipped_and_skipped() {
         let guard = Guard { clip_norm: Some(0.5), clip_value: Some(0.75), nonfinite: Nonfinite::Skip };
         let options = Options { guard, ..Options::default() };
         let mut both = [Optimizer::cpu(name, &options).unwrap(), Optimizer::gpu(name, &options, &request()).unwrap()];
-        let mut values = [start(name), start(name)];
+        let mut values = [start_of(name), start_of(name)];
         let mut norms = [const { Vec::new() }; 2];
         for ((optimizer, values), norms) in both.iter_mut().zip(&mut values).zip(&mut norms) {
-            optimizer.add_group(&[], infos(name, 0..7, false)).unwrap();
+            optimizer.add_group(&[], infos_of(name, 0..7, false)).unwrap();
             for at in 0..6 {
-                let mut gradients = gradients(name, at);
+                let mut gradients = gradients_of(name, at);
                 let before = values.clone();
                 if at == 0 || at == 3 {
                     gradients[1] = Some(vec![f32::NAN; 15]);
@@ -739,15 +1165,15 @@ fn sums_of_squares_neither_overflow_nor_vanish() {
 fn muon_iterates_as_often_as_each_group_says() {
     let Some(software) = software() else { return };
     let mut both = optimizers("Muon");
-    let mut values = [start("Muon"), start("Muon")];
+    let mut values = [start_of("Muon"), start_of("Muon")];
     for (optimizer, values) in both.iter_mut().zip(&mut values) {
-        optimizer.add_group(&[("ns_steps", Value::Int(1))], infos("Muon", 0..3, false)).unwrap();
-        optimizer.add_group(&[("ns_steps", Value::Int(4))], infos("Muon", 3..7, false)).unwrap();
-        step(optimizer, values, &gradients("Muon", 0)).unwrap();
+        optimizer.add_group(&[("ns_steps", Value::Int(1))], infos_of("Muon", 0..3, false)).unwrap();
+        optimizer.add_group(&[("ns_steps", Value::Int(4))], infos_of("Muon", 3..7, false)).unwrap();
+        step(optimizer, values, &gradients_of("Muon", 0)).unwrap();
         optimizer.set_hypers(0, &[("ns_steps", Value::Int(5))]).unwrap();
-        step(optimizer, values, &gradients("Muon", 0)).unwrap();
+        step(optimizer, values, &gradients_of("Muon", 0)).unwrap();
         optimizer.set_hypers(1, &[("ns_steps", Value::Int(0))]).unwrap();
-        step(optimizer, values, &gradients("Muon", 4)).unwrap();
+        step(optimizer, values, &gradients_of("Muon", 4)).unwrap();
     }
     for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
         compare_within(tolerance("Muon", software), want, got, &format!("parameter {i}"));
@@ -755,7 +1181,7 @@ fn muon_iterates_as_often_as_each_group_says() {
 }
 
 #[test]
-fn gradients_of_tensor_rules_come_from_the_device_too() {
+fn tensor_rules_take_gradients_from_the_device() {
     let Some(software) = software() else { return };
     // One long enough for a dispatch of its own, one copied beside the others, one added up on the device.
     let shapes = [[300, 230], [30, 23], [17, 9]];

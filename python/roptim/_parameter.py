@@ -34,7 +34,8 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     ----------
     data : numpy.ndarray
         The array. While an optimizer on a GPU owns the parameter this is a read-only array with the
-        device's values; write through ``p.data = x``, ``p[...] = x`` or ``with p.host() as a:``.
+        device's values; write through ``p.data = x``, ``p[...] = x`` or ``with p.host() as a:``. The array that
+        was wrapped is read-only then and keeps its values; it has the parameter's when that is back on the CPU.
     grad : numpy.ndarray or None
         The gradient of the next step, of the parameter's shape and dtype. ``p.grad += g`` accumulates, once
         there is one.
@@ -54,10 +55,8 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     def data(self) -> np.ndarray[Any, Any]:
         """The array, with the device's values where a device has newer ones; read-only then."""
         array = self._host()
-        if self._on_device:
-            array = array.view()
-            array.flags.writeable = False
-        return array
+        # A view, so that nobody holds the array itself, whose memory the device's values come to.
+        return array.view() if self._on_device else array
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -76,16 +75,32 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
             raise refuse(
                 RoptimValueError, "Parameter.data", "value", f"of shape {array.shape} or a number", str(value.shape)
             )
+        away = not array.flags.writeable and self._on_device
         try:
+            if away:
+                array.flags.writeable = True
             array[index] = value
         finally:
+            if away:
+                array.flags.writeable = False
             self._host_written()
 
     @contextmanager
     def host(self) -> Iterator[np.ndarray[Any, Any]]:
-        """The array, writeable for the time of the block; what was written becomes the truth."""
+        """The array, writeable for the time of the block; what was written becomes the truth.
+
+        While the parameter is on a GPU it is a copy, and what is written to it after the block has no effect.
+        """
+        array = self._host()
+        if self._on_device:
+            copy = array.copy()
+            try:
+                yield copy
+            finally:
+                self._write(Ellipsis, copy)
+            return
         try:
-            yield self._host()
+            yield array
         finally:
             self._host_written()
 
@@ -129,14 +144,21 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         outputs = kwargs.get("out", ())
         with_written = [x for x in outputs if isinstance(x, Parameter)]
+        # What lies on a device is written as a whole afterwards.
+        away = {id(x): x._host().copy() for x in with_written if x._on_device}
         if with_written:
-            kwargs["out"] = tuple(x._host() if isinstance(x, Parameter) else x for x in outputs)
+            kwargs["out"] = tuple(
+                away.get(id(x), x._host()) if isinstance(x, Parameter) else x for x in outputs
+            )
         try:
             result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
         finally:
             # Also after an error: NumPy may have written a part.
             for parameter in with_written:
-                parameter._host_written()
+                if id(parameter) in away:
+                    parameter._write(Ellipsis, away[id(parameter)])
+                else:
+                    parameter._host_written()
         return with_written[0] if len(outputs) == 1 and with_written else result
 
     def __getitem__(self, index: Any) -> Any:

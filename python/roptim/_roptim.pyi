@@ -30,6 +30,7 @@ __all__ = [
     "plateau_reduced",
     "registry",
     "save",
+    "synchronize",
     "triangle",
 ]
 
@@ -130,7 +131,7 @@ class DeviceArray:
     """Numbers on a device, with a shape."""
 
     def __new__(cls, data: np.ndarray[Any, Any], selector: str, allow_software: bool) -> Self: ...
-    def write(self, data: np.ndarray[Any, Any]) -> None: ...
+    def write(self, data: np.ndarray[Any, Any] | DeviceArray) -> None: ...
     def numpy(self) -> np.ndarray[Any, Any]: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -144,6 +145,9 @@ class DeviceNorm:
     """A norm on a device."""
 
     def value(self) -> float: ...
+
+def synchronize(selector: str, allow_software: bool) -> None:
+    """Waits until a device has done all it was given."""
 
 def clip_norm_on_device(arrays: list[DeviceArray], max_norm: float | None, place: str) -> DeviceNorm:
     """Scales arrays on one device so that their common 2-norm is at most ``max_norm``; the norm they had."""
@@ -188,6 +192,8 @@ class Engine:
     def load_state_dict(self, saved: dict[str, Any]) -> None: ...
     @property
     def has_sums(self) -> bool: ...
+    @property
+    def dispatches(self) -> int: ...
     @property
     def device_bytes(self) -> int: ...
     @property

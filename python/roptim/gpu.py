@@ -22,14 +22,14 @@ from roptim import _roptim
 from roptim._devices import Device, selected
 from roptim._errors import RoptimValueError, refuse
 
-__all__ = ["Array", "Norm", "array"]
+__all__ = ["Array", "Norm", "array", "synchronize"]
 
 
 class Array(_roptim.DeviceArray):
     """Numbers on a GPU; see :func:`array`.
 
-    ``a[...] = x`` replaces its values by those of a NumPy array of the same shape and dtype; ``a.numpy()`` and
-    ``np.asarray(a)`` are copies on the host.
+    ``a[...] = x`` replaces its values by those of an array of the same shape and dtype, NumPy's or one on the same
+    device; ``a.numpy()`` and ``np.asarray(a)`` are copies on the host.
 
     Attributes
     ----------
@@ -107,11 +107,19 @@ def array(x: Any, device: str | Device = "gpu", *, allow_software: bool = False)
     RoptimTypeError, NoAdapterError, OutOfMemoryError
         If the dtype has no form on a GPU, no adapter fits, or its memory does not hold the array.
     """
-    name = selected("roptim.gpu.array", device)
-    kind, _, selector = name.partition(":")
+    return Array(x, _selector("roptim.gpu.array", device), allow_software)
+
+
+def synchronize(device: str | Device = "gpu", *, allow_software: bool = False) -> None:
+    """Waits until a GPU has done all it was given: for measuring time."""
+    _roptim.synchronize(_selector("roptim.gpu.synchronize", device), allow_software)
+
+
+def _selector(place: str, device: str | Device) -> str:
+    kind, _, selector = selected(place, device).partition(":")
     if kind != "gpu":
-        raise refuse(RoptimValueError, "roptim.gpu.array", "device", '"gpu" or "gpu:<index or name>"', repr(device))
-    return Array(x, selector, allow_software)
+        raise refuse(RoptimValueError, place, "device", '"gpu" or "gpu:<index or name>"', repr(device))
+    return selector
 
 
 class Norm:

@@ -39,6 +39,15 @@ impl DeviceArray {
         self.dtype
     }
 
+    fn refuse_other_form(&self, py: Python<'_>, place: &str, shape: &[usize], dtype: Dtype) -> PyResult<()> {
+        if (shape, dtype) == (&self.shape[..], self.dtype) {
+            return Ok(());
+        }
+        let allowed = format!("{} of shape {}", self.dtype, shape_text(&self.shape));
+        let got = format!("{dtype} of shape {}", shape_text(shape));
+        Err(refuse(py, ErrorKind::Value, place, "the new value", allowed, got, None))
+    }
+
     /// Its values in a new NumPy array.
     pub(crate) fn home<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let place = "roptim.gpu.Array";
@@ -74,17 +83,18 @@ impl DeviceArray {
         Ok(new)
     }
 
-    /// Replaces the values by those of an array of the same shape and dtype.
+    /// Replaces the values by those of an array of the same shape and dtype, on the host or on this device.
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let place = "roptim.gpu.Array";
+        if let Ok(other) = data.cast::<Self>() {
+            let other = other.get();
+            self.refuse_other_form(py, place, &other.shape, other.dtype)?;
+            return py.detach(|| guarded(place, || self.array.copy_from(place, &other.array))).or_raise(py);
+        }
         let context = Context { place, label: "the new value" };
         let array = as_array(data, Access::Read, context)?;
         let seen = look(&array, Access::Read, context)?;
-        if (array.shape(), seen.dtype) != (&self.shape[..], self.dtype) {
-            let allowed = format!("{} of shape {}", self.dtype, shape_text(&self.shape));
-            let got = format!("{} of shape {}", seen.dtype, shape_text(array.shape()));
-            return Err(refuse(py, ErrorKind::Value, place, "the new value", allowed, got, None));
-        }
+        self.refuse_other_form(py, place, array.shape(), seen.dtype)?;
         // SAFETY: looked at just now; `array` is held until the copy is over, and nothing is written.
         let source = unsafe { TensorRef::from_raw(seen.raw) };
         let mut threads = Threads::new(None);
@@ -117,6 +127,13 @@ impl DeviceArray {
     fn device(&self, py: Python<'_>) -> PyResult<String> {
         Ok(self.array.device("roptim.gpu.Array").or_raise(py)?.name.clone())
     }
+}
+
+/// Waits until a device has done all it was given.
+#[pyfunction]
+pub(crate) fn synchronize(py: Python<'_>, selector: &str, allow_software: bool) -> PyResult<()> {
+    let (place, request) = ("roptim.gpu.synchronize", crate::devices::request(selector, allow_software));
+    py.detach(|| guarded(place, || gpu::synchronize(place, &request))).or_raise(py)
 }
 
 /// A norm on a device.

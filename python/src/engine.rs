@@ -145,15 +145,17 @@ impl Engine {
     /// Reads every parameter's header again and looks in full at what changed.
     fn verify(&self, py: Python<'_>, table: &mut Table, place: &str, haste: Haste) -> PyResult<()> {
         for registered in &mut table.params {
-            let array = match &registered.parameter {
-                Some(parameter) => parameter.get().host(py),
-                None => registered.array.bind(py).clone(),
+            let (array, access) = match registered.parameter.as_ref().map(|p| p.get()) {
+                // What lies on a device is written by the engine alone.
+                Some(parameter) if parameter.home().is_some() => (parameter.host(py), Access::Read),
+                Some(parameter) => (parameter.host(py), Access::Write),
+                None => (registered.array.bind(py).clone(), Access::Write),
             };
-            if array.is(&registered.array) && registered.seen.still_holds(&array, Access::Write) {
+            if array.is(&registered.array) && registered.seen.still_holds(&array, access) {
                 continue;
             }
             let context = Context { place, label: &registered.label };
-            let seen = look(&array, Access::Write, context)?;
+            let seen = look(&array, access, context)?;
             if seen.shape() != registered.seen.shape() {
                 let (want, got) = (shape_text(registered.seen.shape()), shape_text(seen.shape()));
                 let allowed = format!("of shape {want} as registered");
@@ -355,10 +357,14 @@ impl Engine {
             };
             arrays.push((label, parameter, array));
         }
+        let mut alone = Vec::with_capacity(arrays.len());
         let added = arrays
             .into_iter()
             .map(|(label, parameter, array)| {
-                let seen = look(&array, Access::Write, Context { place, label: &label })?;
+                let home = parameter.as_ref().is_some_and(|p| p.get().home().is_some());
+                let access = if home { Access::Read } else { Access::Write };
+                let seen = look(&array, access, Context { place, label: &label })?;
+                alone.push(parameter.as_ref().is_some_and(|p| p.get().is_alone(py, 1)));
                 Ok(Registered { parameter, array: array.unbind(), seen, label })
             })
             .collect::<PyResult<Vec<_>>>()?;
@@ -382,13 +388,15 @@ impl Engine {
             Ok(optimizer.groups()[group].clone())
         });
         let hypers = hypers.or_raise(py)?;
-        // Nothing below can fail: the engine has the group now.
-        for (i, parameter) in added.iter().enumerate().filter_map(|(i, r)| Some((i, r.parameter.as_ref()?))) {
-            let here = || Home { shared: Arc::clone(&self.shared), index: table.params.len() + i };
-            parameter.get().set_home(self.on_gpu.then(here));
-        }
+        let first = table.params.len();
         table.params.extend(added);
         table.writable = writable;
+        // The engine has the group now. Where memory for a copy of a parameter is missing, the next step tries again.
+        for ((i, registered), alone) in table.params[first..].iter().enumerate().zip(alone) {
+            let Some(parameter) = &registered.parameter else { continue };
+            let here = || Home { shared: Arc::clone(&self.shared), index: first + i };
+            parameter.get().set_home(py, self.on_gpu.then(here), alone)?;
+        }
         values::to_dict(py, hypers.iter())
     }
 
@@ -475,6 +483,12 @@ impl Engine {
     #[getter]
     fn has_sums(&self, py: Python<'_>) -> PyResult<bool> {
         Ok(self.shared.try_use().or_raise(py)?.has_sums())
+    }
+
+    /// Dispatches of the last step on a device.
+    #[getter]
+    fn dispatches(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.shared.try_use().or_raise(py)?.dispatches())
     }
 
     /// Bytes that parameters, gradients and state take on a device.
@@ -811,7 +825,9 @@ impl Engine {
             parameter.bring_home(py)?;
             self.shared.host_written(index);
             let here = || Home { shared: Arc::clone(&self.shared), index };
-            parameter.set_home(self.on_gpu.then(here));
+            // The table holds the array, too.
+            let alone = registered.array.is(&parameter.host(py)) && parameter.is_alone(py, 1);
+            parameter.set_home(py, self.on_gpu.then(here), alone)?;
         }
         Ok(())
     }

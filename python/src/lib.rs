@@ -25,7 +25,7 @@ mod _roptim {
     #[pymodule_export]
     use crate::clip::{clip_factor, norm};
     #[pymodule_export]
-    use crate::device_array::{DeviceArray, DeviceNorm, clip_norm_on_device};
+    use crate::device_array::{DeviceArray, DeviceNorm, clip_norm_on_device, synchronize};
     #[pymodule_export]
     use crate::devices::devices;
     #[pymodule_export]

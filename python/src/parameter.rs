@@ -11,11 +11,38 @@ use crate::errors::{OrRaise, guarded};
 use crate::shared::Home;
 
 struct Fields {
+    /// What is read and written; while a device has the truth, memory that nobody else knows, and read-only.
     data: Py<PyUntypedArray>,
+    /// The array that was wrapped, where a device has the truth and somebody else knows that array: read-only too,
+    /// so that writing to it is an error and not lost.
+    wrapped: Option<Py<PyUntypedArray>>,
     grad: Option<Py<PyAny>>,
     requires_grad: bool,
     name: Option<String>,
     home: Option<Home>,
+}
+
+fn set_writeable(array: &Bound<'_, PyUntypedArray>, writeable: bool) -> PyResult<()> {
+    array.call_method1("setflags", (writeable,)).map(|_| ())
+}
+
+/// Whether an array's memory belongs to it, or to arrays that only it knows.
+fn owns_alone(array: &Bound<'_, PyUntypedArray>) -> bool {
+    let Ok(base) = array.getattr("base") else { return false };
+    if base.is_none() {
+        return true;
+    }
+    // This reference and the array's.
+    references(&base).is_ok_and(|count| count <= 2) && base.cast_exact::<PyUntypedArray>().is_ok_and(owns_alone)
+}
+
+/// How many references to an object there are.
+fn references(object: &Bound<'_, PyAny>) -> PyResult<usize> {
+    let count = object.py().import("sys")?.getattr("getrefcount")?;
+    let of = |object: &Bound<'_, PyAny>| count.call1((object,))?.extract::<usize>();
+    // Asking holds some itself: as many as of an object that has one.
+    let fresh = object.py().import("builtins")?.getattr("object")?.call0()?;
+    Ok(of(object)? + 1 - of(&fresh)?)
 }
 
 /// Array, gradient and flags of a parameter.
@@ -53,8 +80,40 @@ impl ParameterBase {
         self.with(|f| f.home.clone())
     }
 
-    pub(crate) fn set_home(&self, home: Option<Home>) {
+    /// Whether nobody else can reach the array's memory; `held` are the references that the engine has itself.
+    pub(crate) fn is_alone(&self, py: Python<'_>, held: usize) -> bool {
+        let array = self.host(py);
+        // Besides: this one, and the parameter's own.
+        references(&array).is_ok_and(|count| count <= held + 2) && owns_alone(&array)
+    }
+
+    /// Says where the truth lies. On a device the array becomes read-only and, unless nobody else knows it (`alone`),
+    /// a copy takes its place; back on the host the wrapped array has the values again.
+    pub(crate) fn set_home(&self, py: Python<'_>, home: Option<Home>, alone: bool) -> PyResult<()> {
+        let was_away = self.with(|f| f.home.is_some());
+        if home.is_some() && !was_away {
+            let array = self.host(py);
+            if !alone {
+                let copy = array.call_method0("copy")?.cast_into().map_err(PyErr::from)?;
+                set_writeable(&array, false)?;
+                set_writeable(&copy, false)?;
+                self.with(|f| f.wrapped = Some(std::mem::replace(&mut f.data, copy.unbind())));
+            } else {
+                set_writeable(&array, false)?;
+            }
+        } else if home.is_none() && was_away {
+            let array = self.host(py);
+            match self.with(|f| f.wrapped.take()) {
+                None => set_writeable(&array, true)?,
+                Some(wrapped) => {
+                    set_writeable(wrapped.bind(py), true)?;
+                    py.import("numpy")?.call_method1("copyto", (&wrapped, &array))?;
+                    self.with(|f| f.data = wrapped);
+                }
+            }
+        }
         self.with(|f| f.home = home);
+        Ok(())
     }
 
     /// Brings the device's values to the host array if the device is ahead.
@@ -65,7 +124,7 @@ impl ParameterBase {
             return Ok(());
         }
         let array = self.host(py);
-        let seen = look(&array, Access::Write, Context { place: "Parameter.data", label: "the wrapped array" })?;
+        let seen = look(&array, Access::Read, Context { place: "Parameter.data", label: "the wrapped array" })?;
         py.detach(|| guarded("Parameter.data", || home.shared.sync(home.index, &seen.raw))).or_raise(py)
     }
 }
@@ -78,7 +137,7 @@ impl ParameterBase {
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;
         look(&array, Access::Write, context)?;
-        let fields = Fields { data: array.unbind(), grad: None, requires_grad, name, home: None };
+        let fields = Fields { data: array.unbind(), wrapped: None, grad: None, requires_grad, name, home: None };
         Ok(Self { fields: Mutex::new(fields) })
     }
 
@@ -141,6 +200,9 @@ impl ParameterBase {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Ok(fields) = self.fields.try_lock() {
             visit.call(&fields.data)?;
+            if let Some(wrapped) = &fields.wrapped {
+                visit.call(wrapped)?;
+            }
             if let Some(grad) = &fields.grad {
                 visit.call(grad)?;
             }

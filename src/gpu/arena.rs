@@ -283,6 +283,8 @@ impl Arena {
         if missing.is_empty() {
             return Ok(());
         }
+        let bytes = missing.iter().map(|&(role, window)| self.layout.bytes(role, window)).sum();
+        context.refuse_beyond_memory(place, bytes)?;
         let made = context.scoped(place, || {
             let mut encoder = context.device.create_command_encoder(&Default::default());
             let mut made = Vec::with_capacity(missing.len());

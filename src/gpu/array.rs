@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::arena::ALIGN;
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, lock};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
-use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Upload, submit};
+use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Upload, submit, unmapped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
 use crate::shader::{self, CONTROL_WORDS};
@@ -68,6 +68,7 @@ impl Array {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let mapped = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::MAP_READ;
         let usage = if context.shares_memory { usage | mapped } else { usage };
+        context.refuse_beyond_memory(place, (len * dtype.size()) as u64)?;
         let buffers = context.scoped(place, || {
             let starts = (0..len.max(1)).step_by(window);
             let of = |start: usize| (len - start).clamp(1, window).next_multiple_of(ALIGN) * dtype.size();
@@ -168,6 +169,21 @@ impl Array {
         submit(context, place, encoder).map(|_| ())
     }
 
+    /// Replaces its values by those of another array on the same device, without waiting.
+    pub fn copy_from(&self, place: &str, from: &Self) -> Result<()> {
+        let Held { context, buffers, .. } = self.held.get(place)?;
+        self.refuse_other_form(place, from.len, from.dtype)?;
+        if !Arc::ptr_eq(context, from.context(place)?) {
+            return Err(Error::refuse(ErrorKind::Value, place, "the array", "on the same device", "one on another"));
+        }
+        context.check(place)?;
+        let mut encoder = context.device.create_command_encoder(&Default::default());
+        for (index, target) in buffers.iter().enumerate().filter(|_| !std::ptr::eq(self, from)) {
+            encoder.copy_buffer_to_buffer(from.buffer(place, index)?, 0, target, 0, target.size());
+        }
+        submit(context, place, encoder).map(|_| ())
+    }
+
     /// Copies its values to the host.
     pub fn read(&self, place: &str, pool: Option<&rayon::ThreadPool>, to: &mut TensorMut<'_>) -> Result<()> {
         let Held { context, buffers, staging, .. } = self.held.get(place)?;
@@ -194,6 +210,13 @@ impl Array {
         // SAFETY: TensorMut promises writable memory for its elements, whose number was compared.
         unsafe { staging.download(context, place, pool, encoder, downloads) }.map(|_| ())
     }
+}
+
+/// Waits until the device that the request asks for has done all it was given.
+pub fn synchronize(place: &str, request: &DeviceRequest) -> Result<()> {
+    let context = Context::shared(place, request)?;
+    context.device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| unmapped(place, e))?;
+    context.check(place)
 }
 
 /// The norm of gradients on a device, fetched when it is asked for.

@@ -27,6 +27,8 @@ pub struct DeviceRequest {
     /// Whether to keep to the limits that WebGPU guarantees, as `ROPTIM_GPU_MIN_LIMITS=1` does. For tests:
     /// results do not change.
     pub minimum_limits: bool,
+    /// Whether to open a device that no other executor shares. For tests that break it.
+    pub alone: bool,
 }
 
 /// One adapter.
@@ -127,7 +129,10 @@ impl System {
     }
 
     fn list() -> Self {
-        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+        // Drivers may promise more than there is; what exceeds their own count of free memory is refused instead.
+        descriptor.memory_budget_thresholds.for_resource_creation = Some(99);
+        let instance = wgpu::Instance::new(descriptor);
         let mut adapters = block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
         adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
             DeviceType::DiscreteGpu => 0,
@@ -216,6 +221,9 @@ impl Context {
     pub(super) fn shared(place: &str, request: &DeviceRequest) -> Result<Arc<Self>> {
         let system = System::get(place)?;
         let (index, minimum) = Self::resolve(system, place, request)?;
+        if request.alone {
+            return Self::open(system, place, index, minimum);
+        }
         let mut open = lock(&system.open);
         open.retain(|(_, context)| lock(&context.reports.lost).is_none());
         if let Some((_, context)) = open.iter().find(|(key, _)| *key == (index, minimum)) {
@@ -224,14 +232,6 @@ impl Context {
         let context = Self::open(system, place, index, minimum)?;
         open.push(((index, minimum), context.clone()));
         Ok(context)
-    }
-
-    /// A device of its own, for tests that break it.
-    #[cfg(test)]
-    pub(super) fn private(place: &str, request: &DeviceRequest) -> Result<Arc<Self>> {
-        let system = System::get(place)?;
-        let (index, minimum) = Self::resolve(system, place, request)?;
-        Self::open(system, place, index, minimum)
     }
 
     fn resolve(system: &System, place: &str, request: &DeviceRequest) -> Result<Key> {
@@ -315,6 +315,18 @@ impl Context {
         (usize::try_from(bytes).unwrap_or(usize::MAX / 8) / 4 / ALIGN * ALIGN).max(ALIGN)
     }
 
+    /// Refuses to make buffers of so many bytes where they exceed what is free. A software adapter promises any
+    /// number, and the host would run out later; a GPU's driver knows.
+    pub(super) fn refuse_beyond_memory(&self, place: &str, bytes: u64) -> Result<()> {
+        match free_host_memory().filter(|&free| self.info.software && bytes > free) {
+            None => Ok(()),
+            Some(free) => Err(Error::plain(
+                ErrorKind::OutOfMemory,
+                format!("{place}: {} is out of memory: {bytes} bytes are needed, {free} are free", self.info.name),
+            )),
+        }
+    }
+
     /// A buffer of zeros.
     pub(super) fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages, mapped: bool) -> wgpu::Buffer {
         self.device.create_buffer(&wgpu::BufferDescriptor {
@@ -333,6 +345,13 @@ impl Context {
         let made = self.scoped(place, || Ok(Arc::new(Pipeline::new(self, name, &module()))))?;
         Ok(lock(&self.pipelines).entry(name.to_owned()).or_insert(made).clone())
     }
+}
+
+/// Bytes of the host's memory that are free, where the system tells.
+fn free_host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// A device's error in our form.

@@ -229,6 +229,12 @@ impl Executor {
         self.inner.get(self.place).map_or(0, |inner| inner.arena.bytes() + inner.scratch.bytes())
     }
 
+    /// Dispatches of the last step.
+    pub fn dispatches(&self) -> usize {
+        let plan = self.inner.get(self.place).ok().and_then(|inner| inner.plans.front());
+        plan.map_or(0, |plan| plan.updates.len() + plan.guard.as_ref().map_or(0, GuardPasses::dispatches))
+    }
+
     /// For tests: windows and staging blocks of so many elements, chunks of so many. Works until parameters are
     /// added; results do not change.
     pub fn force(&mut self, window: usize, chunk: usize) {
@@ -415,7 +421,7 @@ impl Executor {
         } else {
             layout
         };
-        std::mem::swap(&mut new.staging, &mut inner.staging);
+        new.staging = inner.staging.anew();
         *inner = new;
         for param in &mut self.params {
             (param.present, param.used) = (SlotSet::EMPTY, SlotSet::EMPTY);
@@ -1136,8 +1142,8 @@ mod tests {
     /// An executor of Adam over one parameter of three elements on a device of its own; `None` without
     /// an adapter.
     fn executor() -> Option<Executor> {
-        let request = DeviceRequest { allow_software: true, ..DeviceRequest::default() };
-        let context = match Context::private("Adam", &request) {
+        let request = DeviceRequest { allow_software: true, alone: true, ..DeviceRequest::default() };
+        let context = match Context::shared("Adam", &request) {
             Err(e) if e.kind() == ErrorKind::NoAdapter => {
                 assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
                 return None;
@@ -1202,8 +1208,7 @@ mod tests {
         inner.arena.layout = inner.arena.layout.rewindowed(1 << 50).unwrap();
         executor.add(&[ParamInfo::vector("v", 1 << 50, Dtype::F32)]).unwrap();
         let error = executor.reserve(&[SlotSet::EMPTY; 2]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Device);
-        assert!(error.to_string().starts_with("Adam: the GPU refused an operation: "), "{error}");
+        assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::OutOfMemory), "{error}");
         let inner = executor.inner.get_mut("").unwrap();
         assert!(inner.arena.is_unallocated() && inner.arena.generation == 0);
         inner.arena.layout = plain;

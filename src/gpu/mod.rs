@@ -23,7 +23,7 @@ mod program;
 mod staging;
 
 pub(crate) use array::sum_of;
-pub use array::{Array, Norm, clip_norm};
+pub use array::{Array, Norm, clip_norm, synchronize};
 pub use context::{DeviceInfo, DeviceRequest, devices};
 pub use executor::{Culprit, Executor, Job, Outcome};
 pub use passes::{Bounds, CHUNK};

@@ -218,6 +218,11 @@ impl GuardPasses {
         Dispatch::record(context, encoder, [&self.decide]);
     }
 
+    /// Dispatches of both passes.
+    pub(super) fn dispatches(&self) -> usize {
+        self.measure.len() + 1
+    }
+
     /// Where the partial sums lie.
     pub(super) fn partials(&self) -> &wgpu::Buffer {
         &self.partials

@@ -47,6 +47,7 @@ impl Scratch {
         if self.buffers.len() == wanted.len() && self.buffers.iter().zip(&wanted).all(|(b, &n)| b.size() >= n) {
             return Ok(false);
         }
+        context.refuse_beyond_memory(place, wanted.iter().sum())?;
         self.buffers = context.scoped(place, || {
             let make =
                 |(area, &bytes): (&Area, _)| context.buffer(area.name, bytes, wgpu::BufferUsages::STORAGE, false);

@@ -339,6 +339,11 @@ impl Staging {
         Self { block_bytes, up: Vec::new(), down: Mutex::default() }
     }
 
+    /// The same for another device.
+    pub(super) fn anew(&self) -> Self {
+        Self::new(self.block_bytes)
+    }
+
     /// Elements of the longest item worth making.
     pub(super) fn longest(&self) -> usize {
         self.block_bytes / 4

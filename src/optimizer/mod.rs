@@ -319,6 +319,15 @@ impl Optimizer {
         }
     }
 
+    /// Dispatches of the last step on a GPU.
+    #[cfg(feature = "gpu")]
+    pub fn dispatches(&self) -> usize {
+        match &self.backend {
+            Backend::Cpu(_) => 0,
+            Backend::Gpu(executor) => executor.dispatches(),
+        }
+    }
+
     /// The device, on a GPU.
     #[cfg(feature = "gpu")]
     pub fn device(&self) -> Result<Option<&gpu::DeviceInfo>> {
