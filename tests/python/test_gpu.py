@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from twins import TOLERANCES
 
 import roptim
 from roptim import SGD, Adafactor, Adam, AdamW, Muon, Parameter
@@ -27,10 +28,6 @@ def f32(*shape: int, value: float = 1.0) -> Any:
 
 def is_software() -> bool:
     return all(device.software for device in roptim.devices()[1:])
-
-
-#: What sums or products of whole tensors may differ by on any adapter (docs/numerics.md); tests/gpu.rs caps it.
-TOLERANCES = {"Adafactor": 2.5e-7, "Muon": 5e-6}
 
 
 def agree(a: Any, b: Any, tolerance: float = 0.0) -> bool:

@@ -24,6 +24,7 @@ from twins import (
     GPU_NAMES,
     KINDS,
     ON_GPU,
+    accepted,
     draw,
     everything,
     f32,
@@ -31,6 +32,7 @@ from twins import (
     is_software,
     needs_software,
     same,
+    tolerance,
 )
 
 import roptim
@@ -960,6 +962,7 @@ def test_the_finder_ends_with_a_bad_step() -> None:
 def test_a_move_changes_no_bit(name: str, kind: str) -> None:
     rng = np.random.default_rng(8)
     start = [draw(rng, (20, 3)), draw(rng, (7,)), draw(rng, (5,), np.float16), draw(rng, (4,), ml_dtypes.bfloat16)]
+    start = accepted(name, start)
     guard = {"clip_norm": 2.0, "clip_value": 1.5, "nonfinite": "skip"}
     opts, params = [], []
     for _ in range(2):
@@ -973,14 +976,14 @@ def test_a_move_changes_no_bit(name: str, kind: str) -> None:
         for k in range(2):
             g = [None if i == at % 5 else draw(rng, a.shape, a.dtype, 3.0) for i, a in enumerate(start)]
             if k and at == 2 and g[1] is not None:
-                g[1][0] = math.nan
+                g[1].flat[0] = math.nan
             for opt in opts:
                 opt.step(g)
         if at == 3:
             for opt, p in zip(opts, params, strict=True):
                 opt.param_groups[1]["lr"] = 0.02
                 opt.reset(p[1])
-        assert same(everything(opts[0], params[0]), everything(moved, params[1]))
+        assert same(everything(opts[0], params[0]), everything(moved, params[1]), tolerance(name))
         assert opts[0].param_groups[0]["lr"] == moved.param_groups[0]["lr"]
         assert moved.skip_count == opts[0].skip_count
 

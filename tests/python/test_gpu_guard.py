@@ -20,6 +20,7 @@ from twins import (
     GPU_NAMES,
     KINDS,
     ON_GPU,
+    accepted,
     draw,
     everything,
     f32,
@@ -27,6 +28,7 @@ from twins import (
     needs_software,
     outcome,
     same,
+    tolerance,
 )
 
 import roptim
@@ -71,7 +73,10 @@ OPTIONS: list[dict[str, Any]] = [
 def test_the_guard_is_the_cpus(name: str, dtype: Any, kind: str) -> None:
     """Over groups, missing gradients, and gradients that are not finite first, later and twice in a row."""
     rng = np.random.default_rng(0)
-    start = [draw(rng, shape, dtype) for shape in SHAPES]
+    start = accepted(name, [draw(rng, shape, dtype) for shape in SHAPES])
+    if not start:
+        return  # of real numbers
+    shapes = [a.shape for a in start]
     decay = {key: 0.1 for key in ("weight_decay",) if key in REGISTRY[name]["defaults"]}
     for options in OPTIONS if FULL or name in ("SGD", "NAdam") else OPTIONS[2::2]:
         opts, params = [], []
@@ -81,7 +86,7 @@ def test_the_guard_is_the_cpus(name: str, dtype: Any, kind: str) -> None:
             opts.append(getattr(roptim, name)(groups, lr=0.05, **options, **backend))
             params.append(p)
         for at, bad in enumerate([math.nan, None, None, math.inf, -math.inf, None]):
-            g = [None if i == at % 4 else draw(rng, s, dtype, 10.0 ** (at % 3 - 1)) for i, s in enumerate(SHAPES)]
+            g = [None if i == at % 4 else draw(rng, s, dtype, 10.0 ** (at % 3 - 1)) for i, s in enumerate(shapes)]
             if bad is not None and options.get("nonfinite") != "propagate":
                 which = 1 if g[1] is not None else 0
                 g[which] = spoiled(g[which], 1000 * at + 1, bad)
@@ -90,7 +95,8 @@ def test_the_guard_is_the_cpus(name: str, dtype: Any, kind: str) -> None:
             assert (said[0] is not None) == (bad is not None and options.get("nonfinite") == "raise")
             assert same_norm(opts[0].gradient_norm, opts[1].gradient_norm)
             assert opts[0].skip_count == opts[1].skip_count
-            assert same(everything(opts[0], params[0]), everything(opts[1], params[1])), (options, at)
+            found = [everything(opt, p) for opt, p in zip(opts, params, strict=True)]
+            assert same(*found, tolerance(name)), (options, at)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -18,7 +18,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from twins import DTYPES, FULL, GPU_NAMES, KINDS, ON_GPU, draw, everything, f32, given, is_software, same
+from twins import (
+    DTYPES,
+    FULL,
+    GPU_NAMES,
+    KINDS,
+    ON_GPU,
+    accepted,
+    draw,
+    everything,
+    f32,
+    given,
+    is_software,
+    same,
+    tolerance,
+)
 
 import roptim
 from roptim import SGD, Adam, AdamW, DeviceLostError, Parameter, _devices
@@ -74,8 +88,6 @@ def test_auto_where_only_the_cpu_will_do(measured: dict[str, float], seconds: fl
         ("SGD", [Parameter(np.ones(2, np.complex128))]),
         ("SGD", [{"params": [f32(3)]}, {"params": [np.ones(3)]}]),
         ("SparseAdam", [f32(3)]),
-        ("Muon", [f32(3, 3)]),
-        ("Adafactor", [f32(3)]),
         ("LBFGS", [f32(3)]),
     ):
         opt = getattr(roptim, name)(params, backend="auto", allow_software=True)
@@ -440,13 +452,14 @@ def test_the_least_limits_change_no_bit(name: str, kind: str) -> None:
     rng = np.random.default_rng(1)
     start = [draw(rng, shape, dtype) for dtype in DTYPES for shape in ((3,), (), (0, 2), (70, 61))]
     start.append(draw(rng, (70_000,)))
+    start = accepted(name, start)
     cpu, gpu = given(start, kind), given(start, kind)
     options = {"clip_norm": 5.0, "nonfinite": "skip"}
     one, two = (getattr(roptim, name)(p, lr=0.01, **options, **b) for p, b in ((cpu, {}), (gpu, ON_GPU)))
     for at in range(4):
         g = [None if i % 4 == at else draw(rng, a.shape, a.dtype) for i, a in enumerate(start)]
         if at == 1:
-            g[-1][69_999] = np.inf
+            g[-1].flat[69_999] = np.inf
         there = [
             roptim.gpu.array(x, allow_software=True) if x is not None and i % 3 == 0 else x for i, x in enumerate(g)
         ]
@@ -456,7 +469,7 @@ def test_the_least_limits_change_no_bit(name: str, kind: str) -> None:
             two.step()
         else:
             two.step(there)
-    assert same(everything(one, cpu), everything(two, gpu))
+    assert same(everything(one, cpu), everything(two, gpu), tolerance(name))
 
 
 @pytest.mark.parametrize("kind", ["arrays", "Parameters"] if FULL else ["Parameters"])
@@ -761,7 +774,7 @@ def test_optimizers_go_while_parameters_live() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_are_of_no_backend(name: str, kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
-    start = [draw(rng, shape, dtype) for dtype in DTYPES for shape in ((7, 3), ())]
+    start = accepted(name, [draw(rng, shape, dtype) for dtype in DTYPES for shape in ((7, 3), ())])
     names = [f"p{i}" for i in range(len(start))]
     gradients = [
         [None if (i + at) % 4 == 0 else draw(rng, a.shape, a.dtype) for i, a in enumerate(start)] for at in range(6)
@@ -785,7 +798,7 @@ def test_checkpoints_are_of_no_backend(name: str, kind: str, tmp_path: Path) -> 
         roptim.save({"model": {n: np.array(x) for n, x in p.items()}, "opt": opt.state_dict()}, files[i])
         train(opt, slice(3, 6))
         ends.append(everything(opt, list(p.values())))
-    if is_software():
+    if is_software() and tolerance(name) == 0.0:
         assert files[0].read_bytes() == files[1].read_bytes()
     for file, backend in zip(files, (ON_GPU, {}), strict=True):
         saved = roptim.load(file)
@@ -796,4 +809,4 @@ def test_checkpoints_are_of_no_backend(name: str, kind: str, tmp_path: Path) -> 
         assert (opt.update_count, opt.skip_count) == (3, 1)
         train(opt, slice(3, 6))
         ends.append(everything(opt, list(p.values())))
-    assert all(same(end, ends[0]) for end in ends)
+    assert all(same(end, ends[0], tolerance(name)) for end in ends)
