@@ -79,7 +79,9 @@ class Array(_roptim.DeviceArray):
 
     def __reduce__(self) -> Any:
         remedy = "send a.numpy()"
-        raise refuse(RoptimValueError, "roptim.gpu.Array", "an array on a device", "on the host to be copied", "one", remedy)
+        raise refuse(
+            RoptimValueError, "roptim.gpu.Array", "an array on a device", "on the host to be copied", "one", remedy
+        )
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -639,6 +639,17 @@ impl Engine {
         Ok(self.shared.try_use().or_raise(py)?.skip_count())
     }
 
+    /// What the coming gradients were multiplied by.
+    #[getter]
+    fn grad_scale(&self, py: Python<'_>) -> PyResult<f64> {
+        Ok(self.shared.try_use().or_raise(py)?.grad_scale())
+    }
+
+    #[setter]
+    fn set_grad_scale(&self, py: Python<'_>, scale: f64) -> PyResult<()> {
+        self.shared.try_use().and_then(|mut optimizer| optimizer.set_grad_scale(scale)).or_raise(py)
+    }
+
     /// The norm of the last step's gradients, where it is bounded.
     #[getter]
     fn gradient_norm(&self, py: Python<'_>) -> PyResult<Option<f64>> {

@@ -83,6 +83,7 @@ pub struct Optimizer {
     flush_subnormals: bool,
     guard: Guard,
     nonfinite_sync: bool,
+    grad_scale: f64,
     /// For what reads or copies arrays around a step.
     threads: cpu::Threads,
     gradient_norm: Option<f64>,
@@ -184,6 +185,7 @@ impl Optimizer {
             flush_subnormals: options.flush_subnormals,
             guard: options.guard,
             nonfinite_sync: options.nonfinite_sync,
+            grad_scale: 1.0,
             threads: cpu::Threads::new(options.threads),
             gradient_norm: None,
             #[cfg(feature = "gpu")]
@@ -579,8 +581,8 @@ impl Optimizer {
 
     fn common(&self) -> Shared {
         Shared {
-            gradient_bound: self.guard.clip_value.unwrap_or(f64::INFINITY),
-            gradient_scale: self.scratch.gradient_scale,
+            gradient_bound: self.guard.clip_value.unwrap_or(f64::INFINITY) * self.grad_scale,
+            gradient_scale: self.scratch.gradient_scale / self.grad_scale,
             flush_subnormals: self.flush_subnormals,
             ..Shared::NEUTRAL
         }
@@ -690,7 +692,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Made> {
         let common = self.common();
-        let bounds = self.guard.bounds();
+        let bounds = self.guard.bounds(self.grad_scale);
         let Self { preset, groups, entries, backend, scratch, threads, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
         let Method::Elementwise(rule) = preset.method else { unreachable!("`gpu` refused the others") };
