@@ -174,10 +174,8 @@ def test_copies() -> None:
 
 
 def test_refusals_name_the_remedy() -> None:
-    with pytest.raises(
-        TypeError,
-        match=r'^Adam: parameter "w" must be float32, float16, bfloat16 or complex64 on the GPU, got float64; use backend="cpu"',
-    ):
+    allowed = "float32, float16, bfloat16 or complex64 on the GPU"
+    with pytest.raises(TypeError, match=f'^Adam: parameter "w" must be {allowed}, got float64; use backend="cpu"'):
         Adam({"w": np.ones(2)}, **ON_GPU)
     with pytest.raises(roptim.NoAdapterError, match="no-such-device") as raised:
         SGD([f32(1)], backend="gpu:no-such-device", allow_software=True)
