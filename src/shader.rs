@@ -24,6 +24,15 @@ pub const MOMENTS: &str = include_str!("../shaders/shared/moments.wgsl");
 /// Twin of the loop.
 pub const RUN: &str = include_str!("../shaders/shared/run.wgsl");
 
+/// Numbers of two f32.
+pub const DOUBLE: &str = include_str!("../shaders/shared/double.wgsl");
+/// Operations on whole vectors.
+pub const VECTOR: &str = include_str!("../shaders/shared/vector.wgsl");
+/// Names of the entry points of [`vector_module`].
+pub const VECTOR_ENTRY_POINTS: [&str; 4] = ["add_scaled", "scale", "sum", "largest"];
+/// Words of the struct `Operation` of [`vector_module`].
+pub const OPERATION_WORDS: usize = 6;
+
 /// Words of the struct `Frame`.
 pub const FRAME_WORDS: usize = 5;
 /// Words of a coefficient row: the frame and as many coefficients as a kernel may have.
@@ -40,6 +49,11 @@ pub const L2: u32 = 1;
 pub const FLUSH_SUBNORMALS: u32 = 2;
 /// The bit of `Frame.switches` that bounds gradients.
 pub const BOUNDED: u32 = 4;
+
+/// The WGSL module of the operations on vectors.
+pub fn vector_module() -> String {
+    [DOUBLE, VECTOR].join("\n")
+}
 
 /// The WGSL module of one kernel of a rule.
 pub fn module(rule: RuleId, kernel: &KernelFacts) -> String {

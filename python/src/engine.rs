@@ -462,7 +462,7 @@ impl Engine {
             let optimizer = self.shared.try_use()?;
             let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
-            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)))
+            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)?))
         });
         let (buffer, copy, scalar, joint) = found.or_raise(py)?;
         if let Some(value) = joint {

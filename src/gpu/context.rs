@@ -12,6 +12,7 @@ use pollster::block_on;
 use wgpu::DeviceType;
 
 use super::pipeline::Pipeline;
+use super::vector::VectorPipelines;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rule::KernelFacts;
 use crate::rules::RuleId;
@@ -207,6 +208,7 @@ pub(super) struct Context {
     pub(super) info: DeviceInfo,
     reports: Arc<Reports>,
     pipelines: Mutex<HashMap<&'static str, Arc<Pipeline>>>,
+    vector_pipelines: Mutex<Option<Arc<VectorPipelines>>>,
 }
 
 impl Context {
@@ -268,7 +270,14 @@ impl Context {
         device.set_device_lost_callback(move |reason, message| {
             lock(&on_loss.lost).get_or_insert_with(|| format!("{message} ({reason:?})"));
         });
-        Ok(Arc::new(Self { device, queue, info, reports, pipelines: Mutex::default() }))
+        Ok(Arc::new(Self {
+            device,
+            queue,
+            info,
+            reports,
+            pipelines: Mutex::default(),
+            vector_pipelines: Mutex::default(),
+        }))
     }
 
     /// The error of a device that is gone, or one that it reported since the last look.
@@ -314,6 +323,15 @@ impl Context {
         }
         let made = self.scoped(place, || Ok(Arc::new(Pipeline::new(self, rule, kernel))))?;
         Ok(lock(&self.pipelines).entry(kernel.entry).or_insert(made).clone())
+    }
+
+    /// The compiled operations on vectors.
+    pub(super) fn vector_pipelines(&self, place: &str) -> Result<Arc<VectorPipelines>> {
+        if let Some(found) = &*lock(&self.vector_pipelines) {
+            return Ok(found.clone());
+        }
+        let made = self.scoped(place, || Ok(Arc::new(VectorPipelines::new(self))))?;
+        Ok(lock(&self.vector_pipelines).get_or_insert(made).clone())
     }
 }
 

@@ -3,7 +3,8 @@
 //! `context` chooses an adapter and opens a device once per process, `pipeline` compiles a kernel's
 //! [`shader`](crate::shader) for it, `arena` lays tensors out in windows no longer than a binding may be,
 //! `staging` moves arrays between host and device, [`Executor`] runs a step: one dispatch per kernel and
-//! window updates every tensor of every group.
+//! window updates every tensor of every group. `vector` has the vectors of methods that take a closure:
+//! elementwise operations are recorded without waiting, sums come back as one number per block.
 //!
 //! It works within the limits that WebGPU guarantees and asks for larger buffers where they are offered.
 //! It computes in float32 only; float64 is refused by name. Where the device is lost, memory runs out, no
@@ -18,6 +19,8 @@ mod context;
 mod executor;
 mod pipeline;
 mod staging;
+mod vector;
 
 pub use context::{DeviceInfo, DeviceRequest, devices};
 pub use executor::{CHUNK, Executor, Job};
+pub use vector::{DeviceVector, VectorHome, VectorSpace};

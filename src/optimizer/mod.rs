@@ -41,6 +41,9 @@ enum Backend {
     Cpu(cpu::Executor),
     #[cfg(feature = "gpu")]
     Gpu(Box<gpu::Executor>),
+    /// Of methods that evaluate the loss several times: parameters stay on the host, the method's vectors do not.
+    #[cfg(feature = "gpu")]
+    GpuVectors(gpu::VectorSpace),
 }
 
 impl Backend {
@@ -49,7 +52,7 @@ impl Backend {
         match self {
             Self::Cpu(executor) => executor.threads.pool(elements >= cpu::INLINE_ELEMENTS),
             #[cfg(feature = "gpu")]
-            Self::Gpu(_) => None,
+            Self::Gpu(_) | Self::GpuVectors(_) => None,
         }
     }
 }
@@ -148,6 +151,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
+        if let Method::Closure(_) = preset.method {
+            let space = gpu::VectorSpace::new(preset.name, device)?;
+            return Self::with_backend(preset, Backend::GpuVectors(space), options);
+        }
         let Method::Elementwise(rule) = preset.method else { return Err(cpu_only(preset)) };
         if !preset.has_shader() {
             return Err(cpu_only(preset));
@@ -227,7 +234,7 @@ impl Optimizer {
         match &mut self.backend {
             Backend::Cpu(executor) => executor.force(isa, chunk),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => {}
+            Backend::Gpu(_) | Backend::GpuVectors(_) => {}
         }
     }
 
@@ -236,8 +243,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_gpu(&mut self, window: usize, chunk: usize) {
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.force(window, chunk);
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.force(window, chunk),
+            Backend::GpuVectors(space) => space.force(window),
         }
     }
 
@@ -247,6 +256,7 @@ impl Optimizer {
         match &self.backend {
             Backend::Cpu(_) => Ok(None),
             Backend::Gpu(executor) => executor.device().map(Some),
+            Backend::GpuVectors(space) => space.device().map(Some),
         }
     }
 
@@ -256,6 +266,8 @@ impl Optimizer {
             Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.device_name().into(),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(space) => space.device_name().into(),
         }
     }
 
@@ -289,8 +301,10 @@ impl Optimizer {
             return Err(Error::refuse(ErrorKind::Type, self.preset.name, label, "of real numbers", info.dtype));
         }
         #[cfg(feature = "gpu")]
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.add(&params)?;
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.add(&params)?,
+            Backend::GpuVectors(space) => space.accept(&params, self.entries.len())?,
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
         self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
@@ -415,9 +429,9 @@ impl Optimizer {
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => self.step_cpu(rule, params, gradients),
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients),
-            (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
+            (_, Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
-            (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
+            (Backend::Gpu(_) | Backend::GpuVectors(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
         outcome?;
@@ -574,7 +588,8 @@ impl Optimizer {
     }
 
     /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
-    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU.
+    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU, nor of
+    /// methods that take a closure.
     pub fn host_is_stale(&self, index: usize) -> bool {
         match &self.backend {
             Backend::Cpu(_) => {
@@ -583,6 +598,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_is_stale(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         }
     }
 
@@ -592,6 +609,8 @@ impl Optimizer {
             Backend::Cpu(_) => debug_assert!(index < self.entries.len()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_written(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => {}
         }
     }
 
@@ -604,6 +623,8 @@ impl Optimizer {
             Backend::Cpu(_) => Ok(()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.sync(index, array),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => Ok(()),
         }
     }
 
@@ -625,6 +646,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.read_slots(wanted)?,
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => vec![None; wanted.len()],
         };
         let array = |(&(index, k), bytes): (&(usize, usize), Option<Vec<u8>>)| {
             let (shape, dtype) = self.slot_layout(index, k);
@@ -671,6 +694,8 @@ impl Optimizer {
             Backend::Cpu(_) => self.entries[index].slots[k].is_some(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.has_slot(index, k),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         };
         let slots = self.preset.declaration().slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name);
         slots.chain(self.joint_names(index)).collect()

@@ -35,7 +35,7 @@ impl Optimizer {
             let present = present.map(|(key, array)| (key.to_owned(), StateValue::Array(array)));
             let numbers = self.preset.declaration().scalars.iter().zip(entry.scalars);
             let numbers = numbers.map(|(s, value)| (s.name.to_owned(), StateValue::Number(value)));
-            let joint = self.joint_state(i).into_iter().map(|(name, value)| (name.to_owned(), value));
+            let joint = self.joint_state(i)?.into_iter().map(|(name, value)| (name.to_owned(), value));
             state.insert(i, ParamState { step: entry.step, slots: present.chain(numbers).chain(joint).collect() });
         }
         let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
