@@ -1,7 +1,7 @@
 //! LBFGS and conjugate gradients, CPU against GPU, and the vectors of both.
 //!
-//! Elementwise operations have the CPU's bits on a software adapter. Sums differ from the CPU's in their last bits of
-//! about 48, so the points do too; how much is a matter of the function. See [`FUNCTIONS`].
+//! Elementwise operations have the CPU's bits on a software adapter. Sums differ from the CPU's in the last of their
+//! about 48 bits, which the rounding of a step length to f32 mostly hides.
 //!
 //! Without an adapter the tests print a line and pass; `ROPTIM_REQUIRE_GPU=1` makes them fail.
 
@@ -18,6 +18,10 @@ use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorM
 
 /// Largest relative difference of a sum from the one in f64, against Σ|xᵢ·yᵢ|.
 const SUM_TOLERANCE: f64 = 1e-13;
+
+/// Largest difference of an element of the first step's points on a software adapter, all below 3. Mesa's llvmpipe has
+/// none; an ulp or two is what another order of a sum's terms may cost.
+const POINT_TOLERANCE: f64 = 1e-6;
 
 /// Elements of a block of a sum, and of the smallest window.
 const BLOCK: usize = 4096;
@@ -221,12 +225,12 @@ fn logistic(x: &[f64], g: &mut [f64]) -> f64 {
     loss + 0.005 * x.iter().map(|x| x * x).sum::<f64>()
 }
 
-/// Function, elements, and the largest difference of a point's element between the backends.
-const FUNCTIONS: [(&str, Function, usize, f64); 4] = [
-    ("rosenbrock", rosenbrock, 10, 2e-5),
-    ("quadratic", quadratic, 50, 2e-5),
-    ("long quadratic", quadratic, 3 * BLOCK + 5, 2e-5),
-    ("logistic", logistic, 12, 2e-5),
+/// Functions and numbers of elements.
+const FUNCTIONS: [(&str, Function, usize); 4] = [
+    ("rosenbrock", rosenbrock, 10),
+    ("quadratic", quadratic, 50),
+    ("long quadratic", quadratic, 3 * BLOCK + 5),
+    ("logistic", logistic, 12),
 ];
 
 /// The methods, by name and settings.
@@ -285,27 +289,28 @@ fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
+/// On a software adapter the first steps have the same points. Later a difference of a sum's last bit grows from
+/// iteration to iteration, and with it that of the points; that both still come down is all that can be said.
 #[test]
 fn both_backends_ask_for_the_same_points() {
-    if space().is_none() {
-        return;
-    }
-    for (name, f, n, tolerance) in FUNCTIONS {
+    let Some(space) = space() else { return };
+    let software = space.device().unwrap().software;
+    for (name, f, n) in FUNCTIONS {
         for (method, hypers) in methods() {
             for window in [BLOCK, 1 << 25] {
+                let what = format!("{method} {hypers:?} of {name}");
                 let (mut cpu, mut gpu) = (on_cpu(method, &hypers, n), on_gpu(method, &hypers, n, window));
                 let mut x = [start(n), start(n)];
-                let mut worst = 0.0f32;
-                for _ in 0..3 {
-                    let want = step(&mut cpu, &mut x[0], f);
-                    let got = step(&mut gpu, &mut x[1], f);
-                    let what = format!("{method} {hypers:?} of {name}");
-                    assert_eq!(want.len(), got.len(), "{what}");
-                    let pairs = want.iter().flatten().zip(got.iter().flatten());
-                    worst = pairs.fold(worst, |worst, (want, got)| worst.max((want - got).abs()));
-                    assert!(f64::from(worst) <= tolerance, "{what}: {worst:e}");
-                }
-                eprintln!("{method} of {name}, windows of {window}: {worst:.1e}");
+                let [want, got] = [step(&mut cpu, &mut x[0], f), step(&mut gpu, &mut x[1], f)];
+                // Hardware may round other products and sums together, so that only the way out is the same.
+                let (points, tolerance) = if software { (want.len(), POINT_TOLERANCE) } else { (5, 1e-3) };
+                assert!(want.len() == got.len() || !software, "{what}");
+                let pairs = want.iter().zip(&got).take(points).flat_map(|(want, got)| want.iter().zip(got));
+                let worst = pairs.map(|(want, got)| f64::from((want - got).abs())).fold(0.0, f64::max);
+                eprintln!("{method} of {name}: {worst:.1e}");
+                assert!(worst <= tolerance, "{what}: {worst:e}");
+                let loss = |x: &[f32]| f(&x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), &mut vec![0.0; n]);
+                assert!(loss(&x[1]) < loss(&start(n)), "{what}");
             }
         }
     }

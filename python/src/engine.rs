@@ -56,6 +56,12 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
+    /// Whether a Parameter's truth is on the device. A closure reads its parameters between evaluations, so those
+    /// of an optimizer that takes one stay with the host.
+    fn houses_parameters(&self) -> bool {
+        self.on_gpu && !self.needs_closure
+    }
+
     fn name(&self) -> &'static str {
         self.shared.name
     }
@@ -344,7 +350,7 @@ impl Engine {
             name: names.as_ref().map(|n| n[i].clone()),
             shape: r.seen.shape().to_vec(),
             dtype: r.seen.dtype,
-            resident: r.parameter.is_some(),
+            resident: r.parameter.is_some() && !self.needs_closure,
         });
         let infos = infos.collect();
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
@@ -357,7 +363,7 @@ impl Engine {
         });
         let hypers = hypers.or_raise(py)?;
         // Nothing below can fail: the engine has the group now.
-        if self.on_gpu {
+        if self.houses_parameters() {
             for (i, parameter) in added.iter().enumerate().filter_map(|(i, r)| Some((i, r.parameter.as_ref()?))) {
                 let home = Home { shared: Arc::clone(&self.shared), index: table.params.len() + i };
                 parameter.get().set_home(Some(home));
@@ -675,8 +681,10 @@ impl Engine {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
             let home = parameter.home();
             let settled = match &home {
-                Some(home) => self.on_gpu && home.index == index && Arc::ptr_eq(&home.shared, &self.shared),
-                None => !self.on_gpu,
+                Some(home) => {
+                    self.houses_parameters() && home.index == index && Arc::ptr_eq(&home.shared, &self.shared)
+                }
+                None => !self.houses_parameters(),
             };
             if settled {
                 continue;
@@ -684,7 +692,7 @@ impl Engine {
             parameter.bring_home(py)?;
             self.shared.host_written(index);
             let here = || Home { shared: Arc::clone(&self.shared), index };
-            parameter.set_home(self.on_gpu.then(here));
+            parameter.set_home(self.houses_parameters().then(here));
         }
         Ok(())
     }

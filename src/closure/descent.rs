@@ -221,10 +221,11 @@ pub trait Method<V: Vector>: Clone + Debug + Default {
 
 /// A method that asks for evaluations, one step after another.
 ///
-/// The state changes only when a step is done: a step that is abandoned leaves it as it was.
+/// The state changes only when a step is done: a step that is abandoned leaves it as it was. A clone between steps
+/// is cheap.
 #[derive(Debug, Clone)]
 pub struct Descent<V: Vector, M: Method<V>> {
-    state: State<V, M>,
+    state: Arc<State<V, M>>,
     run: Option<Run<V, M>>,
     end: V,
     first_loss: f64,
@@ -238,7 +239,7 @@ impl<V: Vector, M: Method<V>> Default for Descent<V, M> {
 
 impl<V: Vector, M: Method<V>> From<State<V, M>> for Descent<V, M> {
     fn from(state: State<V, M>) -> Self {
-        Self { state, run: None, end: V::default(), first_loss: f64::NAN }
+        Self { state: Arc::new(state), run: None, end: V::default(), first_loss: f64::NAN }
     }
 }
 
@@ -255,8 +256,8 @@ impl<V: Vector, M: Method<V>> Descent<V, M> {
 
     /// Says where the last step really ended, if that was never evaluated: rounding to a narrower type moves a point.
     pub fn ended_at(&mut self, x: &[V::Real]) {
-        if let Some(end) = &mut self.state.unseen_end {
-            *end = fingerprint(x);
+        if self.state.unseen_end.is_some() {
+            Arc::make_mut(&mut self.state).unseen_end = Some(fingerprint(x));
         }
     }
 
@@ -276,7 +277,7 @@ impl<V: Vector, M: Method<V>> Descent<V, M> {
             settings: settings.clone(),
             limits,
             begins_unseen,
-            state: State { unseen_end: None, ..self.state.clone() },
+            state: State { unseen_end: None, ..(*self.state).clone() },
             x: x.clone(),
             point: x,
             here: nowhere,
@@ -300,7 +301,7 @@ impl<V: Vector, M: Method<V>> Machine<V> for Descent<V, M> {
         if ask == Ask::Done
             && let Some(run) = self.run.take()
         {
-            (self.state, self.end) = (run.state, run.x);
+            (self.state, self.end) = (Arc::new(run.state), run.x);
         }
         ask
     }

@@ -78,7 +78,7 @@ pub trait ClosureRule: Debug + 'static {
     /// What a user chooses besides what all of them have.
     type Options: Clone + Debug + Send;
     /// What sets it apart from the others.
-    type Memory<V: Vector>: Method<V, Options = Self::Options> + Send;
+    type Memory<V: Vector>: Method<V, Options = Self::Options> + Send + Sync;
 
     /// The choices in a group's hyperparameters.
     fn options(h: &Hypers) -> Self::Options;

@@ -24,7 +24,7 @@ pub enum Reduction<'a, V> {
 ///
 /// On the CPU it is an `Arc<[F]>`. Elsewhere operations may fail; a method does not see that. Their results
 /// are NaN then, and [`Vector::outcome`] has the error.
-pub trait Vector: Clone + Debug + Default + Send {
+pub trait Vector: Clone + Debug + Default + Send + Sync {
     /// Type of the elements.
     type Real: Real;
     /// Where vectors are made.

@@ -111,6 +111,14 @@ impl VectorSpace {
         Ok(Self::on(Context::shared(place, request)?, place))
     }
 
+    /// On a device of its own, for tests that break it, and that device.
+    #[cfg(test)]
+    pub(crate) fn private(place: &'static str, request: &DeviceRequest) -> Result<(Self, wgpu::Device)> {
+        let context = Context::private(place, request)?;
+        let device = context.device.clone();
+        Ok((Self::on(context, place), device))
+    }
+
     fn on(context: Arc<Context>, place: &'static str) -> Self {
         let limits = context.device.limits();
         let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
@@ -303,9 +311,16 @@ impl Home {
         (0..len).step_by(window).map(move |start| start..len.min(start + window))
     }
 
-    /// A vector of any elements.
-    fn vector(self: &Arc<Self>, len: usize) -> Result<DeviceVector> {
+    /// Works with device and recorder. Where the device is lost, that is the error, whatever came of it.
+    fn work<T>(&self, work: impl FnOnce(&Context, &mut Recorder) -> Result<T>) -> Result<T> {
         let context = self.context.get(self.place)?;
+        context.check(self.place)?;
+        let outcome = work(context, &mut lock(self.recorder.get(self.place)?));
+        outcome.map_err(|error| context.check(self.place).err().unwrap_or(error))
+    }
+
+    /// A vector of any elements.
+    fn vector(self: &Arc<Self>, context: &Context, len: usize) -> Result<DeviceVector> {
         let mut buffers = Vec::new();
         for window in self.windows(len) {
             let bytes = 4 * window.len().next_multiple_of(4) as u64;
@@ -335,73 +350,96 @@ impl Home {
     }
 
     fn upload(self: &Arc<Self>, x: &[f32]) -> Result<DeviceVector> {
-        let (place, context) = (self.place, self.context.get(self.place)?);
-        let vector = self.vector(x.len())?;
-        let tensor = TensorRef::from(x);
-        let mut recorder = lock(self.recorder.get(place)?);
-        recorder.flush(context, place)?;
-        let longest = recorder.staging.longest();
-        let mut uploads = Vec::new();
-        for (window, target) in self.windows(x.len()).zip(vector.buffers()?) {
-            for at in (0..window.len()).step_by(longest) {
-                let (start, len) = (window.start + at, longest.min(window.len() - at));
-                let source = Source::Array { raw: &tensor.raw, start, len };
-                uploads.push(Upload { target, offset: 4 * at as u64, bytes: 4 * len.next_multiple_of(4), source });
+        self.work(|context, recorder| {
+            let place = self.place;
+            let vector = self.vector(context, x.len())?;
+            let tensor = TensorRef::from(x);
+            recorder.flush(context, place)?;
+            let longest = recorder.staging.longest();
+            let mut uploads = Vec::new();
+            for (window, target) in self.windows(x.len()).zip(vector.buffers()?) {
+                for at in (0..window.len()).step_by(longest) {
+                    let (start, len) = (window.start + at, longest.min(window.len() - at));
+                    let source = Source::Array { raw: &tensor.raw, start, len };
+                    uploads.push(Upload { target, offset: 4 * at as u64, bytes: 4 * len.next_multiple_of(4), source });
+                }
             }
-        }
-        let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: the source is a slice of f32, and the windows lie within it.
-        recorder.encoder = Some(unsafe { recorder.staging.upload(context, place, &uploads, encoder) }?);
-        Ok(vector)
+            let encoder = context.device.create_command_encoder(&Default::default());
+            // SAFETY: the source is a slice of f32, and the windows lie within it.
+            recorder.encoder = Some(unsafe { recorder.staging.upload(context, place, &uploads, encoder) }?);
+            Ok(vector)
+        })
     }
 
     fn download(&self, vector: &DeviceVector) -> Result<Vec<f32>> {
-        let (place, context) = (self.place, self.context.get(self.place)?);
-        let mut recorder = lock(self.recorder.get(place)?);
-        let longest = recorder.staging.longest();
-        let (mut parts, mut targets) = (Vec::new(), Vec::new());
-        for (window, source) in self.windows(vector.len()).zip(vector.buffers()?) {
-            for at in (0..window.len()).step_by(longest) {
-                let len = longest.min(window.len() - at);
-                parts.push(Download { source, offset: 4 * at as u64, bytes: 4 * len.next_multiple_of(4) });
-                targets.push((window.start + at)..(window.start + at + len));
+        self.work(|context, recorder| {
+            let longest = recorder.staging.longest();
+            let (mut parts, mut targets) = (Vec::new(), Vec::new());
+            for (window, source) in self.windows(vector.len()).zip(vector.buffers()?) {
+                for at in (0..window.len()).step_by(longest) {
+                    let len = longest.min(window.len() - at);
+                    parts.push(Download { source, offset: 4 * at as u64, bytes: 4 * len.next_multiple_of(4) });
+                    targets.push((window.start + at)..(window.start + at + len));
+                }
             }
-        }
-        let mut x = vec![0.0; vector.len()];
-        recorder.read(context, place, &parts, |i, bytes| {
-            for (x, bytes) in x[targets[i].clone()].iter_mut().zip(bytes.as_chunks().0) {
-                *x = f32::from_le_bytes(*bytes);
-            }
-        })?;
-        Ok(x)
+            let mut x = vec![0.0; vector.len()];
+            recorder.read(context, self.place, &parts, |i, bytes| {
+                for (x, bytes) in x[targets[i].clone()].iter_mut().zip(bytes.as_chunks().0) {
+                    *x = f32::from_le_bytes(*bytes);
+                }
+            })?;
+            Ok(x)
+        })
     }
 
     /// x + factor·y, or factor·x.
     fn computed(self: &Arc<Self>, x: &DeviceVector, factor: f64, y: Option<&DeviceVector>) -> Result<DeviceVector> {
         assert!(y.is_none_or(|y| y.len() == x.len()), "vectors of one length");
-        let (place, context) = (self.place, self.context.get(self.place)?);
-        let pipelines = context.vector_pipelines(place)?;
-        let pipeline = if y.is_some() { &pipelines.add_scaled } else { &pipelines.scale };
-        let out = self.vector(x.len())?;
-        let mut recorder = lock(self.recorder.get(place)?);
-        let (from, with, to) = (x.buffers()?, y.unwrap_or(x).buffers()?, out.buffers()?);
-        for (k, window) in self.windows(x.len()).enumerate() {
-            let operation =
-                Operation { factor: factor as f32, elements: [0, window.len() as u32], ..Operation::default() };
-            let buffers = [&to[k], &from[k], &with[k]];
-            recorder.record(context, place, (&pipelines, pipeline), operation, buffers)?;
-        }
-        drop(recorder);
-        Ok(out)
+        self.work(|context, recorder| {
+            let place = self.place;
+            let pipelines = context.vector_pipelines(place)?;
+            let pipeline = if y.is_some() { &pipelines.add_scaled } else { &pipelines.scale };
+            let out = self.vector(context, x.len())?;
+            let (from, with, to) = (x.buffers()?, y.unwrap_or(x).buffers()?, out.buffers()?);
+            for (k, window) in self.windows(x.len()).enumerate() {
+                let operation =
+                    Operation { factor: factor as f32, elements: [0, window.len() as u32], ..Operation::default() };
+                let buffers = [&to[k], &from[k], &with[k]];
+                recorder.record(context, place, (&pipelines, pipeline), operation, buffers)?;
+            }
+            Ok(out)
+        })
     }
 
     fn reduced<const N: usize>(&self, wanted: &[Reduction<'_, DeviceVector>; N]) -> Result<[f64; N]> {
-        let (place, context) = (self.place, self.context.get(self.place)?);
+        let mut ends = [0; N];
+        let words = self.work(|context, recorder| self.results(context, recorder, wanted, &mut ends))?;
+        let mut start = 0;
+        let mut numbers = wanted.iter().zip(ends).map(|(one, end)| {
+            let blocks = &words[std::mem::replace(&mut start, end)..end];
+            match one {
+                Reduction::Largest(..) => {
+                    join_tree(&mut blocks.iter().map(largest_of_block).collect::<Vec<_>>(), f64::max_nan)
+                }
+                _ => tree(&mut blocks.iter().map(sum_of_block).collect::<Vec<_>>()),
+            }
+        });
+        Ok(std::array::from_fn(|_| numbers.next().unwrap_or(f64::NAN)))
+    }
+
+    /// The results of all blocks, and where those of each number end.
+    fn results<const N: usize>(
+        &self,
+        context: &Context,
+        recorder: &mut Recorder,
+        wanted: &[Reduction<'_, DeviceVector>; N],
+        ends: &mut [usize; N],
+    ) -> Result<Vec<[u32; 4]>> {
+        let place = self.place;
         let pipelines = context.vector_pipelines(place)?;
-        let mut recorder = lock(self.recorder.get(place)?);
-        // Each window's dispatch, and the results of each number.
-        let (mut dispatches, mut ends, mut results) = (Vec::new(), [0; N], 0u32);
-        for (one, end) in wanted.iter().zip(&mut ends) {
+        // Each window's dispatch, and the results so far.
+        let (mut dispatches, mut results) = (Vec::new(), 0u32);
+        for (one, end) in wanted.iter().zip(ends) {
             let (x, y, part, pipeline) = match one {
                 Reduction::Dot(x, y) => (x, y, 0..x.len().min(y.len()), &pipelines.sum),
                 Reduction::SumAbs(x) => (x, x, 0..x.len(), &pipelines.sum),
@@ -421,7 +459,7 @@ impl Home {
             *end = results as usize;
         }
         if dispatches.is_empty() {
-            return Ok([0.0; N]);
+            return Ok(Vec::new());
         }
         let bytes = RESULT_BYTES * results as usize;
         let target = match recorder.results.take().filter(|buffer| buffer.size() >= bytes as u64) {
@@ -442,18 +480,7 @@ impl Home {
             words.extend(bytes.as_chunks().0.as_chunks::<4>().0.iter().map(|block| block.each_ref().map(word)));
         })?;
         recorder.results = Some(target);
-        drop(recorder);
-        let mut start = 0;
-        let mut numbers = wanted.iter().zip(ends).map(|(one, end)| {
-            let blocks = &words[std::mem::replace(&mut start, end)..end];
-            match one {
-                Reduction::Largest(..) => {
-                    join_tree(&mut blocks.iter().map(largest_of_block).collect::<Vec<_>>(), f64::max_nan)
-                }
-                _ => tree(&mut blocks.iter().map(sum_of_block).collect::<Vec<_>>()),
-            }
-        });
-        Ok(std::array::from_fn(|_| numbers.next().unwrap_or(f64::NAN)))
+        Ok(words)
     }
 }
 
@@ -583,5 +610,77 @@ impl Vector for DeviceVector {
 
     fn negative(&self) -> Self {
         Self::made(self, |home| home.computed(self, -1.0, None))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A space on a device of its own, and that device; `None` without an adapter.
+    fn space() -> Option<(VectorSpace, wgpu::Device)> {
+        let request = DeviceRequest { allow_software: true, ..DeviceRequest::default() };
+        match VectorSpace::private("LBFGS", &request) {
+            Err(e) if e.kind() == ErrorKind::NoAdapter => {
+                assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
+                None
+            }
+            space => Some(space.unwrap()),
+        }
+    }
+
+    #[test]
+    fn an_operation_that_fails_is_remembered_once() {
+        let Some((space, device)) = space() else { return };
+        let home = space.home();
+        let x = DeviceVector::new(&home, &[3.0, -4.0]).unwrap();
+        assert_eq!(x.dot(&x), 25.0);
+        device.destroy();
+        // The word of the loss comes with the next poll.
+        let _ = device.poll(wgpu::PollType::wait_indefinitely());
+        let mut y = x.negative();
+        assert!(y.largest().is_nan());
+        y.add_scaled(2.0, &x);
+        assert_eq!((y.len(), y.dot(&x).is_nan()), (2, true));
+        assert_eq!(DeviceVector::outcome(&home).unwrap_err().kind(), ErrorKind::DeviceLost);
+        DeviceVector::outcome(&home).unwrap();
+        assert!(y.to_host().is_err() && x.to_host().is_err());
+        assert_eq!(DeviceVector::new(&home, &[1.0]).unwrap_err().kind(), ErrorKind::DeviceLost);
+    }
+
+    #[test]
+    fn buffers_are_used_again_and_more_operations_than_one_submission_takes() {
+        let Some((mut space, _)) = space() else { return };
+        space.force(1);
+        let home = space.home();
+        let n = 2 * SUM_BLOCK + 1;
+        let one = DeviceVector::new(&home, &vec![1.0; n]).unwrap();
+        let mut x = DeviceVector::new(&home, &vec![0.0; n]).unwrap();
+        for _ in 0..2 * MOST_RECORDED {
+            x.add_scaled(0.5, &one);
+        }
+        assert_eq!(*x.to_host().unwrap(), vec![MOST_RECORDED as f32; n]);
+        drop((x, one));
+        let spare = lock(home.0.spare.get("").unwrap()).values().map(Vec::len).sum::<usize>();
+        assert_eq!(spare, 3 * 3, "two vectors and the one that an operation writes");
+    }
+
+    #[test]
+    fn without_elements_nothing_happens() {
+        let Some((space, _)) = space() else { return };
+        let home = space.home();
+        let mut x = DeviceVector::new(&home, &[]).unwrap();
+        x.add_scaled(1.0, &x.clone());
+        assert_eq!((x.dot(&x), x.largest(), x.sum_abs(), x.to_host().unwrap().len()), (0.0, 0.0, 0.0, 0));
+        assert_eq!(DeviceVector::default().dot(&DeviceVector::new(&home, &[1.0]).unwrap()), 0.0);
+        DeviceVector::outcome(&home).unwrap();
+    }
+
+    #[test]
+    fn a_forked_child_is_refused() {
+        let Some((mut space, _)) = space() else { return };
+        Arc::get_mut(&mut space.context).unwrap().pretend_forked();
+        assert_eq!(space.accept(&[], 0).unwrap_err().kind(), ErrorKind::Forked);
+        assert_eq!(DeviceVector::new(&space.home(), &[1.0]).unwrap_err().kind(), ErrorKind::Forked);
     }
 }

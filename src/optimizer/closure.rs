@@ -100,8 +100,8 @@ struct UnderWay<V: Vector, R: ClosureRule> {
     start: Vec<V::Real>,
     /// By parameter, once the first gradients are known: whether it has none, and so is left alone.
     rests: Option<Vec<bool>>,
-    /// The state before.
-    before: State<V, R::Memory<V>>,
+    /// The machine before, for its state.
+    before: Descent<V, R::Memory<V>>,
 }
 
 impl<V: Vector, R: ClosureRule> Flat<V, R> {
@@ -112,7 +112,7 @@ impl<V: Vector, R: ClosureRule> Flat<V, R> {
 
     /// The state of the last step that was done.
     fn lasting(&self) -> &State<V, R::Memory<V>> {
-        self.under_way.as_ref().map_or(self.machine.state(), |under_way| &under_way.before)
+        self.under_way.as_ref().map_or(&self.machine, |under_way| &under_way.before).state()
     }
 
     /// Leaves the parameters in these parts of the vector out of the step, whatever their values are. Where they
@@ -215,7 +215,7 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
             });
         }
         let limits = Limits::from(limits);
-        let before = self.machine.state().clone();
+        let before = self.machine.clone();
         self.machine.begin_within(&settings, V::new(&self.home, &start)?, limits.clone())?;
         self.under_way = Some(UnderWay { settings, limits, start, rests: None, before });
         Ok(())
@@ -236,7 +236,7 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
 
     fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>) {
         let Some(under_way) = self.under_way.take() else { return };
-        self.machine = under_way.before.into();
+        self.machine = under_way.before;
         if let Some(params) = params {
             spread_all(&under_way.start, params, &[]);
         }
@@ -539,5 +539,57 @@ impl Optimizer {
         let order: Vec<Range<usize>> = sources.iter().filter_map(|source| ranges.get(source).cloned()).collect();
         minimizer.load(&format!("{place}: state"), &state.slots, &order, saved.unseen_end)?;
         Ok(Some(minimizer))
+    }
+}
+
+#[cfg(all(test, feature = "gpu"))]
+mod tests {
+    use super::*;
+    use crate::rules::Preset;
+    use crate::store::ParamInfo;
+    use crate::{Options, hyper::Value};
+
+    #[test]
+    fn a_device_that_is_lost_in_a_step_leaves_all_as_it_was() {
+        for (name, evaluations) in [("LBFGS", 1), ("LBFGS", 4), ("ConjugateGradient", 3)] {
+            let request = gpu::DeviceRequest { allow_software: true, ..gpu::DeviceRequest::default() };
+            let (space, device) = match gpu::VectorSpace::private(name, &request) {
+                Err(e) if e.kind() == ErrorKind::NoAdapter => {
+                    assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
+                    return;
+                }
+                opened => opened.unwrap(),
+            };
+            let preset = Preset::find(name).unwrap();
+            let mut optimizer =
+                Optimizer::with_backend(preset, Backend::GpuVectors(space), &Options::default()).unwrap();
+            let hypers = [("max_iter", Value::Int(4)), ("lr", Value::Float(0.01))];
+            optimizer.add_group(&hypers, vec![ParamInfo::vector("w", 2, Dtype::F32)]).unwrap();
+            let mut w = [3.0f32, -4.0];
+            let answer = |w: [f32; 2]| (f64::from(w[0] * w[0] + 5.0 * w[1] * w[1]), [2.0 * w[0], 10.0 * w[1]]);
+            let tell = |optimizer: &mut Optimizer, w: &mut [f32; 2]| {
+                let (loss, g) = answer(*w);
+                optimizer.tell(loss, &mut [w.as_mut_slice().into()], &[Some(g.as_slice().into())])
+            };
+            optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap();
+            while tell(&mut optimizer, &mut w).unwrap() == Ask::Evaluate {}
+            let (before, counts) = (w, optimizer.minimizer.as_ref().unwrap().counts());
+            optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap();
+            for _ in 1..evaluations {
+                assert_eq!(tell(&mut optimizer, &mut w).unwrap(), Ask::Evaluate);
+            }
+            device.destroy();
+            // The word of the loss comes with the next poll.
+            let _ = device.poll(wgpu::PollType::wait_indefinitely());
+            let error = tell(&mut optimizer, &mut w).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost, "{evaluations}: {error}");
+            assert!(optimizer.is_torn() && w == before);
+            let minimizer = optimizer.minimizer.as_ref().unwrap();
+            assert!(!minimizer.is_running() && minimizer.counts() == counts);
+            optimizer.abandon(Some(&mut [w.as_mut_slice().into()])).unwrap();
+            assert_eq!(optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap_err().kind(), ErrorKind::Torn);
+            let error = optimizer.state_dict().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
+        }
     }
 }
