@@ -387,7 +387,8 @@ fn states_of_another_shape_are_refused() {
     let read = |values| lbfgs::State::from_parts(Parts::new("LBFGS", 2, values));
     assert_eq!(&read(parts()).unwrap(), machine.state());
     let vectors = |lengths: &[usize]| Part::List(lengths.iter().map(|&n| Part::Vector(vec![0.5; n].into())).collect());
-    let cases: [(&str, Option<Part<Host<f64>>>, &str); 12] = [
+    type Changed = Option<Part<Host<f64>>>;
+    let cases: [(&str, Changed, &str); 12] = [
         ("func_evals", None, "func_evals must be present, got none"),
         ("n_iter", Some(Part::Number(-1.0)), "n_iter must be a whole number >= 0, got -1"),
         ("t", Some(Part::Number(f64::NAN)), "t must be a finite number, got NaN"),

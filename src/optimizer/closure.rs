@@ -161,7 +161,7 @@ impl<V: Vector, R: ClosureRule> Flat<V, R> {
         });
         let ask = self.machine.tell(loss, V::new(&self.home, &self.gradient)?);
         V::outcome(&self.home)?;
-        spread_all(&*self.machine.point().to_host()?, params, rests);
+        spread_all(&self.machine.point().to_host()?, params, rests);
         Ok(ask)
     }
 }
