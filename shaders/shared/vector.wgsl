@@ -57,7 +57,7 @@ const HAS_NAN: u32 = 1u;
 const HAS_PLUS_INFINITY: u32 = 2u;
 const HAS_MINUS_INFINITY: u32 = 4u;
 
-// Four vec4 index's elements that count; the others are 0.
+// Which of the four elements at this index count.
 fn inside(index: u32) -> vec4<bool> {
     let at = 4u * index + vec4<u32>(0u, 1u, 2u, 3u);
     return (at >= vec4<u32>(operation.start)) & (at < vec4<u32>(operation.end));

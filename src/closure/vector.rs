@@ -65,7 +65,7 @@ pub trait Vector: Clone + Debug + Default + Send + Sync {
         self.len() == 0
     }
 
-    /// All of it, for max|xᵢ|.
+    /// What [`Vector::largest`] asks for, to be reduced along with others.
     fn whole(&self) -> Reduction<'_, Self> {
         Reduction::Largest(self, 0..self.len())
     }

@@ -1,16 +1,16 @@
 //! Vectors on the device, for methods that evaluate the loss several times in a step.
 //!
 //! ```text
-//! new       host → buffers                        recorded
+//! new       host → buffers                        submitted
 //! x + a·y   into other buffers                    recorded, one dispatch per window
 //! reduce    one result per block → host → number  waits, once for several numbers
 //! to_host   buffers → host                        waits
 //! ```
 //!
 //! A vector is cut into windows no longer than one binding may be; each is a buffer. Buffers of vectors that are
-//! gone are used again. An operation never writes what it reads, so vectors can share buffers. What is recorded
-//! goes to the device with the next number or vector that the host wants, so the buffers that an operation reads may
-//! be handed to a later one that writes: the device keeps their order.
+//! gone are used again, also by operations that follow in what is recorded: the device keeps the order. An operation
+//! never writes what it reads, so vectors can share buffers. What is recorded goes to the device with the next vector
+//! that the host brings, or the next number or vector that it wants.
 //!
 //! Blocks, and the tree that joins them, are those of the CPU's sums; within a block the terms have about 48 bits and
 //! another order. Elementwise operations are the CPU's.
@@ -366,7 +366,9 @@ impl Home {
             }
             let encoder = context.device.create_command_encoder(&Default::default());
             // SAFETY: the source is a slice of f32, and the windows lie within it.
-            recorder.encoder = Some(unsafe { recorder.staging.upload(context, place, &uploads, encoder) }?);
+            let encoder = unsafe { recorder.staging.upload(context, place, &uploads, encoder) }?;
+            // Where a later operation fails, what it would have been submitted with is lost: not this vector.
+            submit(context, place, encoder)?;
             Ok(vector)
         })
     }
