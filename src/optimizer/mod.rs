@@ -44,6 +44,9 @@ enum Backend {
     Cpu(cpu::Executor),
     #[cfg(feature = "gpu")]
     Gpu(Box<gpu::Executor>),
+    /// Of methods that evaluate the loss several times: parameters stay on the host, the method's vectors do not.
+    #[cfg(feature = "gpu")]
+    GpuVectors(gpu::VectorSpace),
 }
 
 impl Backend {
@@ -52,7 +55,7 @@ impl Backend {
         match self {
             Self::Cpu(executor) => executor.threads.pool(elements >= cpu::INLINE_ELEMENTS),
             #[cfg(feature = "gpu")]
-            Self::Gpu(_) => None,
+            Self::Gpu(_) | Self::GpuVectors(_) => None,
         }
     }
 }
@@ -161,6 +164,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
+        if let Method::Closure(_) = preset.method {
+            let space = gpu::VectorSpace::new(preset.name, device)?;
+            return Self::with_backend(preset, Backend::GpuVectors(space), options);
+        }
         let Method::Elementwise(rule) = preset.method else { return Err(cpu_only(preset)) };
         if !preset.has_shader() {
             return Err(cpu_only(preset));
@@ -290,7 +297,7 @@ impl Optimizer {
         match &mut self.backend {
             Backend::Cpu(executor) => executor.force(isa, chunk),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => {}
+            Backend::Gpu(_) | Backend::GpuVectors(_) => {}
         }
     }
 
@@ -299,8 +306,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_gpu(&mut self, window: usize, chunk: usize) {
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.force(window, chunk);
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.force(window, chunk),
+            Backend::GpuVectors(space) => space.force(window),
         }
     }
 
@@ -308,8 +317,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_loss(&self) {
-        if let Backend::Gpu(executor) = &self.backend {
-            executor.force_loss();
+        match &self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.force_loss(),
+            Backend::GpuVectors(space) => space.force_loss(),
         }
     }
 
@@ -317,7 +328,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn device_bytes(&self) -> u64 {
         match &self.backend {
-            Backend::Cpu(_) => 0,
+            Backend::Cpu(_) | Backend::GpuVectors(_) => 0,
             Backend::Gpu(executor) => executor.device_bytes(),
         }
     }
@@ -326,7 +337,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn dispatches(&self) -> usize {
         match &self.backend {
-            Backend::Cpu(_) => 0,
+            Backend::Cpu(_) | Backend::GpuVectors(_) => 0,
             Backend::Gpu(executor) => executor.dispatches(),
         }
     }
@@ -337,6 +348,7 @@ impl Optimizer {
         match &self.backend {
             Backend::Cpu(_) => Ok(None),
             Backend::Gpu(executor) => executor.device().map(Some),
+            Backend::GpuVectors(space) => space.device().map(Some),
         }
     }
 
@@ -346,6 +358,8 @@ impl Optimizer {
             Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.device_name().into(),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(space) => space.device_name().into(),
         }
     }
 
@@ -410,8 +424,10 @@ impl Optimizer {
             return Err(Error::refuse(ErrorKind::Type, self.preset.name, label, "of real numbers", info.dtype));
         }
         #[cfg(feature = "gpu")]
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.add(&params)?;
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.add(&params)?,
+            Backend::GpuVectors(space) => space.accept(&params, self.entries.len())?,
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
         self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
@@ -552,9 +568,9 @@ impl Optimizer {
                 self.step_cpu(rule, params, gradients).map(|()| Made::Whole)
             }
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
-            (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
+            (_, Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
-            (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
+            (Backend::Gpu(_) | Backend::GpuVectors(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
         match outcome? {
@@ -721,7 +737,8 @@ impl Optimizer {
     }
 
     /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
-    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU.
+    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU, nor of
+    /// methods that take a closure.
     pub fn host_is_stale(&self, index: usize) -> bool {
         match &self.backend {
             Backend::Cpu(_) => {
@@ -730,6 +747,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_is_stale(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         }
     }
 
@@ -739,6 +758,8 @@ impl Optimizer {
             Backend::Cpu(_) => debug_assert!(index < self.entries.len()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_written(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => {}
         }
     }
 
@@ -760,6 +781,8 @@ impl Optimizer {
                 let entries = &self.entries;
                 noted(executor.sync(&place, arrays, pool, |index| entries[index].label(index)), &mut self.torn)
             }
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => Ok(()),
         }
     }
 
@@ -781,6 +804,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => noted(executor.read_slots(wanted), &mut self.torn)?,
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => vec![None; wanted.len()],
         };
         let array = |(&(index, k), bytes): (&(usize, usize), Option<Vec<u8>>)| {
             let (shape, dtype) = self.slot_layout(index, k);
@@ -828,6 +853,8 @@ impl Optimizer {
             Backend::Cpu(_) => self.entries[index].slots[k].is_some(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.has_slot(index, k),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         };
         let slots = self.preset.declaration().slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name);
         slots.chain(self.joint_names(index)).collect()

@@ -251,7 +251,12 @@ impl Preset {
 
     /// Whether it runs on a GPU.
     pub fn has_shader(&self) -> bool {
-        matches!(self.method, Method::Elementwise(rule) if rule.shader().is_some())
+        match self.method {
+            Method::Elementwise(rule) => rule.shader().is_some(),
+            Method::Tensor(_) => false,
+            // Their vectors are added and multiplied there, whatever the method.
+            Method::Closure(_) => true,
+        }
     }
 
     /// Where it comes from.
