@@ -131,6 +131,17 @@ pub(crate) fn axpy<F: Real>(parallel: bool, y: &mut [F], a: f64, x: &[F]) {
     });
 }
 
+/// out ← x + a·y.
+pub(crate) fn sum_scaled<F: Real>(parallel: bool, out: &mut [F], x: &[F], a: f64, y: &[F]) {
+    let a = F::from_f64(a);
+    each_row(parallel, out, SUM_BLOCK, |i, out| {
+        let start = i * SUM_BLOCK;
+        for ((out, &x), &y) in out.iter_mut().zip(&x[start..]).zip(&y[start..]) {
+            *out = x + a * y;
+        }
+    });
+}
+
 /// A matrix in someone else's memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a, F> {

@@ -55,6 +55,13 @@ pub const DECIDE: &str = include_str!("../shaders/shared/decide.wgsl");
 /// Gradients added up, and scaled in place.
 pub const GRADIENTS: &str = include_str!("../shaders/shared/gradients.wgsl");
 
+/// Operations on whole vectors.
+pub const VECTOR: &str = include_str!("../shaders/shared/vector.wgsl");
+/// Names of the entry points of [`vector_module`].
+pub const VECTOR_ENTRY_POINTS: [&str; 4] = ["add_scaled", "scale", "sum", "largest"];
+/// Words of the struct `Operation` of [`vector_module`].
+pub const OPERATION_WORDS: usize = 6;
+
 /// Words of the struct `Control`.
 pub const CONTROL_WORDS: usize = 16;
 /// Words of the struct `Frame`.
@@ -91,6 +98,11 @@ pub const HAS_INFINITY: u32 = 1;
 pub const HAS_NAN: u32 = 2;
 /// `Control.max_exponent` of an infinite bound.
 pub const UNBOUNDED_EXPONENT: i32 = 1000;
+
+/// The WGSL module of the operations on vectors.
+pub fn vector_module() -> String {
+    [DOUBLE, VECTOR].join("\n")
+}
 
 /// A module: its text, its entry point and whether each of its bindings is written to.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -45,6 +45,11 @@ fn tolerances_are_capped_and_of_tensor_rules_alone() {
 
 type Hypers = Vec<(&'static str, Value)>;
 
+/// The optimizers whose steps take gradients; tests/gpu_closure.rs has the others.
+fn with_shader() -> impl Iterator<Item = &'static Preset> {
+    REGISTRY.iter().filter(|preset| preset.has_shader() && !preset.needs_closure())
+}
+
 fn request() -> DeviceRequest {
     DeviceRequest { allow_software: true, ..DeviceRequest::default() }
 }
@@ -230,7 +235,7 @@ fn run(name: &str, hypers: &[(&str, Value)], adapt: impl FnOnce(&mut Optimizer))
 
 #[test]
 fn every_variant_of_every_optimizer_agrees_with_the_cpu() {
-    for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
+    for preset in with_shader() {
         for hypers in variants(preset) {
             run(preset.name, &hypers, |_| {});
         }
@@ -239,7 +244,7 @@ fn every_variant_of_every_optimizer_agrees_with_the_cpu() {
 
 #[test]
 fn tiny_windows_and_chunks_change_nothing() {
-    for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
+    for preset in with_shader() {
         let hypers = variants(preset).pop().unwrap();
         for (window, chunk) in small(preset.name) {
             run(preset.name, &hypers, |gpu| gpu.force_gpu(window, chunk));
@@ -252,7 +257,7 @@ fn minimum_limits_change_nothing() {
     if software().is_none() {
         return;
     }
-    for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
+    for preset in with_shader() {
         run(preset.name, &variants(preset).pop().unwrap(), |gpu| {
             let minimum = DeviceRequest { minimum_limits: true, ..request() };
             *gpu = Optimizer::gpu(preset.name, &Options::default(), &minimum).unwrap();
@@ -302,7 +307,7 @@ fn a_group_added_later_and_a_slot_needed_later() {
 #[test]
 fn a_slot_that_was_reset_begins_as_zero() {
     let Some(software) = software() else { return };
-    for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
+    for preset in with_shader() {
         let mut both = optimizers(preset.name);
         let mut values = [start_of(preset.name), start_of(preset.name)];
         for (optimizer, values) in both.iter_mut().zip(&mut values) {
@@ -349,7 +354,7 @@ fn nan_and_infinity_spread_as_on_the_cpu() {
         ("Adam", &[("amsgrad", Value::Bool(true))]),
         ("RMSprop", &[("centered", Value::Bool(true)), ("momentum", Value::Float(0.9))]),
     ];
-    let plain = REGISTRY.iter().filter(|p| p.has_shader()).map(|p| (p.name, &[][..]));
+    let plain = with_shader().map(|p| (p.name, &[][..]));
     for (name, hypers) in plain.chain(more) {
         let mut both = optimizers(name);
         let mut values = [vec![vec![1.0f32; 6]], vec![vec![1.0f32; 6]]];
@@ -503,7 +508,7 @@ fn strided_arrays_have_the_same_bits_as_contiguous_ones() {
 #[test]
 fn state_moves_between_backends() {
     let Some(software) = software() else { return };
-    for preset in REGISTRY.iter().filter(|p| p.has_shader()) {
+    for preset in with_shader() {
         let hypers = variants(preset).pop().unwrap();
         let mut both = optimizers(preset.name);
         both[1].force_gpu(small(preset.name)[1].0.max(256), 4096);

@@ -156,7 +156,11 @@ fn passes_of_tensor_rules_are_what_the_executor_runs() {
             let head = shader::TENSOR_HEAD_WORDS;
             assert_eq!(offsets, [head, head + MAX_SLOTS, head + MAX_SLOTS + MAX_AREAS]);
             for (index, entry) in module.entry_points.iter().enumerate() {
-                let uses = |handle: naga::Handle<naga::GlobalVariable>| !info.get_entry_point(index)[handle].is_empty();
+                let used = info.get_entry_point(index);
+                let zero = module.global_variables.iter().find(|(_, v)| v.name.as_deref() == Some("unseen_zero"));
+                let zero = used[zero.unwrap().0];
+                assert!(zero.is_empty() || zero.contains(naga::valid::GlobalUse::WRITE), "{}", entry.name);
+                let uses = |handle: naga::Handle<naga::GlobalVariable>| !used[handle].is_empty();
                 let bytes = |(handle, v): (_, &naga::GlobalVariable)| match module.types[v.ty].inner {
                     _ if v.space != naga::AddressSpace::WorkGroup || !uses(handle) => 0,
                     // As many as a workgroup has lanes.
@@ -193,5 +197,31 @@ fn a_rule_uses_the_slots_it_declares() {
     for &rule in RuleId::ALL {
         let used: BTreeSet<usize> = rule.kernels().iter().flat_map(|k| k.slots).copied().collect();
         assert!(used.iter().copied().eq(0..rule.declaration().slots.len()), "slots of {}", rule.declaration().stem);
+    }
+}
+
+#[test]
+fn operations_on_vectors_are_valid_and_laid_out_as_the_host_fills_them() {
+    let text = shader::vector_module();
+    let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| panic!("{}", e.emit_to_string(&text)));
+    let info = Validator::new(ValidationFlags::all(), Capabilities::default()).validate(&module).unwrap();
+    let names: Vec<&str> = module.entry_points.iter().map(|entry| entry.name.as_str()).collect();
+    assert_eq!(names, shader::VECTOR_ENTRY_POINTS);
+    let operation = module.types.iter().find(|(_, t)| t.name.as_deref() == Some("Operation")).unwrap().0;
+    let offsets = fields(&module, operation).into_iter().map(|(_, offset, _)| offset as usize);
+    assert!(offsets.eq((0..shader::OPERATION_WORDS).map(|i| 4 * i)));
+    // Every entry point that adds numbers of two f32 says what zero is, and none takes more memory than WebGPU
+    // guarantees a workgroup.
+    let is_zero = |name: &Option<String>| name.as_deref() == Some("unseen_zero");
+    let zero = module.global_variables.iter().find(|(_, v)| is_zero(&v.name)).unwrap().0;
+    for (i, entry) in module.entry_points.iter().enumerate() {
+        let uses = info.get_entry_point(i);
+        assert!(uses[zero].is_empty() || uses[zero].contains(naga::valid::GlobalUse::WRITE), "{}", entry.name);
+        let shared = module
+            .global_variables
+            .iter()
+            .filter(|&(handle, v)| v.space == naga::AddressSpace::WorkGroup && !uses[handle].is_empty());
+        let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx())).sum();
+        assert!(bytes <= 16 << 10, "{}: {bytes}", entry.name);
     }
 }

@@ -60,8 +60,9 @@ def _devices(options: argparse.Namespace) -> None:
         note = " (only with allow_software=True)" if device.software else ""
         print(f"{device.backend:<8} {device.kind:<11} {device.name}  {device.driver}{note}")
         if device.api:
-            buffer, binding = (f"{size / 2**20:,.0f} MiB" for size in (device.max_buffer_bytes, device.max_binding_bytes))
-            print(f"{'':<20} {device.api}; buffers up to {buffer}, windows up to {binding}")
+            sizes = (device.max_buffer_bytes, device.max_binding_bytes)
+            buffer, window = (f"{size / 2**20:,.0f} MiB" for size in sizes)
+            print(f"{'':<20} {device.api}; buffers up to {buffer}, windows up to {window}")
 
 
 def _end(schedule: Schedule) -> int:

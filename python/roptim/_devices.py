@@ -65,7 +65,7 @@ def fastest(place: str, elements: int, parameters: bool, allow_software: bool) -
     """
     gpus = [device for device in devices()[1:] if allow_software or not device.software]
     if not gpus:
-        return _said("cpu", f"{place}: backend=\"auto\" chose the CPU: there is no GPU")
+        return _said("cpu", f'{place}: backend="auto" chose the CPU: there is no GPU')
     gpu = gpus[0]
     size = 1 << max(10, math.ceil(math.log2(max(1, elements))))
     key = (gpu.backend, min(size, _MOST_MEASURED), parameters)
@@ -73,11 +73,11 @@ def fastest(place: str, elements: int, parameters: bool, allow_software: bool) -
         try:
             _measured[key] = (_step_time("cpu", *key[1:]), _step_time(gpu.backend, *key[1:], allow_software))
         except NoAdapterError:
-            return _said("cpu", f"{place}: backend=\"auto\" chose the CPU: {gpu.name} cannot be used")
+            return _said("cpu", f'{place}: backend="auto" chose the CPU: {gpu.name} cannot be used')
     on_cpu, on_gpu = _measured[key]
     chosen, name = ("cpu", "the CPU") if on_cpu <= on_gpu else (gpu.backend, gpu.name)
     times = f"{1e3 * on_cpu:.3g} ms on the CPU, {1e3 * on_gpu:.3g} ms on {gpu.name}"
-    return _said(chosen, f"{place}: backend=\"auto\" chose {name}: a step on {key[1]} elements takes {times}")
+    return _said(chosen, f'{place}: backend="auto" chose {name}: a step on {key[1]} elements takes {times}')
 
 
 _said_before: set[str] = set()

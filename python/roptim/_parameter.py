@@ -147,9 +147,7 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         # What lies on a device is written as a whole afterwards.
         away = {id(x): x._host().copy() for x in with_written if x._on_device}
         if with_written:
-            kwargs["out"] = tuple(
-                away.get(id(x), x._host()) if isinstance(x, Parameter) else x for x in outputs
-            )
+            kwargs["out"] = tuple(away.get(id(x), x._host()) if isinstance(x, Parameter) else x for x in outputs)
         try:
             result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
         finally:

@@ -78,15 +78,16 @@ class Array(_roptim.DeviceArray):
         return f"roptim.gpu.Array(shape={self.shape}, dtype={self.dtype_name}, device={self.device!r})"
 
     def __reduce__(self) -> Any:
-        remedy = "send a.numpy()"
-        raise refuse(RoptimValueError, "roptim.gpu.Array", "an array on a device", "on the host to be copied", "one", remedy)
+        allowed, got, remedy = "on the host", "one on a device", "send a.numpy()"
+        raise refuse(RoptimValueError, "roptim.gpu.Array", "an array to be pickled", allowed, got, remedy)
 
 
 def _dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 

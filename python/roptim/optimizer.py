@@ -615,6 +615,32 @@ class Optimizer:
         return self._engine.gradient_norm if self._engine is not None else None
 
     @property
+    def grad_scale(self) -> float:
+        """What the gradients of the coming steps were multiplied by, a power of two; 1.0 unless it was set.
+
+        Loss scaling: small float16 gradients vanish unless the loss is multiplied first. Steps divide it out before
+        clipping, exactly, and ``gradient_norm`` is that of the gradients without it. With ``nonfinite="skip"`` an
+        overflow leaves the update out::
+
+            opt = roptim.AdamW(params, nonfinite="skip")
+            opt.grad_scale = 2.0**12
+            opt.step(gradients_of(2.0**12 * loss))
+
+        It is not saved, and a copied optimizer begins with 1.
+        """
+        return self._engine.grad_scale if self._engine is not None else 1.0
+
+    @grad_scale.setter
+    def grad_scale(self, value: float) -> None:
+        if self._engine is None:
+            raise refuse(
+                RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", repr(value)
+            )
+        if isinstance(value, bool) or not isinstance(settled(value), (int, float)):
+            raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", repr(value))
+        self._engine.grad_scale = float(settled(value))
+
+    @property
     def device(self) -> str:
         """What the steps run on."""
         return self._engine.device if self._engine is not None else "python"
@@ -827,7 +853,19 @@ class Optimizer:
     # ---- copies and text --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        internal = {"_engine", "_current", "_reserves", "_state", "param_groups", "_specs", "_all", "_options", "defaults", "_place", "_hypers"}
+        internal = {
+            "_engine",
+            "_current",
+            "_reserves",
+            "_state",
+            "param_groups",
+            "_specs",
+            "_all",
+            "_options",
+            "defaults",
+            "_place",
+            "_hypers",
+        }
         # Hooks are not copied, as in torch: what they do belongs to the original.
         internal |= {"_hooks", "_in_step", "_scheduled", "_shown_at"}
         return {

@@ -885,7 +885,8 @@ class LBFGS(ClosureOptimizer):
     must be the same in every group, and the vector's precision is float64 if one of the parameters' is, else float32.
     A parameter without a gradient is left alone for the step; if it moved before, the memory is emptied.
     With ``line_search_fn`` None the steps have length ``lr`` and the loss may grow; with ``"strong_wolfe"`` the first
-    trial is ``lr`` and the loss never grows. A trial that is not finite is taken back. On the CPU only.
+    trial is ``lr`` and the loss never grows. A trial that is not finite is taken back. On a GPU the vectors of the
+    method live on the device, of float32; the parameters stay with the host, whose closure reads them.
 
     State, one for all at the first parameter, read-only: ``func_evals``, ``n_iter`` (int), ``d`` (direction), ``t``
     (step length), ``old_dirs`` (:math:`y_i`), ``old_stps`` (:math:`s_i`), ``ro`` (:math:`1/(y_i \cdot s_i)`),
@@ -945,7 +946,7 @@ class ConjugateGradient(ClosureOptimizer):
 
     ``step(closure)`` and everything about it is as for :class:`LBFGS`; the memory is two vectors instead of two for
     each pair. It starts again from :math:`d = -g` after ``restart`` iterations, where successive gradients are far
-    from orthogonal, and where :math:`d` does not go downhill. On the CPU only.
+    from orthogonal, and where :math:`d` does not go downhill.
 
     State, one for all at the first parameter, read-only: ``func_evals``, ``n_iter``, ``since_restart`` (int), ``d``
     (direction), ``t`` (step length), ``prev_flat_grad``, ``prev_loss``; the vectors are flat. Source: Polak, Ribière,

@@ -71,6 +71,12 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
+    /// Whether a Parameter's truth is on the device. A closure reads its parameters between evaluations, so those
+    /// of an optimizer that takes one stay with the host.
+    fn houses_parameters(&self) -> bool {
+        self.on_gpu && !self.needs_closure
+    }
+
     fn name(&self) -> &'static str {
         self.shared.name
     }
@@ -374,7 +380,7 @@ impl Engine {
             name: names.as_ref().map(|n| n[i].clone()),
             shape: r.seen.shape().to_vec(),
             dtype: r.seen.dtype,
-            resident: r.parameter.is_some(),
+            resident: r.parameter.is_some() && !self.needs_closure,
         });
         let infos = infos.collect();
         let changes: Vec<(&str, Value)> = changes.iter().map(|(n, v)| (n.as_str(), *v)).collect();
@@ -395,7 +401,7 @@ impl Engine {
         for ((i, registered), alone) in table.params[first..].iter().enumerate().zip(alone) {
             let Some(parameter) = &registered.parameter else { continue };
             let here = || Home { shared: Arc::clone(&self.shared), index: first + i };
-            parameter.get().set_home(py, self.on_gpu.then(here), alone)?;
+            parameter.get().set_home(py, self.houses_parameters().then(here), alone)?;
         }
         values::to_dict(py, hypers.iter())
     }
@@ -557,7 +563,7 @@ impl Engine {
             let mut optimizer = self.shared.try_use()?;
             let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
             let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
-            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)))
+            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)?))
         });
         let (buffer, copy, scalar, joint) = found.or_raise(py)?;
         if let Some(value) = joint {
@@ -637,6 +643,17 @@ impl Engine {
     fn skip_count(&self, py: Python<'_>) -> PyResult<u64> {
         self.settle(py)?;
         Ok(self.shared.try_use().or_raise(py)?.skip_count())
+    }
+
+    /// What the coming gradients were multiplied by.
+    #[getter]
+    fn grad_scale(&self, py: Python<'_>) -> PyResult<f64> {
+        Ok(self.shared.try_use().or_raise(py)?.grad_scale())
+    }
+
+    #[setter]
+    fn set_grad_scale(&self, py: Python<'_>, scale: f64) -> PyResult<()> {
+        self.shared.try_use().and_then(|mut optimizer| optimizer.set_grad_scale(scale)).or_raise(py)
     }
 
     /// The norm of the last step's gradients, where it is bounded.
@@ -816,8 +833,10 @@ impl Engine {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
             let home = parameter.home();
             let settled = match &home {
-                Some(home) => self.on_gpu && home.index == index && Arc::ptr_eq(&home.shared, &self.shared),
-                None => !self.on_gpu,
+                Some(home) => {
+                    self.houses_parameters() && home.index == index && Arc::ptr_eq(&home.shared, &self.shared)
+                }
+                None => !self.houses_parameters(),
             };
             if settled {
                 continue;
@@ -827,7 +846,7 @@ impl Engine {
             let here = || Home { shared: Arc::clone(&self.shared), index };
             // The table holds the array, too.
             let alone = registered.array.is(&parameter.host(py)) && parameter.is_alone(py, 1);
-            parameter.set_home(py, self.on_gpu.then(here), alone)?;
+            parameter.set_home(py, self.houses_parameters().then(here), alone)?;
         }
         Ok(())
     }

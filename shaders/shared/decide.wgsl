@@ -27,12 +27,13 @@ fn decide(@builtin(local_invocation_index) lane: u32) {
         largest = max(largest, select(0u, u32(partials[i].exponent + 200), partials[i].hi > 0.0));
     }
     found = any_of_lanes(lane, found);
-    let exponent = i32(largest_of_lanes(lane, largest)) - 200;
+    let scaled_exponent = i32(largest_of_lanes(lane, largest)) - 200;
+    let exponent = scaled_exponent - control.scale_exponent;
     var sum = double(vec4<f32>(0.0));
     for (var i = lane; i < control.chunks; i += WORKGROUP) {
         let partial = partials[i];
         let one = Double(vec4<f32>(partial.hi, 0.0, 0.0, 0.0), vec4<f32>(partial.lo, 0.0, 0.0, 0.0));
-        sum = add(sum, double_scaled(one, 2 * (partial.exponent - exponent)));
+        sum = add(sum, double_scaled(one, 2 * (partial.exponent - scaled_exponent)));
     }
     let total = sum_of_lanes(lane, sum);
     if (lane != 0u) {

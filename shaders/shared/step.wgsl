@@ -57,7 +57,8 @@ struct Control {
     // What is added to the norm before it divides.
     epsilon_hi: f32,
     epsilon_lo: f32,
-    unused: u32,
+    // The gradients were multiplied by two to this power.
+    scale_exponent: i32,
 }
 
 // An element within the bound. NaN stays.

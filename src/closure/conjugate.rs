@@ -16,18 +16,19 @@
 //! positive number, min(1, 1/Σ|g|)·lr. So `lr` acts at the first iteration and after a search that found
 //! nothing.
 
+use std::sync::Arc;
+
 use super::descent::{Descent, Last, Method};
 use super::parts::{Part, Parts};
-use super::{axpy, dot, negative};
+use super::vector::{Reduction, Vector};
 use crate::error::Result;
-use crate::real::Real;
 
-/// Conjugate gradients over one flat vector.
-pub type ConjugateGradient<F> = Descent<F, Cycle>;
+/// Conjugate gradients over one flat vector on the CPU.
+pub type ConjugateGradient<F> = Descent<Arc<[F]>, Cycle>;
 /// Settings of a step.
 pub type Settings = super::descent::Settings<Options>;
 /// What outlives a step.
-pub type State<F> = super::descent::State<F, Cycle>;
+pub type State<V> = super::descent::State<V, Cycle>;
 
 /// Powell's measure of lost orthogonality.
 const MAX_OVERLAP: f64 = 0.2;
@@ -48,7 +49,7 @@ pub struct Cycle {
     pub since_restart: u64,
 }
 
-impl<F: Real> Method<F> for Cycle {
+impl<V: Vector> Method<V> for Cycle {
     type Options = Options;
     const NAME: &'static str = "ConjugateGradient";
     const CURVATURE: f64 = 0.1;
@@ -57,35 +58,36 @@ impl<F: Real> Method<F> for Cycle {
         true
     }
 
-    fn direction(&mut self, options: &Options, last: &Last<F>, g: &[F]) -> Vec<F> {
+    fn direction(&mut self, options: &Options, last: &Last<V>, g: &V) -> V {
         let g_prev = &last.prev_flat_grad;
-        let (gg, overlap) = (dot(g, g), dot(g, g_prev));
-        let beta = (gg - overlap) / dot(g_prev, g_prev);
+        let [gg, overlap, before] =
+            V::reduce([Reduction::Dot(g, g), Reduction::Dot(g, g_prev), Reduction::Dot(g_prev, g_prev)]);
+        let beta = (gg - overlap) / before;
         let cycle = options.restart.unwrap_or(g.len() as u64);
-        let mut d = negative(g);
+        let mut d = g.negative();
         self.since_restart += 1;
         if self.since_restart < cycle && beta > 0.0 && overlap.abs() < MAX_OVERLAP * gg {
-            axpy(&mut d, beta, &last.d);
-            if dot(g, &d) < 0.0 {
+            d.add_scaled(beta, &last.d);
+            if g.dot(&d) < 0.0 {
                 return d;
             }
-            d = negative(g);
+            d = g.negative();
         }
         self.since_restart = 0;
         d
     }
 
-    fn trial_step(_lr: f64, last: &Last<F>, slope: f64) -> Option<f64> {
-        let growth = dot(&last.prev_flat_grad, &last.d) / slope;
+    fn trial_step(_lr: f64, last: &Last<V>, slope: f64) -> Option<f64> {
+        let growth = last.prev_flat_grad.dot(&last.d) / slope;
         let t = last.t * growth.min(MAX_GROWTH);
         (t > 0.0 && t.is_finite()).then_some(t)
     }
 
-    fn parts(&self, _options: &Options) -> Vec<(&'static str, Part<F>)> {
+    fn parts(&self, _options: &Options) -> Vec<(&'static str, Part<V>)> {
         vec![("since_restart", Part::Count(self.since_restart))]
     }
 
-    fn from_parts(parts: &mut Parts<F>) -> Result<Self> {
+    fn from_parts(parts: &mut Parts<V>) -> Result<Self> {
         Ok(Self { since_restart: parts.count("since_restart")? })
     }
 }

@@ -30,8 +30,9 @@ use std::mem;
 use std::sync::Arc;
 
 use super::parts::{Part, Parts};
+use super::vector::{Reduction, Vector};
 use super::wolfe::{Rules, Search, Trial};
-use super::{Ask, Machine, axpy, dot, largest, negative, sum_abs};
+use super::{Ask, Machine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::Hypers;
 use crate::real::Real;
@@ -89,13 +90,13 @@ impl<O: Default> Default for Settings<O> {
 
 /// The last iteration's start and move.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Last<F> {
+pub struct Last<V> {
     /// Direction.
-    pub d: Arc<[F]>,
+    pub d: V,
     /// Step length along it.
     pub t: f64,
     /// Gradient where the iteration began.
-    pub prev_flat_grad: Arc<[F]>,
+    pub prev_flat_grad: V,
     /// Loss where the iteration began.
     pub prev_loss: f64,
 }
@@ -106,33 +107,37 @@ pub type Limits = Arc<[(usize, f64)]>;
 
 /// What outlives a step. Vectors are shared, so a clone is cheap.
 #[derive(Debug, Clone, PartialEq)]
-pub struct State<F, M> {
+pub struct State<V, M> {
     /// Evaluations in all steps.
     pub(crate) func_evals: u64,
     /// Iterations in all steps.
     pub(crate) n_iter: u64,
     /// None before the first iteration.
-    pub(crate) last: Option<Last<F>>,
+    pub(crate) last: Option<Last<V>>,
     /// The method's own.
     pub(crate) memory: M,
     /// A mark of the last step's end, if that was never evaluated.
     pub(crate) unseen_end: Option<u64>,
 }
 
-/// A number that tells points apart.
+/// A number that tells points apart. Of one that cannot be read, which an error tells of, it does not matter.
+fn fingerprint_of<V: Vector>(x: &V) -> u64 {
+    x.to_host().map_or(0, |x| fingerprint(&x))
+}
+
 fn fingerprint<F: Real>(x: &[F]) -> u64 {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     x.iter().for_each(|x| hash.update(&x.to_f64().to_bits().to_le_bytes()));
     hash.digest()
 }
 
-impl<F, M: Default> Default for State<F, M> {
+impl<V, M: Default> Default for State<V, M> {
     fn default() -> Self {
         Self { func_evals: 0, n_iter: 0, last: None, memory: M::default(), unseen_end: None }
     }
 }
 
-impl<F: Real, M: Method<F>> State<F, M> {
+impl<V: Vector, M: Method<V>> State<V, M> {
     /// A mark of the last step's end, if that was never evaluated.
     pub fn unseen_end(&self) -> Option<u64> {
         self.unseen_end
@@ -145,7 +150,7 @@ impl<F: Real, M: Method<F>> State<F, M> {
     }
 
     /// As named values, under torch's names; but for [`State::unseen_end`], which torch does not keep.
-    pub fn parts(&self, options: &M::Options) -> Vec<(&'static str, Part<F>)> {
+    pub fn parts(&self, options: &M::Options) -> Vec<(&'static str, Part<V>)> {
         let mut parts = vec![("func_evals", Part::Count(self.func_evals)), ("n_iter", Part::Count(self.n_iter))];
         if let Some(last) = &self.last {
             parts.extend([
@@ -160,7 +165,7 @@ impl<F: Real, M: Method<F>> State<F, M> {
     }
 
     /// From such values; refuses what does not fit.
-    pub fn from_parts(mut parts: Parts<F>) -> Result<Self> {
+    pub fn from_parts(mut parts: Parts<V>) -> Result<Self> {
         let (func_evals, n_iter) = (parts.count("func_evals")?, parts.count("n_iter")?);
         let mut state = Self { func_evals, n_iter, ..Self::default() };
         if parts.has("d") {
@@ -190,7 +195,7 @@ impl<F: Real, M: Method<F>> State<F, M> {
 /// What sets one method apart: its memory, and how this turns gradients into directions.
 ///
 /// The default memory is the empty one. The first iteration of all goes along −g without asking.
-pub trait Method<F: Real>: Clone + Debug + Default {
+pub trait Method<V: Vector>: Clone + Debug + Default {
     /// What a user chooses.
     type Options: Clone + Debug;
     /// For messages.
@@ -202,44 +207,45 @@ pub trait Method<F: Real>: Clone + Debug + Default {
     fn searches(options: &Self::Options) -> bool;
 
     /// The direction at a point with gradient `g`, after the move `last`.
-    fn direction(&mut self, options: &Self::Options, last: &Last<F>, g: &[F]) -> Vec<F>;
+    fn direction(&mut self, options: &Self::Options, last: &Last<V>, g: &V) -> V;
 
     /// The first step to try along a direction with this slope; none for the one of the first iteration.
-    fn trial_step(lr: f64, last: &Last<F>, slope: f64) -> Option<f64>;
+    fn trial_step(lr: f64, last: &Last<V>, slope: f64) -> Option<f64>;
 
     /// The memory as named values.
-    fn parts(&self, options: &Self::Options) -> Vec<(&'static str, Part<F>)>;
+    fn parts(&self, options: &Self::Options) -> Vec<(&'static str, Part<V>)>;
 
     /// From such values.
-    fn from_parts(parts: &mut Parts<F>) -> Result<Self>;
+    fn from_parts(parts: &mut Parts<V>) -> Result<Self>;
 }
 
 /// A method that asks for evaluations, one step after another.
 ///
-/// The state changes only when a step is done: a step that is abandoned leaves it as it was.
+/// The state changes only when a step is done: a step that is abandoned leaves it as it was. A clone between steps
+/// is cheap.
 #[derive(Debug, Clone)]
-pub struct Descent<F: Real, M: Method<F>> {
-    state: State<F, M>,
-    run: Option<Run<F, M>>,
-    end: Vec<F>,
+pub struct Descent<V: Vector, M: Method<V>> {
+    state: Arc<State<V, M>>,
+    run: Option<Run<V, M>>,
+    end: V,
     first_loss: f64,
 }
 
-impl<F: Real, M: Method<F>> Default for Descent<F, M> {
+impl<V: Vector, M: Method<V>> Default for Descent<V, M> {
     fn default() -> Self {
         State::default().into()
     }
 }
 
-impl<F: Real, M: Method<F>> From<State<F, M>> for Descent<F, M> {
-    fn from(state: State<F, M>) -> Self {
-        Self { state, run: None, end: Vec::new(), first_loss: f64::NAN }
+impl<V: Vector, M: Method<V>> From<State<V, M>> for Descent<V, M> {
+    fn from(state: State<V, M>) -> Self {
+        Self { state: Arc::new(state), run: None, end: V::default(), first_loss: f64::NAN }
     }
 }
 
-impl<F: Real, M: Method<F>> Descent<F, M> {
+impl<V: Vector, M: Method<V>> Descent<V, M> {
     /// As of the last step that was done.
-    pub fn state(&self) -> &State<F, M> {
+    pub fn state(&self) -> &State<V, M> {
         &self.state
     }
 
@@ -249,32 +255,33 @@ impl<F: Real, M: Method<F>> Descent<F, M> {
     }
 
     /// Says where the last step really ended, if that was never evaluated: rounding to a narrower type moves a point.
-    pub fn ended_at(&mut self, x: &[F]) {
-        if let Some(end) = &mut self.state.unseen_end {
-            *end = fingerprint(x);
+    pub fn ended_at(&mut self, x: &[V::Real]) {
+        if self.state.unseen_end.is_some() {
+            Arc::make_mut(&mut self.state).unseen_end = Some(fingerprint(x));
         }
     }
 
     /// Begins a step at `x` and asks for an evaluation there; abandons a step under way.
-    pub fn begin(&mut self, settings: &Settings<M::Options>, x: Vec<F>) -> Result<()> {
+    pub fn begin(&mut self, settings: &Settings<M::Options>, x: impl Into<V>) -> Result<()> {
         self.begin_within(settings, x, Limits::default())
     }
 
     /// [`Descent::begin`], with limits of the points.
-    pub fn begin_within(&mut self, settings: &Settings<M::Options>, x: Vec<F>, limits: Limits) -> Result<()> {
+    pub fn begin_within(&mut self, settings: &Settings<M::Options>, x: impl Into<V>, limits: Limits) -> Result<()> {
+        let x = x.into();
         self.state.check(x.len())?;
-        let begins_unseen = self.state.unseen_end.is_some_and(|end| end == fingerprint(&x));
+        let begins_unseen = self.state.unseen_end.is_some_and(|end| end == fingerprint_of(&x));
         self.first_loss = f64::NAN;
-        let nowhere = Trial { t: 0.0, loss: f64::NAN, slope: f64::NAN, gradient: Arc::default() };
+        let nowhere = Trial { t: 0.0, loss: f64::NAN, slope: f64::NAN, gradient: V::default(), steepest: f64::NAN };
         self.run = Some(Run {
             settings: settings.clone(),
             limits,
             begins_unseen,
-            state: State { unseen_end: None, ..self.state.clone() },
+            state: State { unseen_end: None, ..(*self.state).clone() },
             x: x.clone(),
             point: x,
             here: nowhere,
-            d: Arc::default(),
+            d: V::default(),
             d_max: 0.0,
             evals: 0,
             iterations: 0,
@@ -284,22 +291,22 @@ impl<F: Real, M: Method<F>> Descent<F, M> {
     }
 }
 
-impl<F: Real, M: Method<F>> Machine<F> for Descent<F, M> {
-    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask {
+impl<V: Vector, M: Method<V>> Machine<V> for Descent<V, M> {
+    fn tell(&mut self, loss: f64, gradient: impl Into<V>) -> Ask {
         let Some(run) = &mut self.run else { return Ask::Done };
         if run.evals == 0 {
             self.first_loss = loss;
         }
-        let ask = run.tell(loss, gradient);
+        let ask = run.tell(loss, gradient.into());
         if ask == Ask::Done
             && let Some(run) = self.run.take()
         {
-            (self.state, self.end) = (run.state, run.x);
+            (self.state, self.end) = (Arc::new(run.state), run.x);
         }
         ask
     }
 
-    fn point(&self) -> &[F] {
+    fn point(&self) -> &V {
         self.run.as_ref().map_or(&self.end, |run| &run.point)
     }
 
@@ -310,13 +317,13 @@ impl<F: Real, M: Method<F>> Machine<F> for Descent<F, M> {
 
 /// What the evaluation asked for is.
 #[derive(Debug, Clone)]
-enum Phase<F> {
+enum Phase<V> {
     Start,
     /// So much of the last step's move, where all of it led nowhere.
     Back {
         t: f64,
     },
-    Search(Search<F>),
+    Search(Search<V>),
     Fixed {
         t: f64,
     },
@@ -324,28 +331,28 @@ enum Phase<F> {
 
 /// A step under way.
 #[derive(Debug, Clone)]
-struct Run<F: Real, M: Method<F>> {
+struct Run<V: Vector, M: Method<V>> {
     settings: Settings<M::Options>,
     limits: Limits,
     /// Whether it began at an end that was never evaluated.
     begins_unseen: bool,
-    state: State<F, M>,
+    state: State<V, M>,
     /// Where the iteration began.
-    x: Vec<F>,
+    x: V,
     /// Where to evaluate.
-    point: Vec<F>,
+    point: V,
     /// What was found at `x`.
-    here: Trial<F>,
-    d: Arc<[F]>,
+    here: Trial<V>,
+    d: V,
     /// max|dᵢ|.
     d_max: f64,
     evals: u64,
     iterations: u64,
-    phase: Phase<F>,
+    phase: Phase<V>,
 }
 
-impl<F: Real, M: Method<F>> Run<F, M> {
-    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask {
+impl<V: Vector, M: Method<V>> Run<V, M> {
+    fn tell(&mut self, loss: f64, gradient: V) -> Ask {
         self.evals += 1;
         self.state.func_evals = self.state.func_evals.saturating_add(1);
         match mem::replace(&mut self.phase, Phase::Start) {
@@ -389,21 +396,22 @@ impl<F: Real, M: Method<F>> Run<F, M> {
         }
     }
 
-    fn trial(&self, t: f64, loss: f64, gradient: &[F]) -> Trial<F> {
-        let slope = dot(gradient, &self.d);
+    fn trial(&self, t: f64, loss: f64, gradient: V) -> Trial<V> {
+        let [slope, steepest, farthest] =
+            V::reduce([Reduction::Dot(&gradient, &self.d), gradient.whole(), self.point.whole()]);
         let is_finite = gradient.len() == self.x.len()
-            && [loss, slope, largest(gradient)].iter().all(|x| x.is_finite())
-            && self.holds(&self.point);
+            && [loss, slope, steepest, farthest].iter().all(|x| x.is_finite())
+            && self.is_within_limits(&self.point);
         let loss = if is_finite { loss } else { f64::INFINITY };
         let slope = if is_finite { slope } else { f64::NAN };
-        Trial { t, loss, slope, gradient: gradient.into() }
+        Trial { t, loss, slope, gradient, steepest }
     }
 
-    /// Whether the parameters can hold a point.
-    fn holds(&self, point: &[F]) -> bool {
+    /// Whether the parameters' types can hold a finite point.
+    fn is_within_limits(&self, point: &V) -> bool {
         let mut start = 0;
-        let within = |&(end, limit): &(usize, f64)| largest(&point[mem::replace(&mut start, end)..end]) <= limit;
-        largest(point).is_finite() && self.limits.iter().all(within)
+        let within = |&(end, limit): &(usize, f64)| point.largest_of(mem::replace(&mut start, end)..end) <= limit;
+        self.limits.iter().all(within)
     }
 
     fn set_out(&mut self) -> Ask {
@@ -413,21 +421,20 @@ impl<F: Real, M: Method<F>> Run<F, M> {
     /// Asks for an evaluation after `t` of the last move.
     fn go_back(&mut self, t: f64) -> Ask {
         let Some(last) = &self.state.last else { return Ask::Done };
-        let moves = t * largest(&last.d) > self.settings.tolerance_change;
+        let moves = t * last.d.largest() > self.settings.tolerance_change;
         if !moves || self.evals >= self.settings.max_eval {
             // It ends where it began, which nobody has seen yet.
-            self.state.unseen_end = Some(fingerprint(&self.x));
+            self.state.unseen_end = Some(fingerprint_of(&self.x));
             return Ask::Done;
         }
-        let (d, surplus) = (last.d.clone(), last.t - t);
-        self.point.clone_from(&self.x);
-        axpy(&mut self.point, -surplus, &d);
+        let surplus = last.t - t;
+        self.point.set_to_sum(&self.x, -surplus, &last.d);
         self.phase = Phase::Back { t };
         Ask::Evaluate
     }
 
     fn is_flat(&self) -> bool {
-        largest(&self.here.gradient) <= self.settings.tolerance_grad
+        self.here.steepest <= self.settings.tolerance_grad
     }
 
     fn iterate(&mut self) -> Ask {
@@ -440,19 +447,20 @@ impl<F: Real, M: Method<F>> Run<F, M> {
         let g = &here.gradient;
         let mut d = match &state.last {
             Some(last) => state.memory.direction(&settings.method, last, g),
-            None => negative(g),
+            None => g.negative(),
         };
-        let mut slope = dot(g, &d);
+        let measure = |d: &V| V::reduce([Reduction::Dot(g, d), d.whole()]);
+        let [mut slope, mut d_max] = measure(&d);
         if !slope.is_finite() {
             state.memory = M::default();
-            d = negative(g);
-            slope = dot(g, &d);
+            d = g.negative();
+            [slope, d_max] = measure(&d);
         }
         let t = state.last.as_ref().and_then(|last| M::trial_step(settings.lr, last, slope));
-        let t = t.unwrap_or_else(|| (1.0 / sum_abs(g)).min(1.0) * settings.lr);
+        let t = t.unwrap_or_else(|| (1.0 / g.sum_abs()).min(1.0) * settings.lr);
+        state.last = Some(Last { d: d.clone(), t, prev_flat_grad: g.clone(), prev_loss: here.loss });
         (here.t, here.slope) = (0.0, slope);
-        (self.d_max, self.d) = (largest(&d), d.into());
-        state.last = Some(Last { d: self.d.clone(), t, prev_flat_grad: g.clone(), prev_loss: here.loss });
+        (self.d_max, self.d) = (d_max, d);
         if !slope.is_finite() || slope > -settings.tolerance_change {
             return Ask::Done;
         }
@@ -461,9 +469,9 @@ impl<F: Real, M: Method<F>> Run<F, M> {
                 return self.ask(t, Phase::Fixed { t });
             }
             self.place(t);
-            if self.holds(&self.point) {
+            if self.point.largest().is_finite() && self.is_within_limits(&self.point) {
                 mem::swap(&mut self.x, &mut self.point);
-                self.state.unseen_end = Some(fingerprint(&self.x));
+                self.state.unseen_end = Some(fingerprint_of(&self.x));
             } else if let Some(last) = &mut self.state.last {
                 last.t = 0.0;
             }
@@ -483,21 +491,20 @@ impl<F: Real, M: Method<F>> Run<F, M> {
     }
 
     fn place(&mut self, t: f64) {
-        self.point.clone_from(&self.x);
-        axpy(&mut self.point, t, &self.d);
+        self.point.set_to_sum(&self.x, t, &self.d);
     }
 
-    fn ask(&mut self, t: f64, phase: Phase<F>) -> Ask {
+    fn ask(&mut self, t: f64, phase: Phase<V>) -> Ask {
         self.place(t);
         self.phase = phase;
         Ask::Evaluate
     }
 
     /// Ends the iteration at a finite trial; t = 0 stays.
-    fn arrive(&mut self, found: Trial<F>) -> Ask {
+    fn arrive(&mut self, found: Trial<V>) -> Ask {
         let t = found.t;
         if t != 0.0 {
-            axpy(&mut self.x, t, &self.d);
+            self.x.add_scaled(t, &self.d);
         }
         if let Some(last) = &mut self.state.last {
             last.t = t;

@@ -30,16 +30,15 @@ use std::sync::Arc;
 
 use super::descent::{Descent, Last, Method};
 use super::parts::{Part, Parts};
-use super::{axpy, dot, negative};
+use super::vector::{Reduction, Vector};
 use crate::error::Result;
-use crate::real::Real;
 
-/// L-BFGS over one flat vector.
-pub type Lbfgs<F> = Descent<F, History<F>>;
+/// L-BFGS over one flat vector on the CPU.
+pub type Lbfgs<F> = Descent<Arc<[F]>, History<Arc<[F]>>>;
 /// Settings of a step.
 pub type Settings = super::descent::Settings<Options>;
 /// What outlives a step.
-pub type State<F> = super::descent::State<F, History<F>>;
+pub type State<V> = super::descent::State<V, History<V>>;
 
 /// Longest list that is filled up with None.
 const MAX_FILLED: usize = 10_000;
@@ -63,33 +62,33 @@ impl Default for Options {
 
 /// A step and what it did to the gradient.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pair<F> {
+pub struct Pair<V> {
     /// Difference of gradients.
-    pub y: Arc<[F]>,
+    pub y: V,
     /// Difference of points.
-    pub s: Arc<[F]>,
+    pub s: V,
     /// 1/(y·s).
     pub ro: f64,
 }
 
 /// The pairs, oldest first.
 #[derive(Debug, Clone, PartialEq)]
-pub struct History<F> {
+pub struct History<V> {
     /// At most `history_size`.
-    pub pairs: VecDeque<Pair<F>>,
+    pub pairs: VecDeque<Pair<V>>,
     /// γ.
     pub h_diag: f64,
     /// α of each pair in the last recursion: scratch that torch shows.
     pub al: Vec<f64>,
 }
 
-impl<F> Default for History<F> {
+impl<V> Default for History<V> {
     fn default() -> Self {
         Self { pairs: VecDeque::new(), h_diag: 1.0, al: Vec::new() }
     }
 }
 
-impl<F: Real> Method<F> for History<F> {
+impl<V: Vector> Method<V> for History<V> {
     type Options = Options;
     const NAME: &'static str = "LBFGS";
     const CURVATURE: f64 = 0.9;
@@ -98,40 +97,39 @@ impl<F: Real> Method<F> for History<F> {
         options.strong_wolfe
     }
 
-    fn direction(&mut self, options: &Options, last: &Last<F>, g: &[F]) -> Vec<F> {
-        let t = F::from_f64(last.t);
-        let y: Arc<[F]> = g.iter().zip(&*last.prev_flat_grad).map(|(&g, &g_prev)| g - g_prev).collect();
-        let s: Arc<[F]> = last.d.iter().map(|&d| d * t).collect();
-        let ys = dot(&y, &s);
+    fn direction(&mut self, options: &Options, last: &Last<V>, g: &V) -> V {
+        let y = g.minus(&last.prev_flat_grad);
+        let mut s = last.d.clone();
+        s.scale(last.t);
+        let [ys, yy] = V::reduce([Reduction::Dot(&y, &s), Reduction::Dot(&y, &y)]);
         if ys > MIN_CURVATURE {
             let room = options.history_size.max(1) - 1;
             self.pairs.drain(..self.pairs.len().saturating_sub(room));
-            self.h_diag = ys / dot(&y, &y);
+            self.h_diag = ys / yy;
             self.pairs.push_back(Pair { y, s, ro: 1.0 / ys });
         }
 
         self.al = vec![0.0; self.pairs.len()];
-        let mut q = negative(g);
+        let mut q = g.negative();
         for (Pair { y, s, ro }, al) in self.pairs.iter().zip(&mut self.al).rev() {
-            *al = dot(s, &q) * ro;
-            axpy(&mut q, -*al, y);
+            *al = s.dot(&q) * ro;
+            q.add_scaled(-*al, y);
         }
-        let h_diag = F::from_f64(self.h_diag);
         let mut r = q;
-        r.iter_mut().for_each(|r| *r = *r * h_diag);
+        r.scale(self.h_diag);
         for (Pair { y, s, ro }, al) in self.pairs.iter().zip(&self.al) {
-            let be = dot(y, &r) * ro;
-            axpy(&mut r, al - be, s);
+            let be = y.dot(&r) * ro;
+            r.add_scaled(al - be, s);
         }
         r
     }
 
-    fn trial_step(lr: f64, _last: &Last<F>, _slope: f64) -> Option<f64> {
+    fn trial_step(lr: f64, _last: &Last<V>, _slope: f64) -> Option<f64> {
         Some(lr)
     }
 
-    fn parts(&self, options: &Options) -> Vec<(&'static str, Part<F>)> {
-        let list = |of: fn(&Pair<F>) -> Part<F>| Part::List(self.pairs.iter().map(of).collect());
+    fn parts(&self, options: &Options) -> Vec<(&'static str, Part<V>)> {
+        let list = |of: fn(&Pair<V>) -> Part<V>| Part::List(self.pairs.iter().map(of).collect());
         let mut parts = vec![
             ("old_dirs", list(|pair| Part::Vector(pair.y.clone()))),
             ("old_stps", list(|pair| Part::Vector(pair.s.clone()))),
@@ -147,7 +145,7 @@ impl<F: Real> Method<F> for History<F> {
         parts
     }
 
-    fn from_parts(parts: &mut Parts<F>) -> Result<Self> {
+    fn from_parts(parts: &mut Parts<V>) -> Result<Self> {
         let (y, s) = (parts.vectors("old_dirs")?, parts.vectors("old_stps")?);
         let (ro, h_diag, al) = (parts.numbers("ro")?, parts.number("H_diag")?, parts.numbers("al")?);
         let pairs = ("old_dirs", y.len());

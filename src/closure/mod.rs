@@ -13,7 +13,7 @@
 //! while ask == Ask::Evaluate {
 //!     let x = machine.point();
 //!     let (loss, gradient) = (x[0] * x[0] + 5.0 * x[1] * x[1], [2.0 * x[0], 10.0 * x[1]]);
-//!     ask = machine.tell(loss, &gradient);
+//!     ask = machine.tell(loss, gradient);
 //! }
 //! assert!(machine.point().iter().all(|x| x.abs() < 1e-3));
 //! # Ok::<(), roptim::Error>(())
@@ -25,22 +25,23 @@
 //! | [`wolfe`] | the line search |
 //! | [`lbfgs`], [`conjugate`] | a direction and a first trial step each |
 //! | [`parts`] | state as named values |
+//! | [`vector`] | what is done with vectors, and the CPU's |
 //!
-//! Vectors are in the parameters' type `F`; their products are summed in f64 in a fixed order, and step
+//! Vectors are of the parameters' type; their products are summed in f64 in a fixed order, and step
 //! lengths, losses and directional derivatives are f64, so the points do not depend on the machine.
 
 use std::fmt::Debug;
 
 use crate::hyper::Hypers;
-use crate::linear;
-use crate::real::Real;
 use crate::rule::Declaration;
 use descent::Method;
+use vector::Vector;
 
 pub mod conjugate;
 pub mod descent;
 pub mod lbfgs;
 pub mod parts;
+pub mod vector;
 pub mod wolfe;
 
 pub use conjugate::ConjugateGradient;
@@ -56,15 +57,15 @@ pub enum Ask {
 }
 
 /// The questions of either method.
-pub trait Machine<F> {
+pub trait Machine<V> {
     /// Answers the last question.
     ///
     /// A loss, gradient or point that is not finite, or a gradient of another length than the point,
     /// counts as a failed trial. Without a question the answer is ignored.
-    fn tell(&mut self, loss: f64, gradient: &[F]) -> Ask;
+    fn tell(&mut self, loss: f64, gradient: impl Into<V>) -> Ask;
 
     /// Where to evaluate next; after [`Ask::Done`] where the step ended.
-    fn point(&self) -> &[F];
+    fn point(&self) -> &V;
 
     /// The loss where the step began, NaN before it was told.
     fn first_loss(&self) -> f64;
@@ -77,40 +78,10 @@ pub trait ClosureRule: Debug + 'static {
     /// What a user chooses besides what all of them have.
     type Options: Clone + Debug + Send;
     /// What sets it apart from the others.
-    type Memory<F: Real>: Method<F, Options = Self::Options> + Send;
+    type Memory<V: Vector>: Method<V, Options = Self::Options> + Send + Sync;
 
     /// The choices in a group's hyperparameters.
     fn options(h: &Hypers) -> Self::Options;
-}
-
-/// Whether vectors may be spread over threads: a caller enters its pool where they are worth it.
-fn in_a_pool() -> bool {
-    rayon::current_thread_index().is_some()
-}
-
-/// a·b.
-fn dot<F: Real>(a: &[F], b: &[F]) -> f64 {
-    linear::dot(in_a_pool(), a, b)
-}
-
-/// Σ|xᵢ|.
-fn sum_abs<F: Real>(x: &[F]) -> f64 {
-    linear::sum_abs(in_a_pool(), x)
-}
-
-/// max|xᵢ|, NaN where an element is NaN, 0 without elements.
-fn largest<F: Real>(x: &[F]) -> f64 {
-    linear::largest(in_a_pool(), x)
-}
-
-/// y ← y + a·x.
-fn axpy<F: Real>(y: &mut [F], a: f64, x: &[F]) {
-    linear::axpy(in_a_pool(), y, a, x);
-}
-
-/// −x.
-fn negative<F: Real>(x: &[F]) -> Vec<F> {
-    x.iter().map(|&x| -x).collect()
 }
 
 #[cfg(test)]

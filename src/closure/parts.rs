@@ -1,13 +1,13 @@
 //! A method's state as named values, and back after checks.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
+use super::vector::Vector;
 use crate::error::{Error, ErrorKind, Result};
 
 /// One value.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Part<F> {
+pub enum Part<V> {
     /// A place in a list that nothing has come to.
     None,
     /// A count.
@@ -15,12 +15,12 @@ pub enum Part<F> {
     /// A number.
     Number(f64),
     /// One number for each element of the point.
-    Vector(Arc<[F]>),
+    Vector(V),
     /// Several of these.
-    List(Vec<Part<F>>),
+    List(Vec<Part<V>>),
 }
 
-impl<F> Part<F> {
+impl<V> Part<V> {
     fn kind(&self) -> &'static str {
         match self {
             Self::None => "None",
@@ -33,18 +33,18 @@ impl<F> Part<F> {
 
 /// Values by name, taken out one after another.
 #[derive(Debug)]
-pub struct Parts<F> {
+pub struct Parts<V> {
     place: String,
     /// Elements of a vector.
     n: usize,
-    values: BTreeMap<String, Part<F>>,
+    values: BTreeMap<String, Part<V>>,
     /// Names that were asked for.
     known: Vec<&'static str>,
 }
 
-impl<F> Parts<F> {
+impl<V: Vector> Parts<V> {
     /// The state of a point of `n` elements; `place` starts messages.
-    pub fn new(place: &str, n: usize, values: BTreeMap<String, Part<F>>) -> Self {
+    pub fn new(place: &str, n: usize, values: BTreeMap<String, Part<V>>) -> Self {
         Self { place: place.to_owned(), n, values, known: Vec::new() }
     }
 
@@ -58,7 +58,7 @@ impl<F> Parts<F> {
         Error::refuse(kind, &self.place, name, allowed, got)
     }
 
-    fn wrong<T>(&self, name: &str, allowed: &str, got: &Part<F>) -> Result<T> {
+    fn wrong<T>(&self, name: &str, allowed: &str, got: &Part<V>) -> Result<T> {
         Err(self.refuse(ErrorKind::Type, name, allowed, got.kind()))
     }
 
@@ -67,7 +67,7 @@ impl<F> Parts<F> {
         self.values.contains_key(name)
     }
 
-    fn take(&mut self, name: &'static str) -> Result<Part<F>> {
+    fn take(&mut self, name: &'static str) -> Result<Part<V>> {
         self.known.push(name);
         self.values.remove(name).ok_or_else(|| self.refuse(ErrorKind::Value, name, "present", "none"))
     }
@@ -88,7 +88,7 @@ impl<F> Parts<F> {
         self.as_number(name, &part)
     }
 
-    fn as_number(&self, name: &str, part: &Part<F>) -> Result<f64> {
+    fn as_number(&self, name: &str, part: &Part<V>) -> Result<f64> {
         match part {
             Part::Count(n) => Ok(*n as f64),
             Part::Number(x) if x.is_finite() => Ok(*x),
@@ -98,12 +98,12 @@ impl<F> Parts<F> {
     }
 
     /// A vector of the point's length.
-    pub fn vector(&mut self, name: &'static str) -> Result<Arc<[F]>> {
+    pub fn vector(&mut self, name: &'static str) -> Result<V> {
         let part = self.take(name)?;
         self.as_vector(name, part)
     }
 
-    fn as_vector(&self, name: &str, part: Part<F>) -> Result<Arc<[F]>> {
+    fn as_vector(&self, name: &str, part: Part<V>) -> Result<V> {
         match part {
             Part::Vector(x) if x.len() == self.n => Ok(x),
             Part::Vector(x) => {
@@ -114,7 +114,7 @@ impl<F> Parts<F> {
         }
     }
 
-    fn list(&mut self, name: &'static str) -> Result<Vec<Part<F>>> {
+    fn list(&mut self, name: &'static str) -> Result<Vec<Part<V>>> {
         match self.take(name)? {
             Part::List(items) => Ok(items),
             other => self.wrong(name, "a list", &other),
@@ -122,7 +122,7 @@ impl<F> Parts<F> {
     }
 
     /// Vectors of the point's length.
-    pub fn vectors(&mut self, name: &'static str) -> Result<Vec<Arc<[F]>>> {
+    pub fn vectors(&mut self, name: &'static str) -> Result<Vec<V>> {
         let items = self.list(name)?.into_iter().enumerate();
         items.map(|(i, item)| self.as_vector(&format!("{name}[{i}]"), item)).collect()
     }

@@ -6,9 +6,17 @@ use proptest::prelude::*;
 use super::descent::{Descent, Method, Settings};
 use super::lbfgs::{self, History, Options};
 use super::parts::{Part, Parts};
+use super::vector::Vector;
 use super::wolfe::{Rules, Search, Trial};
-use super::{Ask, ConjugateGradient, Lbfgs, Machine, dot, largest, sum_abs};
+use super::{Ask, ConjugateGradient, Lbfgs, Machine};
+use crate::linear;
 use crate::real::Real;
+
+type Host<F> = Arc<[F]>;
+
+fn largest<F: Real>(x: &[F]) -> f64 {
+    linear::largest(false, x)
+}
 
 /// Loss at a point; the gradient goes into the second argument.
 type Function = fn(&[f64], &mut [f64]) -> f64;
@@ -89,8 +97,8 @@ fn liar(x: &[f64], g: &mut [f64]) -> f64 {
 const FUNCTIONS: &[Function] = &[rosenbrock, quadratic, nan_wall, barrier, ramp, steep, kink, liar];
 
 /// One step; all points that were evaluated.
-fn step<F: Real, M: Method<F>>(
-    machine: &mut Descent<F, M>,
+fn step<F: Real, M: Method<Host<F>>>(
+    machine: &mut Descent<Host<F>, M>,
     settings: &Settings<M::Options>,
     x: &[F],
     mut f: impl FnMut(&[F], &mut [F]) -> f64,
@@ -101,7 +109,7 @@ fn step<F: Real, M: Method<F>>(
     loop {
         points.push(machine.point().to_vec());
         let loss = f(machine.point(), &mut g);
-        if machine.tell(loss, &g) == Ask::Done {
+        if machine.tell(loss, &g[..]) == Ask::Done {
             return points;
         }
     }
@@ -131,14 +139,15 @@ fn distance_to_one(x: &[f64]) -> f64 {
 #[test]
 fn sums_equal_the_plain_ones_and_see_nan() {
     for n in 0..40 {
-        let x: Vec<f64> = (0..n).map(|i| f64::from(i) - 17.0).collect();
-        assert_eq!(dot(&x, &x), x.iter().map(|x| x * x).sum::<f64>());
-        assert_eq!(sum_abs(&x), x.iter().map(|x| x.abs()).sum::<f64>());
-        assert_eq!(largest(&x), x.iter().map(|x| x.abs()).fold(0.0, f64::max));
+        let x: Host<f64> = (0..n).map(|i| f64::from(i) - 17.0).collect();
+        assert_eq!(x.dot(&x), x.iter().map(|x| x * x).sum::<f64>());
+        assert_eq!(x.sum_abs(), x.iter().map(|x| x.abs()).sum::<f64>());
+        assert_eq!(x.largest(), x.iter().map(|x| x.abs()).fold(0.0, f64::max));
         for i in 0..x.len() {
-            let mut x = x.clone();
+            let mut x = x.to_vec();
             x[i] = f64::NAN;
-            assert!(largest(&x).is_nan() && dot(&x, &x).is_nan());
+            let x = Host::from(x);
+            assert!(x.largest().is_nan() && x.dot(&x).is_nan());
         }
     }
 }
@@ -187,18 +196,18 @@ fn a_search_may_use_one_evaluation_more_than_the_limit() {
 
 #[test]
 fn the_first_step_is_short_along_the_gradient() {
-    fn second<M: Method<f64>>(settings: &Settings<M::Options>) -> Vec<f64> {
+    fn second<M: Method<Host<f64>>>(settings: &Settings<M::Options>) -> Vec<f64> {
         let settings = Settings { lr: 0.5, ..settings.clone() };
-        step(&mut Descent::<f64, M>::default(), &settings, &[3.0, -1.0], |x, g| {
+        step(&mut Descent::<Host<f64>, M>::default(), &settings, &[3.0, -1.0], |x, g| {
             g.copy_from_slice(x);
-            0.5 * dot(x, x)
+            0.5 * linear::dot(false, x, x)
         })[1]
             .clone()
     }
     // g = (3, −1), so that the step is 0.5/4.
     let want = [3.0 - 0.125 * 3.0, -1.0 + 0.125];
-    assert_eq!(second::<History<f64>>(&searching()), want);
-    assert_eq!(second::<History<f64>>(&patient()), want);
+    assert_eq!(second::<History<Host<f64>>>(&searching()), want);
+    assert_eq!(second::<History<Host<f64>>>(&patient()), want);
     assert_eq!(second::<super::conjugate::Cycle>(&patient()), want);
 }
 
@@ -282,15 +291,15 @@ fn least_squares_ends_at_the_normal_equations_solution() {
 }
 
 /// Steps at multiples of `every` are begun, abandoned and begun again from a copy of the state.
-fn steps<M: Method<f64>>(settings: &Settings<M::Options>, every: usize) -> (Vec<f64>, Descent<f64, M>) {
-    let (mut machine, mut x) = (Descent::<f64, M>::default(), start(10));
+fn steps<M: Method<Host<f64>>>(settings: &Settings<M::Options>, every: usize) -> (Vec<f64>, Descent<Host<f64>, M>) {
+    let (mut machine, mut x) = (Descent::<Host<f64>, M>::default(), start(10));
     for i in 0..12 {
         if i % every == 0 {
             machine.begin(settings, x.clone()).unwrap();
             let mut g = vec![0.0; x.len()];
             for _ in 0..3 {
                 let loss = rosenbrock(machine.point(), &mut g);
-                assert_eq!(machine.tell(loss, &g), Ask::Evaluate);
+                assert_eq!(machine.tell(loss, &g[..]), Ask::Evaluate);
             }
             machine = machine.state().clone().into();
         }
@@ -302,28 +311,28 @@ fn steps<M: Method<f64>>(settings: &Settings<M::Options>, every: usize) -> (Vec<
 
 #[test]
 fn an_abandoned_step_and_a_resumed_state_change_no_bit() {
-    fn check<M: Method<f64> + PartialEq>(settings: &Settings<M::Options>) {
+    fn check<M: Method<Host<f64>> + PartialEq>(settings: &Settings<M::Options>) {
         let settings = Settings { max_iter: 4, max_eval: 9, ..settings.clone() };
         let (x, machine) = steps::<M>(&settings, 100);
         let (again, resumed) = steps::<M>(&settings, 3);
         assert_eq!(x, again);
         assert_eq!(machine.state(), resumed.state());
     }
-    check::<History<f64>>(&searching());
-    check::<History<f64>>(&Settings { lr: 0.01, ..patient() });
+    check::<History<Host<f64>>>(&searching());
+    check::<History<Host<f64>>>(&Settings { lr: 0.01, ..patient() });
     check::<super::conjugate::Cycle>(&patient());
 }
 
 #[test]
 fn a_wall_of_nan_is_not_crossed() {
-    fn check<M: Method<f64>>(settings: &Settings<M::Options>) {
-        let mut machine = Descent::<f64, M>::default();
+    fn check<M: Method<Host<f64>>>(settings: &Settings<M::Options>) {
+        let mut machine = Descent::<Host<f64>, M>::default();
         let points = step(&mut machine, settings, &start(2), nan_wall);
         assert!(points.iter().any(|x| x[0] > 0.5), "the wall was met");
         assert!(loss(nan_wall, machine.point()) < 0.5, "{:?}", machine.point());
     }
     let settings = Settings { max_iter: 100, max_eval: 200, ..searching() };
-    check::<History<f64>>(&settings);
+    check::<History<Host<f64>>>(&settings);
     check::<super::conjugate::Cycle>(&Settings { max_iter: 100, max_eval: 200, ..patient() });
     // Without search a bad step is taken back, and a tenth of it tried.
     let mut machine = Lbfgs::default();
@@ -344,8 +353,8 @@ fn a_first_evaluation_that_is_not_finite_changes_counters_only() {
     for (loss, g) in [(f64::NAN, 1.0), (f64::NEG_INFINITY, 1.0), (1.0, f64::NAN), (1.0, f64::INFINITY)] {
         let mut machine: Lbfgs<f64> = before.clone().into();
         machine.begin(&searching(), vec![1.0, 2.0]).unwrap();
-        assert_eq!(machine.tell(loss, &[0.5, g]), Ask::Done);
-        assert_eq!(machine.point(), [1.0, 2.0]);
+        assert_eq!(machine.tell(loss, [0.5, g]), Ask::Done);
+        assert_eq!(machine.point()[..], [1.0, 2.0]);
         assert_eq!(machine.first_loss().to_bits(), loss.to_bits());
         let mut counted = before.clone();
         counted.func_evals += 1;
@@ -353,9 +362,9 @@ fn a_first_evaluation_that_is_not_finite_changes_counters_only() {
     }
     let mut machine = Lbfgs::<f64>::default();
     machine.begin(&searching(), vec![1.0, 2.0]).unwrap();
-    assert_eq!(machine.tell(1.0, &[0.5]), Ask::Done);
-    assert_eq!(machine.tell(1.0, &[0.5, 0.5]), Ask::Done);
-    assert_eq!(Lbfgs::<f32>::default().tell(0.0, &[]), Ask::Done);
+    assert_eq!(machine.tell(1.0, [0.5]), Ask::Done);
+    assert_eq!(machine.tell(1.0, [0.5, 0.5]), Ask::Done);
+    assert_eq!(Lbfgs::<f32>::default().tell(0.0, []), Ask::Done);
 }
 
 #[test]
@@ -378,7 +387,8 @@ fn states_of_another_shape_are_refused() {
     let read = |values| lbfgs::State::from_parts(Parts::new("LBFGS", 2, values));
     assert_eq!(&read(parts()).unwrap(), machine.state());
     let vectors = |lengths: &[usize]| Part::List(lengths.iter().map(|&n| Part::Vector(vec![0.5; n].into())).collect());
-    let cases: [(&str, Option<Part<f64>>, &str); 12] = [
+    type Changed = Option<Part<Host<f64>>>;
+    let cases: [(&str, Changed, &str); 12] = [
         ("func_evals", None, "func_evals must be present, got none"),
         ("n_iter", Some(Part::Number(-1.0)), "n_iter must be a whole number >= 0, got -1"),
         ("t", Some(Part::Number(f64::NAN)), "t must be a finite number, got NaN"),
@@ -420,7 +430,7 @@ fn a_step_that_ended_where_nothing_is_finite_goes_back() {
     };
     let mut machine = Lbfgs::default();
     step(&mut machine, &settings, &[0.0], wall);
-    assert_eq!(machine.point(), [0.5]);
+    assert_eq!(machine.point()[..], [0.5]);
     let x = machine.point().to_vec();
     let points = step(&mut machine, &settings, &x, wall);
     assert!(points.len() == 2 && points[0] == [0.5] && (points[1][0] - 0.05).abs() < 1e-15, "{points:?}");
@@ -443,7 +453,7 @@ fn a_step_that_ended_where_nothing_is_finite_goes_back() {
     step(&mut lost, &settings, &[0.0], wall);
     let few = Settings { max_eval: 5, ..settings };
     assert_eq!(step(&mut lost, &few, &x, |_, _| f64::NAN).len(), 5);
-    assert_eq!(lost.point(), [0.5]);
+    assert_eq!(lost.point()[..], [0.5]);
 }
 
 #[test]
@@ -501,7 +511,8 @@ fn conjugate_directions_follow_the_book() {
 
 #[test]
 fn a_search_bisects_towards_its_finite_end() {
-    let trial = |t: f64, loss: f64, slope: f64| Trial { t, loss, slope, gradient: Arc::from([slope]) };
+    let trial =
+        |t: f64, loss: f64, slope: f64| Trial { t, loss, slope, gradient: Host::from([slope]), steepest: slope.abs() };
     let rules = Rules { decrease: 1e-4, curvature: 0.9, max_ls: 25, min_change: 1e-9 };
     let mut search = Search::new(rules, trial(0.0, 1.0, -1.0), 1.0, 1.0);
     for want in [0.5, 0.25, 0.125] {
@@ -527,8 +538,8 @@ where
 }
 
 /// A few steps on any function: within the limit, finite, and with search never uphill.
-fn holds_everywhere<M: Method<f64>>(f: Function, settings: &Settings<M::Options>, x: &[f64]) {
-    let (mut machine, mut x) = (Descent::<f64, M>::default(), x.to_vec());
+fn holds_everywhere<M: Method<Host<f64>>>(f: Function, settings: &Settings<M::Options>, x: &[f64]) {
+    let (mut machine, mut x) = (Descent::<Host<f64>, M>::default(), x.to_vec());
     for _ in 0..3 {
         let before = loss(f, &x);
         let evals = step(&mut machine, settings, &x, f).len() as u64;
@@ -557,7 +568,7 @@ proptest! {
         let Settings { lr, max_iter, max_eval, tolerance_grad, tolerance_change, .. } = with(common.lr);
         let method = Options { history_size, strong_wolfe };
         let lbfgs = Settings { lr, max_iter, max_eval, tolerance_grad, tolerance_change, method };
-        holds_everywhere::<History<f64>>(f, &lbfgs, &x);
+        holds_everywhere::<History<Host<f64>>>(f, &lbfgs, &x);
         let method = super::conjugate::Options { restart };
         let cg = Settings { lr, max_iter, max_eval, tolerance_grad, tolerance_change, method };
         holds_everywhere::<super::conjugate::Cycle>(f, &cg, &x);

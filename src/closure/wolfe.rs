@@ -16,13 +16,9 @@
 //! bisects the bracket; torch would go on to a step of NaN. So the result is always a finite trial, the
 //! start (t = 0) if there is no better one.
 
-use std::sync::Arc;
-
-use crate::real::Real;
-
 /// What was found at a step length.
 #[derive(Debug, Clone)]
-pub struct Trial<F> {
+pub struct Trial<V> {
     /// Step length.
     pub t: f64,
     /// φ(t), infinite where the trial was not finite.
@@ -30,10 +26,12 @@ pub struct Trial<F> {
     /// φ'(t) = ∇f(x + t·d)·d.
     pub slope: f64,
     /// ∇f(x + t·d), kept so that the accepted point need not be evaluated again.
-    pub gradient: Arc<[F]>,
+    pub gradient: V,
+    /// max|∂f/∂xᵢ|.
+    pub steepest: f64,
 }
 
-impl<F> Trial<F> {
+impl<V> Trial<V> {
     /// Whether loss, slope and gradient are numbers.
     pub fn is_finite(&self) -> bool {
         self.loss.is_finite()
@@ -55,16 +53,16 @@ pub struct Rules {
 
 /// A search under way.
 #[derive(Debug, Clone)]
-pub struct Search<F> {
+pub struct Search<V> {
     rules: Rules,
-    start: Trial<F>,
+    start: Trial<V>,
     /// max|dᵢ|.
     d_max: f64,
     /// The step length asked for.
     t: f64,
     ls_iter: u64,
     /// While bracketing the previous trial, twice; then the bracket.
-    ends: [Trial<F>; 2],
+    ends: [Trial<V>; 2],
     zooming: bool,
     /// Which end has the lower loss.
     low: usize,
@@ -72,9 +70,9 @@ pub struct Search<F> {
     was_close: bool,
 }
 
-impl<F: Real> Search<F> {
+impl<V: Clone> Search<V> {
     /// A search from `start` (t = 0, finite, with a negative slope) that asks for step `t` first.
-    pub fn new(rules: Rules, start: Trial<F>, d_max: f64, t: f64) -> Self {
+    pub fn new(rules: Rules, start: Trial<V>, d_max: f64, t: f64) -> Self {
         let ends = [start.clone(), start.clone()];
         Self { rules, start, d_max, t, ls_iter: 0, ends, zooming: false, low: 0, was_close: false }
     }
@@ -85,19 +83,19 @@ impl<F: Real> Search<F> {
     }
 
     /// Takes the trial at [`Search::t`]; the accepted trial, or none while there is another to make.
-    pub fn tell(&mut self, new: Trial<F>) -> Option<Trial<F>> {
+    pub fn tell(&mut self, new: Trial<V>) -> Option<Trial<V>> {
         if self.zooming { self.zoom(new) } else { self.bracket(new) }
     }
 
-    fn decreases(&self, new: &Trial<F>) -> bool {
+    fn decreases(&self, new: &Trial<V>) -> bool {
         new.loss <= self.start.loss + self.rules.decrease * new.t * self.start.slope
     }
 
-    fn is_flat(&self, new: &Trial<F>) -> bool {
+    fn is_flat(&self, new: &Trial<V>) -> bool {
         new.slope.abs() <= -self.rules.curvature * self.start.slope
     }
 
-    fn bracket(&mut self, new: Trial<F>) -> Option<Trial<F>> {
+    fn bracket(&mut self, new: Trial<V>) -> Option<Trial<V>> {
         let [previous, _] = &self.ends;
         if self.ls_iter >= self.rules.max_ls {
             let better = if self.start.loss <= new.loss { &self.start } else { &new };
@@ -119,7 +117,7 @@ impl<F: Real> Search<F> {
         None
     }
 
-    fn zoom(&mut self, new: Trial<F>) -> Option<Trial<F>> {
+    fn zoom(&mut self, new: Trial<V>) -> Option<Trial<V>> {
         let (low, high) = (self.low, 1 - self.low);
         if !self.decreases(&new) || new.loss >= self.ends[low].loss {
             self.ends[high] = new;
@@ -141,7 +139,7 @@ impl<F: Real> Search<F> {
     }
 
     /// The next trial within the bracket, or its better end if it is narrow or the trials are spent.
-    fn narrow(&mut self) -> Option<Trial<F>> {
+    fn narrow(&mut self) -> Option<Trial<V>> {
         let [a, b] = &self.ends;
         let (left, right) = if a.t <= b.t { (a.t, b.t) } else { (b.t, a.t) };
         let width = right - left;
@@ -164,7 +162,7 @@ impl<F: Real> Search<F> {
 
 /// The minimum of the cubic through two trials and their slopes, kept within the bounds; the middle of
 /// these where there is no such number.
-fn interpolate<F>(a: &Trial<F>, b: &Trial<F>, [least, most]: [f64; 2]) -> f64 {
+fn interpolate<V>(a: &Trial<V>, b: &Trial<V>, [least, most]: [f64; 2]) -> f64 {
     let (a, b) = if a.t <= b.t { (a, b) } else { (b, a) };
     let d1 = a.slope + b.slope - 3.0 * (a.loss - b.loss) / (a.t - b.t);
     let square = d1 * d1 - a.slope * b.slope;

@@ -13,7 +13,9 @@ use wgpu::DeviceType;
 
 use super::arena::ALIGN;
 use super::pipeline::Pipeline;
+use super::vector::VectorPipelines;
 use crate::error::{Error, ErrorKind, Result};
+use crate::real::Dtype;
 use crate::shader::Module;
 
 /// Which device an optimizer asks for.
@@ -214,6 +216,7 @@ pub(super) struct Context {
     pub(super) shares_memory: bool,
     reports: Arc<Reports>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    vector_pipelines: Mutex<Option<Arc<VectorPipelines>>>,
 }
 
 impl Context {
@@ -274,7 +277,15 @@ impl Context {
         device.set_device_lost_callback(move |reason, message| {
             lock(&on_loss.lost).get_or_insert_with(|| format!("{message} ({reason:?})"));
         });
-        Ok(Arc::new(Self { device, queue, info, shares_memory, reports, pipelines: Mutex::default() }))
+        Ok(Arc::new(Self {
+            device,
+            queue,
+            info,
+            shares_memory,
+            reports,
+            pipelines: Mutex::default(),
+            vector_pipelines: Mutex::default(),
+        }))
     }
 
     /// The error of a device that is gone, or one that it reported since the last look.
@@ -285,6 +296,13 @@ impl Context {
                 .with_remedy("make a new optimizer and restore parameters and state"));
         }
         lock(&self.reports.error).take().map_or(Ok(()), Err)
+    }
+
+    /// For tests: loses the device.
+    pub(super) fn force_loss(&self) {
+        self.device.destroy();
+        // The word of the loss comes with the next poll.
+        let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
     }
 
     /// Runs device calls and returns the first error they raise.
@@ -345,6 +363,25 @@ impl Context {
         let made = self.scoped(place, || Ok(Arc::new(Pipeline::new(self, name, &module()))))?;
         Ok(lock(&self.pipelines).entry(name.to_owned()).or_insert(made).clone())
     }
+
+    /// The compiled operations on vectors.
+    pub(super) fn vector_pipelines(&self, place: &str) -> Result<Arc<VectorPipelines>> {
+        if let Some(found) = &*lock(&self.vector_pipelines) {
+            return Ok(found.clone());
+        }
+        let made = self.scoped(place, || Ok(Arc::new(VectorPipelines::new(self))))?;
+        Ok(lock(&self.vector_pipelines).get_or_insert(made).clone())
+    }
+}
+
+/// Refuses what has no form on a GPU.
+pub(super) fn refuse_wide(place: &str, label: impl Fn() -> String, dtype: Dtype) -> Result<()> {
+    if matches!(dtype.part(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        return Ok(());
+    }
+    let allowed = "float32, float16, bfloat16 or complex64 on the GPU";
+    Err(Error::refuse(ErrorKind::Type, place, label(), allowed, dtype)
+        .with_remedy(format!("use backend=\"cpu\" for {dtype}")))
 }
 
 /// Bytes of the host's memory that are free, where the system tells.

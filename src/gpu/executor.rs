@@ -18,7 +18,7 @@ use rayon::ThreadPool;
 
 use super::arena::{Arena, Layout, Role, Segment, Window};
 use super::array::{Array, is_sum};
-use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess};
+use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, refuse_wide};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
 use super::program::{self, Bound, Member, Scratch};
 use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
@@ -251,9 +251,7 @@ impl Executor {
     /// For tests: loses the device, as a driver's reset would.
     pub fn force_loss(&self) {
         if let Ok(inner) = self.inner.get(self.place) {
-            inner.context.device.destroy();
-            // The word of the loss comes with the next poll.
-            let _ = inner.context.device.poll(wgpu::PollType::wait_indefinitely());
+            inner.context.force_loss();
         }
     }
 
@@ -264,11 +262,7 @@ impl Executor {
         let mut layout = inner.arena.layout.clone();
         for (i, info) in params.iter().enumerate() {
             let label = || info.label(self.params.len() + i);
-            if !matches!(info.dtype.part(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                let allowed = "float32, float16, bfloat16 or complex64 on the GPU";
-                return Err(Error::refuse(ErrorKind::Type, place, label(), allowed, info.dtype)
-                    .with_remedy(format!("use backend=\"cpu\" for {}", info.dtype)));
-            }
+            refuse_wide(place, label, info.dtype)?;
             let elements = info.shape.iter().try_fold(info.dtype.parts(), |n, &axis| n.checked_mul(axis));
             let too_large = || {
                 let (allowed, got) = ("of a size that memory can hold", format!("{:?}", info.shape));

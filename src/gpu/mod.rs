@@ -3,7 +3,8 @@
 //! `context` chooses an adapter and opens a device once per process, `pipeline` compiles a kernel's
 //! [`shader`](crate::shader) for it, `arena` lays tensors out in windows no longer than a binding may be,
 //! `staging` moves arrays between host and device, [`Executor`] runs a step: one dispatch per kernel and
-//! window updates every tensor of every group.
+//! window updates every tensor of every group. `vector` has the vectors of methods that take a closure:
+//! elementwise operations are recorded without waiting, sums come back as one number per block.
 //!
 //! It works within the limits that WebGPU guarantees and asks for larger buffers where they are offered.
 //! It computes in float32 only; float64 is refused by name. Where the device is lost, memory runs out, no
@@ -21,9 +22,11 @@ mod passes;
 mod pipeline;
 mod program;
 mod staging;
+mod vector;
 
 pub(crate) use array::sum_of;
 pub use array::{Array, Norm, clip_norm, synchronize};
 pub use context::{DeviceInfo, DeviceRequest, devices};
 pub use executor::{Culprit, Executor, Job, Outcome};
 pub use passes::{Bounds, CHUNK};
+pub use vector::{DeviceVector, VectorHome, VectorSpace};

@@ -98,6 +98,8 @@ pub(super) fn table_buffer<'a>(
 pub struct Bounds {
     /// Elements are brought into `[-bound, bound]` first; infinite leaves them.
     pub bound: f64,
+    /// The gradients were multiplied by two to this power; the norm is that of what they were before.
+    pub scale_exponent: i32,
     /// The largest 2-norm of all together.
     pub max_norm: Option<f64>,
     /// Whether the update is left out where a gradient is not finite.
@@ -106,7 +108,7 @@ pub struct Bounds {
 
 impl Bounds {
     /// No bounds.
-    pub const NONE: Self = Self { bound: f64::INFINITY, max_norm: None, skips: false };
+    pub const NONE: Self = Self { bound: f64::INFINITY, scale_exponent: 0, max_norm: None, skips: false };
 
     /// Whether gradients are looked at before the update.
     pub(super) fn looks(&self) -> bool {
@@ -137,6 +139,7 @@ impl Bounds {
         words[10..12].copy_from_slice(&[max_hi, max_lo].map(f32::to_bits));
         words[12] = max_exponent.cast_unsigned();
         words[13..15].copy_from_slice(&[epsilon_hi, epsilon_lo].map(f32::to_bits));
+        words[15] = self.scale_exponent.cast_unsigned();
         words
     }
 }

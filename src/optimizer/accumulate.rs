@@ -88,6 +88,8 @@ impl Optimizer {
                 Ok(())
             }
             #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => unreachable!("refused above"),
+            #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
                 let elements: usize = gradients.iter().flatten().map(TensorRef::len).sum();
                 let pool = self.threads.pool(elements >= COPY_IN_PARALLEL);
@@ -106,6 +108,8 @@ impl Optimizer {
                 (0..self.entries.len()).map(sum_of).collect()
             }
             #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => Vec::new(),
+            #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => {
                 let entries = self.entries.iter().enumerate();
                 entries.map(|(i, entry)| executor.has_sum(i).then(|| gpu::sum_of(entry.info.reals()))).collect()
@@ -123,6 +127,8 @@ impl Optimizer {
     pub fn has_sums(&self) -> bool {
         match &self.backend {
             Backend::Cpu(_) => self.sums.iter().any(Option::is_some),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => (0..self.entries.len()).any(|index| executor.has_sum(index)),
         }

@@ -9,13 +9,19 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
+#[cfg(feature = "gpu")]
+use super::Backend;
 use super::Optimizer;
 use crate::closure::descent::{Descent, Limits, Settings, State};
 use crate::closure::parts::{Part, Parts};
+use crate::closure::vector::Vector;
 use crate::closure::{Ask, ClosureRule, Machine};
 use crate::cpu::memory::{gather, spread};
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::hyper::Hypers;
 use crate::real::{Dtype, Real};
 use crate::rules::{ClosureRuleId, ClosureVisitor, Method};
@@ -31,7 +37,7 @@ pub(super) trait Minimizer: Debug + Send {
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()>;
 
     /// Answers with loss and gradients at the parameters' values, and brings the parameters to the next
-    /// point, or to the end of the step.
+    /// point, or to the end of the step. Where a device fails, the step ends as if it had not begun.
     fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Ask>;
 
     /// Ends a step under way as if it had not begun; the parameters get their values back, if they are given.
@@ -41,7 +47,7 @@ pub(super) trait Minimizer: Debug + Send {
     fn names(&self, h: &Hypers) -> Vec<&'static str>;
 
     /// The values that are wanted, by name.
-    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Vec<(&'static str, StateValue)>;
+    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<(&'static str, StateValue)>>;
 
     /// Evaluations and iterations in all steps.
     fn counts(&self) -> [u64; 2];
@@ -60,82 +66,110 @@ pub(super) trait Minimizer: Debug + Send {
 }
 
 /// The minimizer of a method that knows nothing yet of its function, after so many evaluations and iterations.
-fn new(rule: ClosureRuleId, n: usize, dtype: Dtype, counts: [u64; 2]) -> Box<dyn Minimizer> {
-    struct New(usize, Dtype, [u64; 2]);
+fn new<V: Vector + 'static>(rule: ClosureRuleId, home: V::Home, n: usize, counts: [u64; 2]) -> Box<dyn Minimizer> {
+    struct New<V: Vector>(V::Home, usize, [u64; 2]);
 
-    impl ClosureVisitor for New {
+    impl<V: Vector + 'static> ClosureVisitor for New<V> {
         type Out = Box<dyn Minimizer>;
 
         fn visit<R: ClosureRule>(self) -> Self::Out {
-            match self.1 {
-                Dtype::F64 => Box::new(Flat::<f64, R>::new(self.0, self.2)),
-                _ => Box::new(Flat::<f32, R>::new(self.0, self.2)),
-            }
+            Box::new(Flat::<V, R>::new(self.0, self.1, self.2))
         }
     }
-    rule.with_rule(New(n, dtype, counts))
+    rule.with_rule(New::<V>(home, n, counts))
 }
 
-/// All parameters as one vector of `F`.
+/// All parameters as one vector.
 #[derive(Debug)]
-struct Flat<F: Real, R: ClosureRule> {
-    machine: Descent<F, R::Memory<F>>,
+struct Flat<V: Vector, R: ClosureRule> {
+    home: V::Home,
+    machine: Descent<V, R::Memory<V>>,
     /// Numbers of all parameters.
     n: usize,
     /// The step under way.
-    under_way: Option<UnderWay<F, R>>,
-    gradient: Vec<F>,
+    under_way: Option<UnderWay<V, R>>,
+    gradient: Vec<V::Real>,
 }
 
 /// What an optimizer knows of a step beside the machine.
 #[derive(Debug)]
-struct UnderWay<F: Real, R: ClosureRule> {
+struct UnderWay<V: Vector, R: ClosureRule> {
     settings: Settings<R::Options>,
     limits: Limits,
     /// Where it began.
-    start: Vec<F>,
+    start: Vec<V::Real>,
     /// By parameter, once the first gradients are known: whether it has none, and so is left alone.
     rests: Option<Vec<bool>>,
-    /// The state before, where the step had to forget it.
-    before: Option<Descent<F, R::Memory<F>>>,
+    /// The machine before, for its state.
+    before: Descent<V, R::Memory<V>>,
 }
 
-impl<F: Real, R: ClosureRule> Flat<F, R> {
-    fn new(n: usize, [func_evals, n_iter]: [u64; 2]) -> Self {
+impl<V: Vector, R: ClosureRule> Flat<V, R> {
+    fn new(home: V::Home, n: usize, [func_evals, n_iter]: [u64; 2]) -> Self {
         let state = State { func_evals, n_iter, ..State::default() };
-        Self { machine: state.into(), n, under_way: None, gradient: Vec::new() }
+        Self { home, machine: state.into(), n, under_way: None, gradient: Vec::new() }
     }
 
-    /// The machine with the state of the last step that was done.
-    fn lasting(&self) -> &Descent<F, R::Memory<F>> {
-        self.under_way.as_ref().and_then(|under_way| under_way.before.as_ref()).unwrap_or(&self.machine)
+    /// The state of the last step that was done.
+    fn lasting(&self) -> &State<V, R::Memory<V>> {
+        self.under_way.as_ref().map_or(&self.machine, |under_way| &under_way.before).state()
     }
 
     /// Leaves the parameters in these parts of the vector out of the step, whatever their values are. Where they
     /// moved before, what was learned of the function is no longer true, and goes.
     fn let_rest(&mut self, parts: &[Range<usize>]) -> Result<()> {
-        let Some(under_way) = &mut self.under_way else { return Ok(()) };
+        let Some(under_way) = &self.under_way else { return Ok(()) };
         let resting: usize = parts.iter().map(Range::len).sum();
         if resting == 0 {
             return Ok(());
         }
         let state = self.machine.state();
-        let moved = |part: &Part<F>| parts.iter().any(|range| !is_zero(part, range));
+        let moved = |part: &Part<V>| parts.iter().any(|range| !is_zero(part, range));
         // Where all rest the step ends at once.
         if resting < self.n && state.parts(&under_way.settings.method).iter().any(|(_, part)| moved(part)) {
             let counts = State { func_evals: state.func_evals, n_iter: state.n_iter, ..State::default() };
-            under_way.before = Some(std::mem::replace(&mut self.machine, counts.into()));
+            self.machine = counts.into();
         }
         let mut x = under_way.start.clone();
-        parts.iter().for_each(|range| x[range.clone()].fill(F::ZERO));
+        parts.iter().for_each(|range| x[range.clone()].fill(V::Real::ZERO));
+        let x = V::new(&self.home, &x)?;
         self.machine.begin_within(&under_way.settings, x, under_way.limits.clone())
+    }
+
+    /// Puts the gradients together; the machine's answer and, where it did not fail, its next point in the
+    /// parameters.
+    fn answer(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Ask> {
+        if self.under_way.as_ref().is_some_and(|under_way| under_way.rests.is_none()) {
+            let mut parts = Vec::new();
+            each_part(params.iter().zip(gradients).map(|(p, g)| (p.raw.len, g)), |part, g| {
+                parts.extend(g.is_none().then_some(part));
+            });
+            self.let_rest(&parts)?;
+            if let Some(under_way) = &mut self.under_way {
+                under_way.rests = Some(gradients.iter().map(Option::is_none).collect());
+            }
+        }
+        let rests = self.under_way.as_ref().and_then(|under_way| under_way.rests.as_deref()).unwrap_or(&[]);
+        // A gradient that is missing later in the step, or of a parameter that rests, is one of zeros.
+        self.gradient.clear();
+        self.gradient.resize(self.n, V::Real::ZERO);
+        let parts = params.iter().zip(gradients).zip(rests).map(|((p, g), rests)| (p.raw.len, (g, rests)));
+        each_part(parts, |part, (g, rests)| {
+            if let (Some(g), false) = (g, rests) {
+                gather(g, &mut self.gradient[part]);
+            }
+        });
+        let ask = self.machine.tell(loss, V::new(&self.home, &self.gradient)?);
+        V::outcome(&self.home)?;
+        spread_all(&self.machine.point().to_host()?, params, rests);
+        Ok(ask)
     }
 }
 
 /// Whether the vectors in a value are zero in a part.
-fn is_zero<F: Real>(part: &Part<F>, range: &Range<usize>) -> bool {
+fn is_zero<V: Vector>(part: &Part<V>, range: &Range<usize>) -> bool {
     match part {
-        Part::Vector(x) => x[range.clone()].iter().all(|&x| x == F::ZERO),
+        Part::Vector(x) => x.largest_of(range.clone()) == 0.0,
         Part::List(items) => items.iter().all(|item| is_zero(item, range)),
         _ => true,
     }
@@ -165,15 +199,15 @@ fn spread_all<F: Real>(x: &[F], params: &mut [TensorMut<'_>], rests: &[bool]) {
     });
 }
 
-impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
+impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
     fn is_running(&self) -> bool {
         self.under_way.is_some()
     }
 
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()> {
-        let start = gathered::<F>(params, self.n);
+        let start = gathered::<V::Real>(params, self.n);
         let settings = Settings::of(h, R::options(h));
-        let narrow = params.iter().any(|p| p.raw.dtype != F::DTYPE);
+        let narrow = params.iter().any(|p| p.raw.dtype != V::Real::DTYPE);
         let mut limits = Vec::new();
         if narrow {
             each_part(params.iter().map(|p| (p.raw.len, p.raw.dtype)), |part, dtype| {
@@ -181,69 +215,50 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
             });
         }
         let limits = Limits::from(limits);
-        self.machine.begin_within(&settings, start.clone(), limits.clone())?;
-        self.under_way = Some(UnderWay { settings, limits, start, rests: None, before: None });
+        let before = self.machine.clone();
+        self.machine.begin_within(&settings, V::new(&self.home, &start)?, limits.clone())?;
+        self.under_way = Some(UnderWay { settings, limits, start, rests: None, before });
         Ok(())
     }
 
     fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Ask> {
-        if self.under_way.as_ref().is_some_and(|under_way| under_way.rests.is_none()) {
-            let mut parts = Vec::new();
-            each_part(params.iter().zip(gradients).map(|(p, g)| (p.raw.len, g)), |part, g| {
-                parts.extend(g.is_none().then_some(part));
-            });
-            self.let_rest(&parts)?;
-            if let Some(under_way) = &mut self.under_way {
-                under_way.rests = Some(gradients.iter().map(Option::is_none).collect());
+        let answer = self.answer(loss, params, gradients);
+        match answer {
+            Ok(Ask::Evaluate) => {}
+            Ok(Ask::Done) => {
+                self.under_way = None;
+                self.machine.ended_at(&gathered::<V::Real>(params, self.n));
             }
+            Err(_) => self.abandon(Some(params)),
         }
-        let rests = self.under_way.as_ref().and_then(|under_way| under_way.rests.as_deref()).unwrap_or(&[]);
-        // A gradient that is missing later in the step, or of a parameter that rests, is one of zeros.
-        self.gradient.clear();
-        self.gradient.resize(self.n, F::ZERO);
-        let parts = params.iter().zip(gradients).zip(rests).map(|((p, g), rests)| (p.raw.len, (g, rests)));
-        each_part(parts, |part, (g, rests)| {
-            if let (Some(g), false) = (g, rests) {
-                gather(g, &mut self.gradient[part]);
-            }
-        });
-        let ask = self.machine.tell(loss, &self.gradient);
-        spread_all(self.machine.point(), params, rests);
-        if ask == Ask::Done {
-            self.under_way = None;
-            self.machine.ended_at(&gathered::<F>(params, self.n));
-        }
-        Ok(ask)
+        answer
     }
 
     fn abandon(&mut self, params: Option<&mut [TensorMut<'_>]>) {
         let Some(under_way) = self.under_way.take() else { return };
-        self.machine.abandon();
-        if let Some(before) = under_way.before {
-            self.machine = before;
-            self.machine.abandon();
-        }
+        self.machine = under_way.before;
         if let Some(params) = params {
             spread_all(&under_way.start, params, &[]);
         }
     }
 
     fn names(&self, h: &Hypers) -> Vec<&'static str> {
-        self.lasting().state().parts(&R::options(h)).into_iter().map(|(name, _)| name).collect()
+        self.lasting().parts(&R::options(h)).into_iter().map(|(name, _)| name).collect()
     }
 
-    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Vec<(&'static str, StateValue)> {
-        let parts = self.lasting().state().parts(&R::options(h));
-        parts.into_iter().filter(|(name, _)| wanted(name)).map(|(name, part)| (name, shown(part))).collect()
+    fn state(&self, h: &Hypers, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<(&'static str, StateValue)>> {
+        let parts = self.lasting().parts(&R::options(h));
+        let wanted = parts.into_iter().filter(|(name, _)| wanted(name));
+        wanted.map(|(name, part)| Ok((name, shown(part)?))).collect()
     }
 
     fn counts(&self) -> [u64; 2] {
-        let state = self.lasting().state();
+        let state = self.lasting();
         [state.func_evals, state.n_iter]
     }
 
     fn unseen_end(&self) -> Option<u64> {
-        self.lasting().state().unseen_end()
+        self.lasting().unseen_end()
     }
 
     fn load(
@@ -253,29 +268,36 @@ impl<F: Real, R: ClosureRule> Minimizer for Flat<F, R> {
         order: &[Range<usize>],
         unseen_end: Option<u64>,
     ) -> Result<()> {
-        let read = |(name, value): (&String, &StateValue)| Ok((name.clone(), part::<F>(place, name, value, order)?));
+        let read =
+            |(name, value): (&String, &StateValue)| Ok((name.clone(), part(&self.home, place, name, value, order)?));
         let parts = values.iter().map(read).collect::<Result<_>>()?;
         self.machine = State::from_parts(Parts::new(place, self.n, parts))?.with_unseen_end(unseen_end).into();
         Ok(())
     }
 }
 
-fn shown<F: Real>(part: Part<F>) -> StateValue {
-    match part {
+fn shown<V: Vector>(part: Part<V>) -> Result<StateValue> {
+    Ok(match part {
         Part::None => StateValue::None,
         Part::Count(n) => StateValue::Count(n),
         Part::Number(x) => StateValue::Number(x),
         Part::Vector(x) => {
-            let numbers: Vec<f64> = x.iter().map(|x| x.to_f64()).collect();
-            StateValue::Array(Array::from_numbers(F::DTYPE, vec![x.len()], &numbers))
+            let numbers: Vec<f64> = x.to_host()?.iter().map(|x| x.to_f64()).collect();
+            StateValue::Array(Array::from_numbers(V::Real::DTYPE, vec![numbers.len()], &numbers))
         }
-        Part::List(items) => StateValue::List(items.into_iter().map(shown).collect()),
-    }
+        Part::List(items) => StateValue::List(items.into_iter().map(shown).collect::<Result<_>>()?),
+    })
 }
 
 /// A saved value as the method takes it: an array of one number without axes as the number (torch keeps such),
 /// a vector in the order of this optimizer's parameters.
-fn part<F: Real>(place: &str, name: &str, value: &StateValue, order: &[Range<usize>]) -> Result<Part<F>> {
+fn part<V: Vector>(
+    home: &V::Home,
+    place: &str,
+    name: &str,
+    value: &StateValue,
+    order: &[Range<usize>],
+) -> Result<Part<V>> {
     Ok(match value {
         StateValue::None => Part::None,
         StateValue::Count(n) => Part::Count(*n),
@@ -283,21 +305,29 @@ fn part<F: Real>(place: &str, name: &str, value: &StateValue, order: &[Range<usi
         StateValue::Array(array) if array.shape.is_empty() => {
             Part::Number(array.numbers().first().copied().unwrap_or(0.0))
         }
-        StateValue::Array(array) if array.dtype.of_state() == F::DTYPE => {
+        StateValue::Array(array) if array.dtype.of_state() == V::Real::DTYPE => {
             let numbers = array.numbers();
             // A vector of another length is refused by those who know its name.
             let fits = order.iter().map(Range::len).sum::<usize>() == numbers.len();
             let moved: Vec<f64> = order.iter().filter(|_| fits).flat_map(|r| numbers[r.clone()].to_vec()).collect();
             let numbers = if fits { moved } else { numbers };
-            Part::Vector(numbers.iter().map(|&x| F::from_f64(x)).collect())
+            let numbers: Vec<V::Real> = numbers.iter().map(|&x| V::Real::from_f64(x)).collect();
+            Part::Vector(V::new(home, &numbers)?)
         }
-        StateValue::Array(array) => return Err(Error::refuse(ErrorKind::Type, place, name, F::DTYPE, array.dtype)),
+        StateValue::Array(array) => {
+            return Err(Error::refuse(ErrorKind::Type, place, name, V::Real::DTYPE, array.dtype));
+        }
         StateValue::List(items) => {
             let items = items.iter().enumerate();
-            let read = items.map(|(i, item)| part(place, &format!("{name}[{i}]"), item, order));
+            let read = items.map(|(i, item)| part(home, place, &format!("{name}[{i}]"), item, order));
             Part::List(read.collect::<Result<_>>()?)
         }
     })
+}
+
+/// Whether a device was lost, and the state on it.
+fn is_lost<T>(outcome: &Result<T>) -> bool {
+    matches!(outcome, Err(e) if e.kind() == ErrorKind::DeviceLost)
 }
 
 impl Optimizer {
@@ -344,7 +374,12 @@ impl Optimizer {
         let n = self.entries.iter().map(|entry| entry.info.reals()).sum();
         let wide = self.entries.iter().any(|entry| entry.info.dtype.part() == Dtype::F64);
         let counts = self.minimizer.as_ref().filter(|_| keep_counts).map_or([0, 0], |minimizer| minimizer.counts());
-        Some(new(rule, n, if wide { Dtype::F64 } else { Dtype::F32 }, counts))
+        Some(match &self.backend {
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(space) => new::<gpu::DeviceVector>(rule, space.home(), n, counts),
+            _ if wide => new::<Arc<[f64]>>(rule, (), n, counts),
+            _ => new::<Arc<[f32]>>(rule, (), n, counts),
+        })
     }
 
     /// Takes in parameters that were added: what was learned of the function of the others goes.
@@ -386,13 +421,16 @@ impl Optimizer {
         self.refuse_under_way(&place)?;
         self.check(params, &vec![None; params.len()])?;
         let hypers = self.joint_hypers(&place)?.clone();
-        self.minimizer(&place)?.begin(&hypers, params)
+        let begun = self.minimizer(&place)?.begin(&hypers, params);
+        self.torn = is_lost(&begun);
+        begun
     }
 
     /// Takes loss and gradients at the parameters' values and brings the parameters to where the method asks
     /// for the next evaluation, or where its step ended. A parameter whose first gradient in the step is `None` is
     /// left alone in it; where it moved before, the method forgets what it learned of the function. On an error
-    /// the step is still under way: call again, or [`Optimizer::abandon`].
+    /// of what was given the step is still under way: call again, or [`Optimizer::abandon`]. On one of a device
+    /// it has ended as if it had not begun.
     pub fn tell(
         &mut self,
         loss: f64,
@@ -412,7 +450,7 @@ impl Optimizer {
             Some(pool) => pool.install(|| minimizer.tell(loss, params, gradients)),
             None => minimizer.tell(loss, params, gradients),
         };
-        self.torn = false;
+        self.torn = is_lost(&ask);
         let ask = ask?;
         if ask == Ask::Done {
             self.entries.iter_mut().for_each(|entry| entry.step = entry.step.saturating_add(1));
@@ -461,9 +499,9 @@ impl Optimizer {
     }
 
     /// All of it.
-    pub(super) fn joint_state(&self, index: usize) -> Vec<(&'static str, StateValue)> {
+    pub(super) fn joint_state(&self, index: usize) -> Result<Vec<(&'static str, StateValue)>> {
         let seasoned = self.seasoned().filter(|_| index == 0);
-        seasoned.map_or(Vec::new(), |(minimizer, hypers)| minimizer.state(hypers, &|_| true))
+        seasoned.map_or(Ok(Vec::new()), |(minimizer, hypers)| minimizer.state(hypers, &|_| true))
     }
 
     /// A mark of the last step's end, if the method never evaluated there.
@@ -472,9 +510,9 @@ impl Optimizer {
     }
 
     /// A copy of one value of it.
-    pub fn joint_value(&self, index: usize, key: &str) -> Option<StateValue> {
-        let (minimizer, hypers) = self.seasoned().filter(|_| index == 0)?;
-        minimizer.state(hypers, &|name| name == key).pop().map(|(_, value)| value)
+    pub fn joint_value(&self, index: usize, key: &str) -> Result<Option<StateValue>> {
+        let Some((minimizer, hypers)) = self.seasoned().filter(|_| index == 0) else { return Ok(None) };
+        Ok(minimizer.state(hypers, &|name| name == key)?.pop().map(|(_, value)| value))
     }
 
     /// The minimizer in the state that `saved` has for its first parameter; `sources` are the indices that this
@@ -501,5 +539,56 @@ impl Optimizer {
         let order: Vec<Range<usize>> = sources.iter().filter_map(|source| ranges.get(source).cloned()).collect();
         minimizer.load(&format!("{place}: state"), &state.slots, &order, saved.unseen_end)?;
         Ok(Some(minimizer))
+    }
+}
+
+#[cfg(all(test, feature = "gpu"))]
+mod tests {
+    use super::*;
+    use crate::store::ParamInfo;
+    use crate::{Options, hyper::Value};
+
+    #[test]
+    fn a_device_that_is_lost_in_a_step_leaves_all_as_it_was() {
+        for (name, evaluations) in [("LBFGS", 1), ("LBFGS", 4), ("ConjugateGradient", 3)] {
+            let request = gpu::DeviceRequest { allow_software: true, alone: true, ..gpu::DeviceRequest::default() };
+            let mut optimizer = match Optimizer::gpu(name, &Options::default(), &request) {
+                Err(e) if e.kind() == ErrorKind::NoAdapter => {
+                    assert!(std::env::var("ROPTIM_REQUIRE_GPU").as_deref() != Ok("1"), "{e}");
+                    return;
+                }
+                opened => opened.unwrap(),
+            };
+            let hypers = [("max_iter", Value::Int(4)), ("lr", Value::Float(0.01))];
+            optimizer.add_group(&hypers, vec![ParamInfo::vector("w", 2, Dtype::F32)]).unwrap();
+            let mut w = [3.0f32, -4.0];
+            let answer = |w: [f32; 2]| (f64::from(w[0] * w[0] + 5.0 * w[1] * w[1]), [2.0 * w[0], 10.0 * w[1]]);
+            let tell = |optimizer: &mut Optimizer, w: &mut [f32; 2]| {
+                let (loss, g) = answer(*w);
+                optimizer.tell(loss, &mut [w.as_mut_slice().into()], &[Some(g.as_slice().into())])
+            };
+            optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap();
+            while tell(&mut optimizer, &mut w).unwrap() == Ask::Evaluate {}
+            let saved = optimizer.state_dict().unwrap();
+            let (before, counts) = (w, optimizer.minimizer.as_ref().unwrap().counts());
+            optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap();
+            for _ in 1..evaluations {
+                assert_eq!(tell(&mut optimizer, &mut w).unwrap(), Ask::Evaluate);
+            }
+            optimizer.force_loss();
+            let error = tell(&mut optimizer, &mut w).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost, "{evaluations}: {error}");
+            assert!(optimizer.is_torn() && w == before);
+            let minimizer = optimizer.minimizer.as_ref().unwrap();
+            assert!(!minimizer.is_running() && minimizer.counts() == counts);
+            optimizer.abandon(Some(&mut [w.as_mut_slice().into()])).unwrap();
+            assert_eq!(optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap_err().kind(), ErrorKind::Torn);
+            let error = optimizer.state_dict().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
+            optimizer.load_state_dict(&saved).unwrap();
+            optimizer.begin(&mut [w.as_mut_slice().into()]).unwrap();
+            while tell(&mut optimizer, &mut w).unwrap() == Ask::Evaluate {}
+            assert!(w != before);
+        }
     }
 }

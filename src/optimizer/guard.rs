@@ -23,6 +23,9 @@ pub enum Nonfinite {
     Skip,
 }
 
+/// What a scale of gradients may be.
+const POWERS_OF_TWO: &str = "a power of two from 2^-126 to 2^126";
+
 /// Bounds of the gradients, over all groups, before decay and `maximize`. First each element is brought into
 /// `[-clip_value, clip_value]`, then all are scaled so that their 2-norm is at most `clip_norm`.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -43,11 +46,12 @@ const BOUND: Hyper = Hyper {
 };
 
 impl Guard {
-    /// As the device takes them.
+    /// As the device takes them, of gradients that were multiplied by a power of two.
     #[cfg(feature = "gpu")]
-    pub(super) fn bounds(&self) -> gpu::Bounds {
+    pub(super) fn bounds(&self, grad_scale: f64) -> gpu::Bounds {
         gpu::Bounds {
-            bound: self.clip_value.unwrap_or(f64::INFINITY),
+            bound: self.clip_value.unwrap_or(f64::INFINITY) * grad_scale,
+            scale_exponent: libm::ilogb(grad_scale),
             max_norm: self.clip_norm,
             skips: self.nonfinite != Nonfinite::Propagate,
         }
@@ -72,6 +76,26 @@ pub(super) enum Verdict {
 }
 
 impl Optimizer {
+    /// What the coming gradients were multiplied by; 1 unless it was set.
+    pub fn grad_scale(&self) -> f64 {
+        self.grad_scale
+    }
+
+    /// Says what the coming gradients were multiplied by, a power of two: steps divide it out before anything else.
+    /// Loss scaling does this so that small float16 gradients do not vanish.
+    pub fn set_grad_scale(&mut self, scale: f64) -> Result<()> {
+        if self.preset().needs_closure() {
+            return Err(Error::refuse(ErrorKind::Value, self.preset().name, "grad_scale", "1", scale)
+                .with_remedy("a line search needs the gradients of the loss it is told"));
+        }
+        let is_power = scale.is_normal() && scale > 0.0 && libm::ldexp(1.0, libm::ilogb(scale)) == scale;
+        if !is_power || libm::ilogb(scale).abs() > 126 {
+            return Err(Error::refuse(ErrorKind::Value, self.preset().name, "grad_scale", POWERS_OF_TWO, scale));
+        }
+        self.grad_scale = scale;
+        Ok(())
+    }
+
     /// The error of a gradient that is not finite.
     pub(super) fn nonfinite(&self, index: usize, is_nan: bool) -> Error {
         let name = format!("gradient of {}", self.entries[index].label(index));
@@ -99,7 +123,8 @@ impl Optimizer {
             })
             .collect();
         let (indices, summands): (Vec<usize>, Vec<Summand<'_>>) = present.into_iter().unzip();
-        let norm = clip_norm.map(|_| norm_within(&summands, clip_value.unwrap_or(f64::INFINITY), &mut self.threads));
+        let bound = clip_value.unwrap_or(f64::INFINITY) * self.grad_scale;
+        let norm = clip_norm.map(|_| norm_within(&summands, bound, &mut self.threads) / self.grad_scale);
         self.gradient_norm = norm;
         // A finite norm of unbounded values says that all are finite.
         let known_finite = clip_value.is_none() && norm.is_some_and(f64::is_finite);

@@ -44,6 +44,9 @@ enum Backend {
     Cpu(cpu::Executor),
     #[cfg(feature = "gpu")]
     Gpu(Box<gpu::Executor>),
+    /// Of methods that evaluate the loss several times: parameters stay on the host, the method's vectors do not.
+    #[cfg(feature = "gpu")]
+    GpuVectors(gpu::VectorSpace),
 }
 
 impl Backend {
@@ -52,7 +55,7 @@ impl Backend {
         match self {
             Self::Cpu(executor) => executor.threads.pool(elements >= cpu::INLINE_ELEMENTS),
             #[cfg(feature = "gpu")]
-            Self::Gpu(_) => None,
+            Self::Gpu(_) | Self::GpuVectors(_) => None,
         }
     }
 }
@@ -83,6 +86,7 @@ pub struct Optimizer {
     flush_subnormals: bool,
     guard: Guard,
     nonfinite_sync: bool,
+    grad_scale: f64,
     /// For what reads or copies arrays around a step.
     threads: cpu::Threads,
     gradient_norm: Option<f64>,
@@ -160,6 +164,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn gpu(name: &str, options: &Options, device: &gpu::DeviceRequest) -> Result<Self> {
         let preset = Preset::find(name)?;
+        if let Method::Closure(_) = preset.method {
+            let space = gpu::VectorSpace::new(preset.name, device)?;
+            return Self::with_backend(preset, Backend::GpuVectors(space), options);
+        }
         if !preset.has_shader() {
             return Err(cpu_only(preset));
         }
@@ -183,6 +191,7 @@ impl Optimizer {
             flush_subnormals: options.flush_subnormals,
             guard: options.guard,
             nonfinite_sync: options.nonfinite_sync,
+            grad_scale: 1.0,
             threads: cpu::Threads::new(options.threads),
             gradient_norm: None,
             #[cfg(feature = "gpu")]
@@ -287,7 +296,7 @@ impl Optimizer {
         match &mut self.backend {
             Backend::Cpu(executor) => executor.force(isa, chunk),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(_) => {}
+            Backend::Gpu(_) | Backend::GpuVectors(_) => {}
         }
     }
 
@@ -296,8 +305,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_gpu(&mut self, window: usize, chunk: usize) {
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.force(window, chunk);
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.force(window, chunk),
+            Backend::GpuVectors(space) => space.force(window),
         }
     }
 
@@ -305,8 +316,10 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     #[doc(hidden)]
     pub fn force_loss(&self) {
-        if let Backend::Gpu(executor) = &self.backend {
-            executor.force_loss();
+        match &self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.force_loss(),
+            Backend::GpuVectors(space) => space.force_loss(),
         }
     }
 
@@ -314,7 +327,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn device_bytes(&self) -> u64 {
         match &self.backend {
-            Backend::Cpu(_) => 0,
+            Backend::Cpu(_) | Backend::GpuVectors(_) => 0,
             Backend::Gpu(executor) => executor.device_bytes(),
         }
     }
@@ -323,7 +336,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     pub fn dispatches(&self) -> usize {
         match &self.backend {
-            Backend::Cpu(_) => 0,
+            Backend::Cpu(_) | Backend::GpuVectors(_) => 0,
             Backend::Gpu(executor) => executor.dispatches(),
         }
     }
@@ -334,6 +347,7 @@ impl Optimizer {
         match &self.backend {
             Backend::Cpu(_) => Ok(None),
             Backend::Gpu(executor) => executor.device().map(Some),
+            Backend::GpuVectors(space) => space.device().map(Some),
         }
     }
 
@@ -343,6 +357,8 @@ impl Optimizer {
             Backend::Cpu(executor) => format!("cpu ({} threads)", executor.threads.count()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.device_name().into(),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(space) => space.device_name().into(),
         }
     }
 
@@ -407,8 +423,10 @@ impl Optimizer {
             return Err(Error::refuse(ErrorKind::Type, self.preset.name, label, "of real numbers", info.dtype));
         }
         #[cfg(feature = "gpu")]
-        if let Backend::Gpu(executor) = &mut self.backend {
-            executor.add(&params)?;
+        match &mut self.backend {
+            Backend::Cpu(_) => {}
+            Backend::Gpu(executor) => executor.add(&params)?,
+            Backend::GpuVectors(space) => space.accept(&params, self.entries.len())?,
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
         self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
@@ -549,9 +567,9 @@ impl Optimizer {
                 self.step_cpu(rule, params, gradients).map(|()| Made::Whole)
             }
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
-            (Backend::Cpu(_), Method::Closure(_)) => unreachable!("refused above"),
+            (_, Method::Closure(_)) => unreachable!("refused above"),
             #[cfg(feature = "gpu")]
-            (Backend::Gpu(_), _) => self.step_gpu(params, gradients),
+            (Backend::Gpu(_) | Backend::GpuVectors(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
         match outcome? {
@@ -578,8 +596,8 @@ impl Optimizer {
 
     fn common(&self) -> Shared {
         Shared {
-            gradient_bound: self.guard.clip_value.unwrap_or(f64::INFINITY),
-            gradient_scale: self.scratch.gradient_scale,
+            gradient_bound: self.guard.clip_value.unwrap_or(f64::INFINITY) * self.grad_scale,
+            gradient_scale: self.scratch.gradient_scale / self.grad_scale,
             flush_subnormals: self.flush_subnormals,
             ..Shared::NEUTRAL
         }
@@ -689,7 +707,7 @@ impl Optimizer {
     #[cfg(feature = "gpu")]
     fn step_gpu(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Made> {
         let common = self.common();
-        let bounds = self.guard.bounds();
+        let bounds = self.guard.bounds(self.grad_scale);
         let Self { preset, groups, entries, backend, scratch, threads, .. } = self;
         let Backend::Gpu(executor) = backend else { unreachable!("called for the GPU backend") };
         let mut jobs = Vec::new();
@@ -731,7 +749,8 @@ impl Optimizer {
     }
 
     /// Whether the device's value of a parameter is ahead of the host's array: after a step of a resident
-    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU.
+    /// parameter, until [`Optimizer::sync`] or [`Optimizer::host_written`]. Never on the CPU, nor of
+    /// methods that take a closure.
     pub fn host_is_stale(&self, index: usize) -> bool {
         match &self.backend {
             Backend::Cpu(_) => {
@@ -740,6 +759,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_is_stale(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         }
     }
 
@@ -749,6 +770,8 @@ impl Optimizer {
             Backend::Cpu(_) => debug_assert!(index < self.entries.len()),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.host_written(index),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => {}
         }
     }
 
@@ -770,6 +793,8 @@ impl Optimizer {
                 let entries = &self.entries;
                 noted(executor.sync(&place, arrays, pool, |index| entries[index].label(index)), &mut self.torn)
             }
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => Ok(()),
         }
     }
 
@@ -791,6 +816,8 @@ impl Optimizer {
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => noted(executor.read_slots(wanted), &mut self.torn)?,
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => vec![None; wanted.len()],
         };
         let array = |(&(index, k), bytes): (&(usize, usize), Option<Vec<u8>>)| {
             let (shape, dtype) = self.slot_layout(index, k);
@@ -838,6 +865,8 @@ impl Optimizer {
             Backend::Cpu(_) => self.entries[index].slots[k].is_some(),
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => executor.has_slot(index, k),
+            #[cfg(feature = "gpu")]
+            Backend::GpuVectors(_) => false,
         };
         let slots = self.preset.declaration().slots.iter().enumerate().filter(|(k, _)| has(*k)).map(|(_, s)| s.name);
         slots.chain(self.joint_names(index)).collect()

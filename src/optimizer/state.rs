@@ -36,7 +36,7 @@ impl Optimizer {
             let present = present.map(|(key, array)| (key.to_owned(), StateValue::Array(array)));
             let numbers = self.preset.declaration().scalars.iter().zip(entry.scalars);
             let numbers = numbers.map(|(s, value)| (s.name.to_owned(), StateValue::Number(value)));
-            let joint = self.joint_state(i).into_iter().map(|(name, value)| (name.to_owned(), value));
+            let joint = self.joint_state(i)?.into_iter().map(|(name, value)| (name.to_owned(), value));
             state.insert(i, ParamState { step: entry.step, slots: present.chain(numbers).chain(joint).collect() });
         }
         let groups = self.groups.iter().enumerate().map(|(g, hypers)| {
@@ -109,6 +109,10 @@ impl Optimizer {
         }
         if let Some(stray) = saved.state.keys().find(|source| !known.contains(source)) {
             return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
+        }
+        #[cfg(feature = "gpu")]
+        if let Backend::GpuVectors(space) = &mut self.backend {
+            space.recover()?;
         }
         let minimizer = self.load_minimizer(&place, saved, &all_sources)?;
         self.write_state(&loaded)?;

@@ -3,8 +3,8 @@
 use super::common::{JOINT, MAX_EVAL, MAX_ITER, TOLERANCE_CHANGE, TOLERANCE_GRAD, lr};
 use crate::closure::ClosureRule;
 use crate::closure::conjugate::{Cycle, Options};
+use crate::closure::vector::Vector;
 use crate::hyper::{Hyper, Hypers, Range, Value};
-use crate::real::Real;
 use crate::rule::{Declaration, Slot, Sparse};
 
 /// The rule.
@@ -43,7 +43,7 @@ impl ClosureRule for ConjugateGradient {
     };
 
     type Options = Options;
-    type Memory<F: Real> = Cycle;
+    type Memory<V: Vector> = Cycle;
 
     fn options(h: &Hypers) -> Options {
         Options { restart: h.whole("restart").map(i64::unsigned_abs) }

@@ -3,8 +3,8 @@
 use super::common::{JOINT, MAX_EVAL, MAX_ITER, TOLERANCE_CHANGE, TOLERANCE_GRAD, lr};
 use crate::closure::ClosureRule;
 use crate::closure::lbfgs::{History, Options};
+use crate::closure::vector::Vector;
 use crate::hyper::{Choice, Hyper, Hypers, Range, Value};
-use crate::real::Real;
 use crate::rule::{Declaration, Slot, Sparse};
 
 /// The rule.
@@ -53,7 +53,7 @@ impl ClosureRule for Lbfgs {
     };
 
     type Options = Options;
-    type Memory<F: Real> = History<F>;
+    type Memory<V: Vector> = History<V>;
 
     fn options(h: &Hypers) -> Options {
         Options {

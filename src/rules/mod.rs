@@ -268,8 +268,8 @@ impl Preset {
     pub fn has_shader(&self) -> bool {
         match self.method {
             Method::Elementwise(rule) => rule.shader().is_some(),
-            Method::Tensor(_) => true,
-            Method::Closure(_) => false,
+            // The vectors of closures are added and multiplied there, whatever the method.
+            Method::Tensor(_) | Method::Closure(_) => true,
         }
     }
 

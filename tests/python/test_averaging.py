@@ -1049,7 +1049,11 @@ class Noted(AveragedModel):
             ValueError,
             "AveragedModel: threads must be None or a whole number from 1 to 65535, got 0",
         ),
-        (lambda: AveragedModel([f32(1)], 3), TypeError, 'AveragedModel: backend must be "cpu", "gpu", "auto" or a Device, got 3'),
+        (
+            lambda: AveragedModel([f32(1)], 3),
+            TypeError,
+            'AveragedModel: backend must be "cpu", "gpu", "auto" or a Device, got 3',
+        ),
         (
             lambda: AveragedModel([f32(1)], "gpu", avg_fn=lambda a, x, n: a),
             ValueError,

@@ -904,3 +904,39 @@ def test_a_subclass_clips_as_its_base_does() -> None:
     assert p[0] == -0.5
     with pytest.raises(NonfiniteError, match="gradient of parameter 0 must be finite"):
         opt.step([np.array([math.nan])])
+
+
+# ---- scaled gradients ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 2.0}, {"clip_value": 0.75}, {"clip_norm": 2.0, "clip_value": 0.75}])
+@pytest.mark.parametrize("power", [-9, 1, 12])
+def test_scaled_gradients_give_the_bits_of_plain_ones(device: Device, clip: dict[str, float], power: int) -> None:
+    rng = np.random.default_rng(3)
+    start = [draw(rng, shape, np.float32) for shape in device.shapes()]
+    settings = device.settings(weight_decay=0.1, maximize=True)
+    params, expected = ([p.copy() for p in start] for _ in range(2))
+    opt = device.make(params, lr=0.02, nonfinite="skip", **settings, **clip)
+    plain = device.make(expected, lr=0.02, **settings, **clip)
+    opt.grad_scale = 2.0**power
+    for at in range(4):
+        g = [draw(rng, shape, np.float32) for shape in device.shapes()]
+        step(opt, [x * np.float32(2.0**power) for x in g])
+        step(plain, g)
+        if "clip_norm" in clip:
+            assert opt.gradient_norm == device.norm(plain.gradient_norm)
+        if at == 1:
+            step(opt, [x * np.float32(np.inf) for x in g])
+    assert device.same(everything(opt, params), everything(plain, expected))
+    assert opt.skip_count == 1
+
+
+@pytest.mark.parametrize("scale", [0, -2.0, 3.0, math.nan, math.inf, 2.0**200, "2", None, True])
+def test_what_is_no_scale(scale: Any) -> None:
+    opt = SGD([np.ones(2, np.float32)])
+    opt.grad_scale = 4
+    with pytest.raises((ValueError, TypeError), match="SGD: grad_scale must be a power of two"):
+        opt.grad_scale = scale
+    assert opt.grad_scale == 4.0
+    with pytest.raises(ValueError, match="LBFGS: grad_scale must be 1"):
+        roptim.LBFGS([np.ones(2)]).grad_scale = 2.0
