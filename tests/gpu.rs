@@ -1167,6 +1167,32 @@ fn sums_of_squares_neither_overflow_nor_vanish() {
 }
 
 #[test]
+fn long_lines_are_added_up_in_pieces() {
+    let Some(software) = software() else { return };
+    // Rows of more than 4096 pieces of 128, and more terms than the rounds that a software adapter lets loops run.
+    for (name, shapes) in
+        [("Adafactor", [[1, 600_000], [600_000, 1], [2, 70_000]]), ("Muon", [[1, 70_000], [70_000, 1], [9, 8193]])]
+    {
+        let mut both = optimizers(name);
+        let lengths = shapes.map(|[rows, columns]| rows * columns);
+        let plain = |seed: u64, n: usize| numbers(seed, n).into_iter().map(|x| x.clamp(-1.0, 1.0)).collect::<Vec<_>>();
+        let mut values = [0, 1].map(|_| lengths.map(|n| plain(n as u64, n)).to_vec());
+        for (optimizer, values) in both.iter_mut().zip(&mut values) {
+            let info =
+                |shape: [usize; 2]| ParamInfo { name: None, shape: shape.into(), dtype: Dtype::F32, resident: false };
+            optimizer.add_group(&[], shapes.map(info).into()).unwrap();
+            for at in 0..2 {
+                step(optimizer, values, &lengths.map(|n| Some(plain(at + n as u64 + 9, n)))).unwrap();
+            }
+        }
+        for (i, (want, got)) in values[0].iter().zip(&values[1]).enumerate() {
+            compare_within(tolerance(name, software), want, got, &format!("{name} {:?}", shapes[i]));
+        }
+        compare_state(software, &mut both, name);
+    }
+}
+
+#[test]
 fn muon_iterates_as_often_as_each_group_says() {
     let Some(software) = software() else { return };
     let mut both = optimizers("Muon");

@@ -38,8 +38,13 @@ const ROW_VAR: u32 = 0u;
 const COL_VAR: u32 = 1u;
 const VARIANCE: u32 = 2u;
 
+// Elements of a piece of a line of n, and how many pieces it has.
+fn piece_len(n: u32) -> u32 {
+    return max((n + MOST_PIECES - 1u) / MOST_PIECES, PIECE);
+}
+
 fn pieces(n: u32) -> u32 {
-    return (n + PIECE - 1u) / PIECE;
+    return (n + piece_len(n) - 1u) / piece_len(n);
 }
 
 fn partial_at(at: u32) -> Sum {
@@ -156,8 +161,9 @@ fn squares(
     let length = select(t.rows, t.columns, is_row);
     let stride = select(t.columns, 1u, is_row);
     let column_at = line / t.columns * t.rows * t.columns + line % t.columns;
-    let begin = select(column_at, line * t.columns, is_row) + piece * PIECE * stride;
-    let count = min(PIECE, length - piece * PIECE);
+    let skipped = piece * piece_len(length);
+    let begin = select(column_at, line * t.columns, is_row) + skipped * stride;
+    let count = min(piece_len(length), length - skipped);
     let row = work.rows[t.row];
     var sum = nothing();
     for (var i = 0u; i < count; i += 4u) {
@@ -226,8 +232,9 @@ fn stacks(
     let item = number - t.first[STACKS];
     let matrix = item / pieces(t.rows);
     let piece = item % pieces(t.rows);
-    let begin = t.slots[ROW_VAR] + matrix * t.rows + piece * PIECE;
-    let count = min(PIECE, t.rows - piece * PIECE);
+    let skipped = piece * piece_len(t.rows);
+    let begin = t.slots[ROW_VAR] + matrix * t.rows + skipped;
+    let count = min(piece_len(t.rows), t.rows - skipped);
     var sum = nothing();
     for (var i = 0u; i < count; i += 4u) {
         var r = vec4<f32>(0.0);

@@ -3,13 +3,14 @@
 //     momentum     chunks             B, U, ΣU²
 //     norms        tensors            max(‖U‖, ε)
 //     normalize    chunks             X = U/max(‖U‖, ε)
-//     gram         tiles of A         A = X·Xᵀ                 ┐
-//     polynomial   tiles of A         P = c·A·A + b·A          │ in turns
+//     gram         tiles of A, parts  A = X·Xᵀ                 ┐
+//     gather       elements of A      the sum of its parts     │ in turns
+//     polynomial   tiles of A         P = c·A·A + b·A          │
 //     next         tiles of X         X ← a·X + P·X            ┘
 //     update       chunks             θ
 //
 // X lies in `even` or `odd` by the count of turns before, in the parameter's order; A meanwhile lies in the other
-// one, P in `square`. Rows and columns of X change places where the matrix is tall. Before the first turn `square`
+// one, its parts, where it has several, and P in `square`. Rows and columns of X change places where the matrix is tall. Before the first turn `square`
 // holds ΣU² by chunk and, behind them, the norm.
 
 struct Scalars {
@@ -29,6 +30,8 @@ const CHUNKS: u32 = 0u;
 const TENSORS: u32 = 1u;
 const SQUARE_TILES: u32 = 2u;
 const TILES: u32 = 3u;
+const PARTS: u32 = 4u;
+const PARTED: u32 = 5u;
 
 fn partial_at(at: u32) -> Sum {
     return sum_in(vec4<u32>(square[at], square[at + 1u], square[at + 2u], square[at + 3u]));
@@ -136,7 +139,7 @@ fn normalize(
 //
 //     for k in 0..inner, ascending: out[i, j] += left[i, k]·right[k, j]
 //
-// Slabs of 16 steps of k are brought to shared memory, each as 16 groups of four numbers for each k, and one group
+// Every 256 steps of k are added up by themselves first, which keeps the error of long sums small. Slabs of 16 steps of k are brought to shared memory, each as 16 groups of four numbers for each k, and one group
 // of padding so that the writes of neighbouring lanes do not meet in one bank.
 const GRAM: u32 = 0u;
 const POLYNOMIAL: u32 = 1u;
@@ -144,6 +147,7 @@ const NEXT: u32 = 2u;
 
 const LANES: u32 = 256u;
 const SLAB: u32 = 16u;
+const BLOCK: u32 = 256u;
 const GROUPS: u32 = 17u;
 
 var<workgroup> left_slab: array<vec4<f32>, 272>;
@@ -162,6 +166,15 @@ fn shape_of(t: Tensor) -> Shape {
         return Shape(t.columns, t.rows, 1u, t.columns);
     }
     return Shape(t.rows, t.columns, t.columns, 1u);
+}
+
+// Terms of a part of A's sums, and how many parts there are.
+fn part_len(s: Shape) -> u32 {
+    return max(PART, 2u * s.rows);
+}
+
+fn parts_of(s: Shape) -> u32 {
+    return (s.columns + part_len(s) - 1u) / part_len(s);
 }
 
 // X, for `turn` turns before; and A, which lies in the other area.
@@ -204,9 +217,11 @@ fn right_at(kind: u32, t: Tensor, s: Shape, k: u32, j: u32) -> f32 {
     return x_at(t, table.turn, k * s.row_stride + j * s.column_stride);
 }
 
-fn keep_product(kind: u32, t: Tensor, s: Shape, i: u32, j: u32, product: f32) {
+fn keep_product(kind: u32, t: Tensor, s: Shape, part: u32, i: u32, j: u32, product: f32) {
     let c = work.rows[t.row].c;
-    if (kind == GRAM) {
+    if (kind == GRAM && parts_of(s) > 1u) {
+        square[t.areas[2] + (part * s.rows + i) * s.rows + j] = bitcast<u32>(product);
+    } else if (kind == GRAM) {
         keep_beside_x(t, table.turn, i * s.rows + j, product);
     } else if (kind == POLYNOMIAL) {
         let a = beside_x_at(t, table.turn, i * s.rows + j);
@@ -227,10 +242,13 @@ fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
     }
     let s = shape_of(t);
     let is_next = kind == NEXT;
-    let inner = select(s.rows, s.columns, kind == GRAM);
     let width = select(s.rows, s.columns, is_next);
-    let tile = number - t.first[unit];
     let tiles = (width + TILE - 1u) / TILE;
+    let of_part = tiles * ((s.rows + TILE - 1u) / TILE);
+    let part = (number - t.first[unit]) / of_part;
+    let tile = (number - t.first[unit]) % of_part;
+    let skipped = select(0u, part * part_len(s), kind == GRAM);
+    let inner = select(s.rows, min(s.columns, skipped + part_len(s)), kind == GRAM);
     let first_row = tile / tiles * TILE;
     let first_column = tile % tiles * TILE;
     // Neighbouring lanes read neighbouring numbers: along k where these lie side by side.
@@ -242,8 +260,9 @@ fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
     let left_group = select(fast, slow, left_along);
     let right_k = select(slow, fast, right_along);
     let right_group = select(fast, slow, right_along);
+    var totals: array<vec4<f32>, 4>;
     var sums: array<vec4<f32>, 4>;
-    for (var begin = 0u; begin < inner; begin += SLAB) {
+    for (var begin = skipped; begin < inner; begin += SLAB) {
         var left = vec4<f32>(0.0);
         var right = vec4<f32>(0.0);
         for (var r = 0u; r < 4u; r += 1u) {
@@ -268,13 +287,19 @@ fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
             sums[3] += a.w * b;
         }
         workgroupBarrier();
+        if ((begin + SLAB - skipped) % BLOCK == 0u || begin + SLAB >= inner) {
+            for (var r = 0u; r < 4u; r += 1u) {
+                totals[r] += sums[r];
+                sums[r] = vec4<f32>(0.0);
+            }
+        }
     }
     for (var r = 0u; r < 4u; r += 1u) {
         for (var q = 0u; q < 4u; q += 1u) {
             let i = first_row + 4u * slow + r;
             let j = first_column + 4u * fast + q;
             if (i < s.rows && j < width) {
-                keep_product(kind, t, s, i, j, sums[r][q]);
+                keep_product(kind, t, s, part, i, j, totals[r][q]);
             }
         }
     }
@@ -286,7 +311,30 @@ fn gram(
     @builtin(num_workgroups) grid: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    multiply(GRAM, SQUARE_TILES, number_of(workgroup, grid), lane);
+    multiply(GRAM, PARTS, number_of(workgroup, grid), lane);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn gather(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) grid: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let number = number_of(workgroup, grid) * WORKGROUP + lane;
+    if (!is_there(PARTED, number)) {
+        return;
+    }
+    let t = table.items[owner_of(PARTED, number)];
+    let at = number - t.first[PARTED];
+    let s = shape_of(t);
+    if (table.turn >= u32(work.rows[t.row].c.steps)) {
+        return;
+    }
+    var sum = 0.0;
+    for (var part = 0u; part < parts_of(s); part += 1u) {
+        sum += bitcast<f32>(square[t.areas[2] + part * s.rows * s.rows + at]);
+    }
+    keep_beside_x(t, table.turn, at, sum);
 }
 
 @compute @workgroup_size(LANES)

@@ -40,8 +40,10 @@ pub struct Adafactor;
 /// Rows whose squares are added to one partial sum of the columns.
 const BAND: usize = 64;
 
-/// On a GPU: elements of a line that one lane adds up.
+/// On a GPU: elements of a line that one lane adds up at least.
 const PIECE: usize = 128;
+/// Pieces of a line at most: software adapters end a shader's loops after 65,535 rounds together.
+const MOST_PIECES: usize = 4096;
 /// Words of a partial sum.
 const PARTIAL: usize = 4;
 
@@ -119,7 +121,7 @@ fn lines(form: &Form) -> [usize; 2] {
 
 /// How many pieces each row and each column has.
 fn pieces(form: &Form) -> [usize; 2] {
-    [form.columns.div_ceil(PIECE), form.rows.div_ceil(PIECE)]
+    [form.columns, form.rows].map(|n| n.div_ceil(n.div_ceil(MOST_PIECES).max(PIECE)))
 }
 
 /// Lines that one lane does not finish: all rows, all columns, or none.
@@ -304,7 +306,7 @@ impl TensorRule for Adafactor {
         }
         Program {
             coefficients: OnGpu::NAMES,
-            constants: &[("PIECE", PIECE as u32)],
+            constants: &[("PIECE", PIECE as u32), ("MOST_PIECES", MOST_PIECES as u32)],
             units: &[
                 Program::CHUNKS,
                 by_lane(|form| lines(form).iter().zip(pieces(form)).map(|(lines, pieces)| lines * pieces).sum()),

@@ -35,6 +35,8 @@ pub struct Muon;
 
 /// On a GPU: rows and columns of the part of a product that one workgroup computes.
 const TILE: usize = 64;
+/// On a GPU: terms that one workgroup adds up at least for an element of A.
+const PART: usize = 4096;
 
 coefficients! {
     /// The scalars of one update.
@@ -94,6 +96,17 @@ fn turns(h: &Hypers) -> u32 {
 /// Rows and columns of a matrix that is not taller than wide.
 fn wide(form: &Form) -> [usize; 2] {
     [form.rows.min(form.columns), form.rows.max(form.columns)]
+}
+
+/// In how many parts the sums of A are added up. Together they are no longer than X.
+fn parts(form: &Form) -> usize {
+    let [rows, columns] = wide(form);
+    columns.div_ceil(PART.max(2 * rows))
+}
+
+/// Elements of A that are added up from several parts.
+fn parted(form: &Form) -> usize {
+    if parts(form) > 1 { wide(form)[0].pow(2) } else { 0 }
 }
 
 /// The iteration's result for the matrix `u` with no more rows than columns, in place.
@@ -206,6 +219,8 @@ impl TensorRule for Muon {
         const TENSORS: usize = 1;
         const SQUARE_TILES: usize = 2;
         const TILES: usize = 3;
+        const PARTS: usize = 4;
+        const PARTED: usize = 5;
         const fn once(entry: &'static str, unit: usize) -> ProgramPass {
             ProgramPass { entry, unit, repeats: false }
         }
@@ -214,24 +229,27 @@ impl TensorRule for Muon {
         }
         Program {
             coefficients: Scalars::NAMES,
-            constants: &[("TILE", TILE as u32)],
+            constants: &[("TILE", TILE as u32), ("PART", PART as u32)],
             units: &[
                 Program::CHUNKS,
                 Program::TENSORS,
                 Unit { count: |form| wide(form)[0].div_ceil(TILE).pow(2), by_lane: false },
                 Unit { count: |form| wide(form).iter().map(|n| n.div_ceil(TILE)).product(), by_lane: false },
+                Unit { count: |form| wide(form)[0].div_ceil(TILE).pow(2) * parts(form), by_lane: false },
+                Unit { count: parted, by_lane: true },
             ],
-            // Before the iteration partial sums and the norm lie where A and its polynomial will.
+            // Before the iteration partial sums and the norm lie where the parts of A and its polynomial will.
             areas: &[
                 Area { name: "even", words: |form| form.len },
                 Area { name: "odd", words: |form| form.len },
-                Area { name: "square", words: |form| wide(form)[0].pow(2).max(4 * form.chunks() + 4) },
+                Area { name: "square", words: |form| (wide(form)[0].pow(2) * parts(form)).max(4 * form.chunks() + 4) },
             ],
             passes: &[
                 once("momentum", CHUNKS),
                 once("norms", TENSORS),
                 once("normalize", CHUNKS),
-                in_turns("gram", SQUARE_TILES),
+                in_turns("gram", PARTS),
+                in_turns("gather", PARTED),
                 in_turns("polynomial", SQUARE_TILES),
                 in_turns("next", TILES),
                 once("update", CHUNKS),
