@@ -20,7 +20,7 @@ use super::arena::{Arena, Role, Segment, Window};
 use super::array::{Array, is_sum};
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, refuse_wide};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
-use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
+use super::staging::{BLOCK_BYTES, Download, Part, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
 use crate::cpu::Frame;
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
@@ -344,9 +344,8 @@ impl Executor {
             }
         }
         let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: no source is an array.
-        let replaced = unsafe { staging.upload(context, place, None, &uploads, encoder) }
-            .and_then(|encoder| submit(context, place, encoder));
+        let replaced =
+            staging.upload(context, place, None, &uploads, encoder).and_then(|encoder| submit(context, place, encoder));
         self.noting(replaced)?;
         for (param, slots) in self.params.iter_mut().zip(slots) {
             let given = slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
@@ -424,16 +423,13 @@ impl Executor {
             let mut downloads = Vec::new();
             for (index, array) in &stale {
                 let raw = fitting(&array.raw, &self.params[*index]);
-                downloads.extend(inner.downloads(place, Role::Parameter, *index, |segment| Sink::Array {
-                    raw,
-                    start: segment.start,
-                    len: segment.len,
-                })?);
+                let segments = inner.arena.layout.segments(*index, inner.staging.longest());
+                downloads.extend(
+                    segments.map(|segment| home(place, &inner.arena, segment, raw)).collect::<Result<Vec<_>>>()?,
+                );
             }
             let encoder = inner.context.device.create_command_encoder(&Default::default());
-            // SAFETY: TensorMut promises memory for its elements, whose number and size were compared; segments lie
-            // within the parameter.
-            unsafe { inner.staging.download(&inner.context, place, pool, encoder, downloads) }
+            inner.staging.download(&inner.context, place, pool, encoder, downloads)
         };
         let read = read();
         self.noting(read)?;
@@ -506,13 +502,10 @@ impl Executor {
         for job in jobs.iter().filter(|job| !states[job.index].resident) {
             let raw = &params[job.index].raw;
             for segment in arena.layout.segments(job.index, staging.longest()) {
-                let sink = Sink::Array { raw, start: segment.start, len: segment.len };
-                downloads.push(download(place, arena, Role::Parameter, segment, sink)?);
+                downloads.push(home(place, arena, segment, raw)?);
             }
         }
-        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number and size
-        // `fitting` and `origin` compared; segments lie within the parameter.
-        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        let mut encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         for job in jobs {
             for k in job.fresh.intersection(states[job.index].used).iter() {
                 for segment in arena.layout.segments(job.index, usize::MAX) {
@@ -540,8 +533,7 @@ impl Executor {
         } else if bounds.skips {
             ticket = Some(Ticket::record(context, place, &mut encoder, work, 4 * CONTROL_WORDS)?);
         }
-        // SAFETY: as above; the tensors are writable and nothing else writes them in this call.
-        let index = unsafe { staging.download(context, place, pool, encoder, downloads) }?;
+        let index = staging.download(context, place, pool, encoder, downloads)?;
         for job in jobs {
             let param = &mut self.params[job.index];
             param.present = param.present.union(job.fresh);
@@ -660,8 +652,7 @@ impl Executor {
                 }
             }
         }
-        // SAFETY: TensorRef promises memory for its elements, which the caller compared with the parameters'.
-        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        let mut encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         Dispatch::record(context, &mut encoder, &dispatches);
         in_flight.push_back(submit(context, place, encoder)?);
         for item in items {
@@ -857,18 +848,6 @@ impl Inner {
         Ok(0)
     }
 
-    /// Downloads of a tensor.
-    fn downloads<'a>(
-        &'a self,
-        place: &str,
-        role: Role,
-        index: usize,
-        mut sink: impl FnMut(Segment) -> Sink<'a>,
-    ) -> Result<Vec<Download<'a>>> {
-        let segments = self.arena.layout.segments(index, self.staging.longest());
-        segments.map(|segment| download(place, &self.arena, role, segment, sink(segment))).collect()
-    }
-
     /// Reads slots, in order, to memory of their length.
     fn read_slots(&self, place: &str, sources: &[(usize, usize)], found: &mut [Vec<u8>]) -> Result<()> {
         let mut downloads = Vec::new();
@@ -885,16 +864,14 @@ impl Inner {
             return Ok(());
         }
         let encoder = self.context.device.create_command_encoder(&Default::default());
-        // SAFETY: no sink is an array.
-        unsafe { self.staging.download(&self.context, place, None, encoder, downloads) }.map(|_| ())
+        self.staging.download(&self.context, place, None, encoder, downloads).map(|_| ())
     }
 
     /// Reads a buffer's first bytes.
     fn read_buffer(&self, place: &str, source: &wgpu::Buffer, into: &mut [u8]) -> Result<()> {
         let download = Download { source, offset: 0, bytes: into.len(), sink: Sink::Bytes(into) };
         let encoder = self.context.device.create_command_encoder(&Default::default());
-        // SAFETY: no sink is an array.
-        unsafe { self.staging.download(&self.context, place, None, encoder, vec![download]) }.map(|_| ())
+        self.staging.download(&self.context, place, None, encoder, vec![download]).map(|_| ())
     }
 }
 
@@ -914,6 +891,14 @@ fn download<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment, sin
     Ok(Download { source, offset: segment.offset(role), bytes: segment.padded(role), sink })
 }
 
+/// The way home of part of a parameter.
+fn home<'a>(place: &str, arena: &'a Arena, segment: Segment, raw: &'a RawTensor) -> Result<Download<'a>> {
+    // SAFETY: TensorMut promises writable memory for its elements, whose number was compared; segments lie within the
+    // parameter and are disjoint, and nothing else touches it in this call.
+    let sink = Sink::Array(unsafe { Part::new(raw, segment.start, segment.len) });
+    download(place, arena, Role::Parameter, segment, sink)
+}
+
 /// Adds the uploads of an array.
 fn push_array<'a>(
     place: &str,
@@ -925,7 +910,9 @@ fn push_array<'a>(
     raw: &'a RawTensor,
 ) -> Result<()> {
     for segment in arena.layout.segments(index, staging.longest()) {
-        let source = Source::Array { raw, start: segment.start, len: segment.len };
+        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number the optimizer compared with
+        // the parameter's; the segment lies within it.
+        let source = Source::Array(unsafe { Part::new(raw, segment.start, segment.len) });
         uploads.push(upload(place, arena, role, segment, source)?);
     }
     Ok(())
