@@ -263,6 +263,11 @@ impl Executor {
 
     /// Makes the memory that steps will need, with these slots of each parameter. On an error nothing has changed.
     pub fn reserve(&mut self, slots: &[SlotSet]) -> Result<()> {
+        let reserved = self.reserve_once(slots);
+        self.noting(reserved)
+    }
+
+    fn reserve_once(&mut self, slots: &[SlotSet]) -> Result<()> {
         let Inner { context, arena, .. } = self.inner.get_mut(self.place)?;
         let mut wanted = BTreeSet::new();
         for (index, slots) in slots.iter().enumerate() {
@@ -294,6 +299,12 @@ impl Executor {
 
     /// Notes when an error says that what lies on the device is not known any more.
     fn noting<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome =
+            outcome.map_err(|error| match self.inner.get(self.place).map(|inner| inner.context.check(self.place)) {
+                // Whatever fails on a lost device is its loss.
+                Ok(Err(loss)) if loss.kind() == ErrorKind::DeviceLost => loss,
+                _ => error,
+            });
         if matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost) {
             self.broken = true;
             for param in self.params.iter_mut().filter(|param| param.device_newer) {
@@ -319,9 +330,18 @@ impl Executor {
     /// there is no slot. On an error other than [`ErrorKind::DeviceLost`] nothing has changed. A device that was
     /// lost is opened again.
     pub fn replace_slots(&mut self, slots: &[Vec<Option<&[u8]>>]) -> Result<()> {
+        let whole = self.inner.get(self.place)?.context.check(self.place);
+        let known = self.noting(whole);
         if self.broken {
             self.recover()?;
+        } else {
+            known?;
         }
+        let replaced = self.replace_slots_once(slots);
+        self.noting(replaced)
+    }
+
+    fn replace_slots_once(&mut self, slots: &[Vec<Option<&[u8]>>]) -> Result<()> {
         let place = self.place;
         let Inner { context, arena, staging, .. } = self.inner.get_mut(place)?;
         assert_eq!(slots.len(), self.params.len(), "one list of slots per parameter");
@@ -344,14 +364,12 @@ impl Executor {
             }
         }
         let encoder = context.device.create_command_encoder(&Default::default());
-        let replaced =
-            staging.upload(context, place, None, &uploads, encoder).and_then(|encoder| submit(context, place, encoder));
-        self.noting(replaced)?;
+        let encoder = staging.upload(context, place, None, &uploads, encoder)?;
+        submit(context, place, encoder)?;
         for (param, slots) in self.params.iter_mut().zip(slots) {
             let given = slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
             param.present = given.fold(SlotSet::EMPTY, |set, (k, _)| set.with(k));
             param.used = param.used.union(param.present);
-            param.summed = false;
         }
         Ok(())
     }
@@ -540,7 +558,9 @@ impl Executor {
             param.used = param.used.union(job.fresh);
             param.host_newer = !param.resident;
             param.device_newer = param.resident;
-            param.summed = false;
+        }
+        for (job, _) in origins.iter().filter(|(_, origin)| *origin == Origin::Sum) {
+            self.params[job.index].summed = false;
         }
         if let Some(ticket) = ticket {
             *pending = Some(Pending { ticket: ticket.submitted(index), jobs: jobs.to_vec() });

@@ -74,8 +74,6 @@ def test_auto_where_only_the_cpu_will_do(measured: dict[str, float], seconds: fl
         ("SGD", [Parameter(np.ones(2, np.complex128))]),
         ("SGD", [{"params": [f32(3)]}, {"params": [np.ones(3)]}]),
         ("SparseAdam", [f32(3)]),
-        ("Muon", [f32(3, 3)]),
-        ("Adafactor", [f32(3)]),
         ("LBFGS", [f32(3)]),
     ):
         opt = getattr(roptim, name)(params, backend="auto", allow_software=True)
@@ -720,8 +718,8 @@ def test_threads_with_a_common_parameter() -> None:
             try:
                 opt.step([f32(1000)])
                 p.data  # noqa: B018
-            except roptim.ConcurrentStepError:
-                pass
+            except (roptim.ConcurrentStepError, RuntimeWarning):
+                pass  # the warning: a step on the CPU wrote an array that a device had taken over meanwhile
             except BaseException as error:
                 surprises.append(error)
 
