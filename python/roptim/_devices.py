@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,33 +52,33 @@ def selected(place: str, backend: Any) -> str:
     return backend
 
 
-#: What was measured: seconds of a step on the CPU and on the GPU, by (adapter, elements, Parameters).
-_measured: dict[tuple[str, int, bool], tuple[float, float]] = {}
+#: What was measured: seconds of a step on the CPU and on the GPU, and its name; by what chooses the GPU, elements, and
+#: whether they are Parameters.
+_measured: dict[tuple[tuple[str, ...], bool, int, bool], tuple[float, float, str]] = {}
 #: The largest size that is measured; times grow in proportion beyond it.
 _MOST_MEASURED = 1 << 22
 
 
 def fastest(place: str, elements: int, parameters: bool, allow_software: bool) -> str:
-    """``"cpu"`` or the best GPU, whichever does AdamW's step on so many float32 elements in less time.
+    """``"cpu"`` or ``"gpu"``, whichever does AdamW's step on so many float32 elements in less time.
 
     Measured once in a process for each power of two, with gradients from the host each time and, as a loop in NumPy
     needs them, the parameters back at the host. What was chosen is logged, once for each choice.
     """
-    gpus = [device for device in devices()[1:] if allow_software or not device.software]
-    if not gpus:
-        return _said("cpu", f'{place}: backend="auto" chose the CPU: there is no GPU')
-    gpu = gpus[0]
-    size = 1 << max(10, math.ceil(math.log2(max(1, elements))))
-    key = (gpu.backend, min(size, _MOST_MEASURED), parameters)
+    size = min(1 << max(10, math.ceil(math.log2(max(1, elements)))), _MOST_MEASURED)
+    chosen_by = tuple(os.environ.get(name, "") for name in ("ROPTIM_ADAPTER", "ROPTIM_ALLOW_SOFTWARE"))
+    key = (chosen_by, allow_software, size, parameters)
     if key not in _measured:
         try:
-            _measured[key] = (_step_time("cpu", *key[1:]), _step_time(gpu.backend, *key[1:], allow_software))
+            name = _engine("gpu", allow_software).device
         except NoAdapterError:
-            return _said("cpu", f'{place}: backend="auto" chose the CPU: {gpu.name} cannot be used')
-    on_cpu, on_gpu = _measured[key]
-    chosen, name = ("cpu", "the CPU") if on_cpu <= on_gpu else (gpu.backend, gpu.name)
-    times = f"{1e3 * on_cpu:.3g} ms on the CPU, {1e3 * on_gpu:.3g} ms on {gpu.name}"
-    return _said(chosen, f'{place}: backend="auto" chose {name}: a step on {key[1]} elements takes {times}')
+            return _said("cpu", f'{place}: backend="auto" chose the CPU: there is no GPU to use')
+        on_cpu, on_gpu = (_step_time(backend, size, parameters, allow_software) for backend in ("cpu", "gpu"))
+        _measured[key] = (on_cpu, on_gpu, name)
+    on_cpu, on_gpu, name = _measured[key]
+    chosen, winner = ("cpu", "the CPU") if on_cpu <= on_gpu else ("gpu", name)
+    took = f"takes {1e3 * on_cpu:.3g} ms on the CPU, {1e3 * on_gpu:.3g} ms on {name}"
+    return _said(chosen, f'{place}: backend="auto" chose {winner}: a step on {size} elements {took}')
 
 
 _said_before: set[str] = set()
@@ -93,17 +94,24 @@ def _said(choice: str, sentence: str) -> str:
     return choice
 
 
-def _step_time(backend: str, elements: int, parameters: bool, allow_software: bool = False) -> float:
-    """Seconds of one of AdamW's steps, the median of a few."""
-    from roptim import AdamW, Parameter
+def _engine(backend: str, allow_software: bool) -> _roptim.Engine:
+    """AdamW, around which nobody's hooks are called."""
+    from roptim._groups import OPTIONS
+
+    return _roptim.Engine("AdamW", **{**OPTIONS, "backend": backend, "allow_software": allow_software})
+
+
+def _step_time(backend: str, elements: int, parameters: bool, allow_software: bool) -> float:
+    """Seconds of a step, the median of a few."""
+    from roptim._parameter import Parameter
 
     values, gradient = np.ones(elements, np.float32), np.full(elements, 1e-3, np.float32)
-    p = Parameter(values) if parameters else values
-    opt = AdamW([p], backend=backend, allow_software=allow_software)
+    engine = _engine(backend, allow_software)
+    engine.add_group({}, [Parameter(values) if parameters else values], None)
 
     def step() -> None:
-        opt.step([gradient])
-        opt.sync()
+        engine.step([gradient])
+        engine.sync()
 
     return _median_time(step)
 

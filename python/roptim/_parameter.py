@@ -89,14 +89,17 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
     def host(self) -> Iterator[np.ndarray[Any, Any]]:
         """The array, writeable for the time of the block; what was written becomes the truth.
 
-        While the parameter is on a GPU it is a copy, and what is written to it after the block has no effect.
+        While the parameter is on a GPU it is a copy, steps within the block are refused, and what is written to the
+        copy after it has no effect.
         """
         array = self._host()
         if self._on_device:
             copy = array.copy()
+            self._lend(True)
             try:
                 yield copy
             finally:
+                self._lend(False)
                 self._write(Ellipsis, copy)
             return
         try:
@@ -142,6 +145,8 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         return array
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if method == "at":
+            return self._changed_at(ufunc, *inputs, **kwargs)
         outputs = kwargs.get("out", ())
         with_written = [x for x in outputs if isinstance(x, Parameter)]
         # What lies on a device is written as a whole afterwards.
@@ -158,6 +163,15 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
                 else:
                     parameter._host_written()
         return with_written[0] if len(outputs) == 1 and with_written else result
+
+    @staticmethod
+    def _changed_at(ufunc: np.ufunc, target: Any, *inputs: Any, **kwargs: Any) -> None:
+        """``ufunc.at``, which writes to its first argument and heeds no read-only flag."""
+        if not isinstance(target, Parameter):
+            ufunc.at(target, *map(_plain, inputs), **kwargs)
+            return
+        with target.host() as array:
+            ufunc.at(array, *map(_plain, inputs), **kwargs)
 
     def __getitem__(self, index: Any) -> Any:
         return self.data[_plain(index)]

@@ -21,9 +21,16 @@ class ParamState(MutableMapping[str, Any]):
     copy. Empty before the first update.
     """
 
-    def __init__(self, engine: Engine, index: int) -> None:
-        self._engine = engine
+    def __init__(self, of: State, index: int) -> None:
+        self._of = of
         self._index = index
+
+    @property
+    def _engine(self) -> Engine:
+        """The optimizer's engine, which another takes the place of when it moves to another backend."""
+        engine = self._of._engine
+        assert engine is not None
+        return engine
 
     def __getitem__(self, key: str) -> Any:
         if key in self._engine.state_keys(self._index):
@@ -123,7 +130,7 @@ class State(MutableMapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         index = self._find(key)
-        return ParamState(self._engine, index) if self._engine else self._own.setdefault(index, {})
+        return ParamState(self, index) if self._engine else self._own.setdefault(index, {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
         index = self._find(key)

@@ -50,42 +50,49 @@ def listed(params: object, place: str) -> object:
     return params
 
 
-def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None]:
-    """Spec, arrays and names of a container; names are None where nothing in it names anything."""
-    leaves: list[Any] = []
-    names: list[str] = []
-    named = False
+class _Walk:
+    """What is found on the way through a container. No closure: one that calls itself would keep all of it in memory
+    until cycles are collected."""
 
-    def walk(node: object, path: str, depth: int = 0) -> Spec:
-        nonlocal named
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.leaves: list[Any] = []
+        self.names: list[str] = []
+        self.named = False
+
+    def through(self, node: object, path: str, depth: int = 0) -> Spec:
         if depth > _DEEPEST:
-            raise refuse(RoptimValueError, place, "params", f"within {_DEEPEST} containers", "one more")
+            raise refuse(RoptimValueError, self.place, "params", f"within {_DEEPEST} containers", "one more")
         if isinstance(node, Mapping):
-            named = True
+            self.named = True
             items = list(node.items())
         elif isinstance(node, (list, tuple)):
             if node and all(is_pair(item) for item in node):
-                named = True
-                leaves.extend(array for _, array in node)
-                names.extend(path + name for name, _ in node)
+                self.named = True
+                self.leaves.extend(array for _, array in node)
+                self.names.extend(path + name for name, _ in node)
                 return Spec("pairs", tuple(name for name, _ in node), (LEAF,) * len(node))
             if any(is_pair(item) for item in node):
                 got = f"item {next(i for i, item in enumerate(node) if not is_pair(item))} without a name"
-                raise refuse(RoptimValueError, place, "params", "all named or all without names", got)
+                raise refuse(RoptimValueError, self.place, "params", "all named or all without names", got)
             items = list(enumerate(node))
         else:
-            leaves.append(node)
-            names.append(path.removesuffix("."))
+            self.leaves.append(node)
+            self.names.append(path.removesuffix("."))
             return LEAF
         kind = "mapping" if isinstance(node, Mapping) else "sequence"
-        children = tuple(walk(child, f"{path}{key}.", depth + 1) for key, child in items)
+        children = tuple(self.through(child, f"{path}{key}.", depth + 1) for key, child in items)
         return Spec(kind, tuple(key for key, _ in items), children)
 
-    spec = walk(tree, "")
-    if not named or not leaves:
-        return spec, leaves, None
-    check_names(names, place)
-    return spec, leaves, names
+
+def flatten(tree: object, place: str) -> tuple[Spec, list[Any], list[str] | None]:
+    """Spec, arrays and names of a container; names are None where nothing in it names anything."""
+    walk = _Walk(place)
+    spec = walk.through(tree, "")
+    if not walk.named or not walk.leaves:
+        return spec, walk.leaves, None
+    check_names(walk.names, place)
+    return spec, walk.leaves, walk.names
 
 
 def check_names(names: list[str], place: str) -> None:

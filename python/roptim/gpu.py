@@ -163,20 +163,38 @@ class Norm:
     def __ge__(self, other: Any) -> bool:
         return bool(float(self) >= other)
 
-    def __add__(self, other: Any) -> Any:
-        return float(self) + other
+    def __neg__(self) -> float:
+        return -float(self)
 
-    def __mul__(self, other: Any) -> Any:
-        return float(self) * other
+    def __pos__(self) -> float:
+        return float(self)
 
-    def __truediv__(self, other: Any) -> Any:
-        return float(self) / other
+    def __abs__(self) -> float:
+        return abs(float(self))
 
-    __radd__ = __add__
-    __rmul__ = __mul__
+    def __int__(self) -> int:
+        return int(float(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(float(self), digits)
 
     def __format__(self, spec: str) -> str:
         return format(float(self), spec)
 
     def __repr__(self) -> str:
         return repr(float(self))
+
+
+def _forwarded(name: str) -> Any:
+    """A binary operator of float, for a norm."""
+
+    def operate(self: Norm, other: Any) -> Any:
+        return getattr(float(self), name)(float(other) if isinstance(other, Norm) else other)
+
+    operate.__name__ = name
+    return operate
+
+
+for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow"):
+    for _name in (f"__{_operator}__", f"__r{_operator}__"):
+        setattr(Norm, _name, _forwarded(_name))

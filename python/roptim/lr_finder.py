@@ -846,8 +846,8 @@ class _Memory:
 
         def back() -> None:
             # All of the wrapped array is written, so what a device has, if it is still there, is not fetched first.
-            _refill(parameter._array, saved)
-            parameter._host_written()
+            _fits(parameter._array, saved)
+            parameter._write(Ellipsis, saved)
             parameter.grad = gradient
 
         self._actions.append((what, back))
@@ -931,9 +931,13 @@ class _Memory:
 
 
 def _refill(array: _Array, saved: _Array) -> None:
+    _fits(array, saved)
+    array[...] = saved
+
+
+def _fits(array: _Array, saved: _Array) -> None:
     if array.shape != saved.shape or array.dtype != saved.dtype:
         raise ValueError(f"an array of shape {saved.shape} and {saved.dtype} became {array.shape} and {array.dtype}")
-    array[...] = saved
 
 
 # ---- what a terminal shows ----------------------------------------------------------------------------------

@@ -159,15 +159,27 @@ class Optimizer:
         **options: Any,
     ) -> None:
         if options.get("backend") == "auto" and self._engine_name is not None:
-            params = _tree.listed(params, type(self).__name__)
+            place = type(self).__name__
+            params = _tree.listed(params, place)
+            if any(_is_group(group) for group in _grouped(params)):
+                # What may be gone through once is looked at twice here.
+                params = [
+                    {**group, "params": _tree.listed(group["params"], place)} if _is_group(group) else group
+                    for group in _grouped(params)
+                ]
             options = {**options, "backend": self._automatic(params, bool(options.get("allow_software")))}
         self._setup(defaults, options)
         self._reserves = False
-        for group in _grouped(_tree.listed(params, self._place)):
-            self.add_param_group(group)
+        try:
+            for group in _grouped(_tree.listed(params, self._place)):
+                self.add_param_group(group)
+            if self._engine is not None:
+                self._engine.reserve()
+        except BaseException:
+            if self._engine is not None:
+                self._engine.release()
+            raise
         self._reserves = True
-        if self._engine is not None:
-            self._engine.reserve()
         if not self._state._objects:
             raise refuse(RoptimValueError, self._place, "params", "at least one array", "an empty container")
 
@@ -212,8 +224,12 @@ class Optimizer:
                 objects += _tree.flatten(_tree.listed(group["params"], place), place)[1]
         arrays = [p._array if isinstance(p, Parameter) else p for p in objects]
         on_gpu = {"float32", "float16", "bfloat16", "complex64"}
-        if "gpu" not in REGISTRY[self._engine_name]["backends"] or not all(
-            isinstance(a, np.ndarray) and a.dtype.name in on_gpu for a in arrays
+        entry = REGISTRY[self._engine_name]
+        # A closure computes in NumPy: there is nothing to gain.
+        if (
+            "gpu" not in entry["backends"]
+            or entry["needs_closure"]
+            or not all(isinstance(a, np.ndarray) and a.dtype.name in on_gpu for a in arrays)
         ):
             return "cpu"
         parameters = any(isinstance(p, Parameter) for p in objects)
@@ -443,9 +459,9 @@ class Optimizer:
             self._engine.accumulate(self._read(gradients))
 
     def sync(self) -> None:
-        """Waits for the device and brings every Parameter's values to its array; on the CPU it does nothing.
+        """Waits for the device and brings every Parameter's values home; on the CPU it does nothing.
 
-        Reading ``p.data`` does it for one Parameter.
+        Reading ``p.data`` does it for one Parameter, and is where they are then.
 
         Raises
         ------
@@ -484,10 +500,15 @@ class Optimizer:
         engine = Engine(self._engine_name, **options)
         self._engine.sync()
         saved = self._engine.state_dict()
-        for index, group in enumerate(self.param_groups):
-            engine.add_group(self._engine.hypers(index), list(group["params"]), group.get("param_names"), False)
-        engine.reserve()
-        engine.load_state_dict(saved)
+        try:
+            for index, group in enumerate(self.param_groups):
+                engine.add_group(self._engine.hypers(index), list(group["params"]), group.get("param_names"), False)
+            engine.reserve()
+            engine.load_state_dict(saved)
+            engine.take_over(self._engine)
+        except BaseException:
+            engine.release()
+            raise
         self._options, self._engine, self._current.engine = options, engine, engine
         self._state._engine = engine
         return self
@@ -506,6 +527,9 @@ class Optimizer:
     def _show_schedules(self) -> None:
         """The same after an update, for readers of the groups. What is refused here is refused again, and raised,
         before the next update."""
+        assert self._engine is not None
+        # Waits for a device that may leave the update out: what it reports must not get lost below.
+        _ = self._engine.update_count
         with contextlib.suppress(Exception):
             self._follow_schedules()
 

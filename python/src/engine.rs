@@ -411,6 +411,28 @@ impl Engine {
         py.detach(|| guarded(self.name(), || self.shared.try_use()?.reserve())).or_raise(py)
     }
 
+    /// Lets go of Parameters that are at home here: those of an optimizer that is not to be.
+    fn release(&self, py: Python<'_>) -> PyResult<()> {
+        let parameters: Vec<_> = {
+            let table = self.table(py)?;
+            table.params.iter().filter_map(|r| r.parameter.as_ref().map(|p| p.clone_ref(py))).collect()
+        };
+        for parameter in parameters.iter().map(|parameter| parameter.get()) {
+            if parameter.home().is_some_and(|home| Arc::ptr_eq(&home.shared, &self.shared)) {
+                parameter.set_home(py, None, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over what a state dict does not hold.
+    fn take_over(&self, py: Python<'_>, other: &Bound<'_, Self>) -> PyResult<()> {
+        let (norm, scale) = (other.get().gradient_norm(py)?, other.get().grad_scale(py)?);
+        let mut optimizer = self.shared.try_use().or_raise(py)?;
+        optimizer.set_gradient_norm(norm);
+        optimizer.set_grad_scale(scale).or_raise(py)
+    }
+
     /// Checks hyperparameters as a group's without keeping them.
     fn check_hypers(&self, py: Python<'_>, given: &Bound<'_, PyDict>) -> PyResult<()> {
         let preset = self.shared.try_use().or_raise(py)?.preset();
@@ -832,6 +854,11 @@ impl Engine {
         for (index, registered) in table.params.iter().enumerate() {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
             let home = parameter.home();
+            if home.is_some() && parameter.is_lent() {
+                let (place, allowed) = (format!("{}.step", self.name()), "outside of its host() block");
+                let remedy = Some("step after the block: what it wrote would overwrite the step");
+                return Err(refuse(py, ErrorKind::Value, &place, &registered.label, allowed, "inside", remedy));
+            }
             let settled = match &home {
                 Some(home) => {
                     self.houses_parameters() && home.index == index && Arc::ptr_eq(&home.shared, &self.shared)

@@ -3,23 +3,48 @@
 use std::sync::Mutex;
 
 use numpy::PyUntypedArray;
+use pyo3::exceptions::PyRuntimeWarning;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::arrays::{Access, Context, as_array, look};
 use crate::errors::{OrRaise, guarded};
-use crate::shared::Home;
+use crate::shared::{self, Home};
+
+/// An array that a parameter does not use for the time being.
+struct Wrapped {
+    array: Py<PyUntypedArray>,
+    /// Of its values.
+    fingerprint: u64,
+}
 
 struct Fields {
     /// What is read and written; while a device has the truth, memory that nobody else knows, and read-only.
     data: Py<PyUntypedArray>,
     /// The array that was wrapped, where a device has the truth and somebody else knows that array: read-only too,
     /// so that writing to it is an error and not lost.
-    wrapped: Option<Py<PyUntypedArray>>,
+    wrapped: Option<Wrapped>,
     grad: Option<Py<PyAny>>,
     requires_grad: bool,
     name: Option<String>,
     home: Option<Home>,
+    /// Blocks that write a copy and have not ended.
+    lent: usize,
+}
+
+impl Drop for ParameterBase {
+    /// Whoever still has the wrapped array finds the values there, as on the CPU.
+    fn drop(&mut self) {
+        if self.with(|f| f.wrapped.is_some()) {
+            // There is nobody to tell what fails here; without an interpreter there is nothing to save.
+            let _ = Python::try_attach(|py| self.bring_home(py).and_then(|()| self.set_home(py, None, false)));
+        }
+    }
+}
+
+fn fingerprint(array: &Bound<'_, PyUntypedArray>) -> PyResult<u64> {
+    let seen = look(array, Access::Read, Context { place: "Parameter", label: "the wrapped array" })?;
+    Ok(shared::fingerprint(&seen.raw))
 }
 
 fn set_writeable(array: &Bound<'_, PyUntypedArray>, writeable: bool) -> PyResult<()> {
@@ -72,6 +97,11 @@ impl ParameterBase {
         self.with(|f| f.requires_grad)
     }
 
+    /// Whether a block writes a copy that will take the place of the values.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.with(|f| f.lent > 0)
+    }
+
     pub(crate) fn label(&self) -> Option<String> {
         self.with(|f| f.name.clone())
     }
@@ -94,21 +124,32 @@ impl ParameterBase {
         if home.is_some() && !was_away {
             let array = self.host(py);
             if !alone {
-                let copy = array.call_method0("copy")?.cast_into().map_err(PyErr::from)?;
+                let copy: Bound<'_, PyUntypedArray> = array.call_method0("copy")?.cast_into().map_err(PyErr::from)?;
                 set_writeable(&array, false)?;
                 set_writeable(&copy, false)?;
-                self.with(|f| f.wrapped = Some(std::mem::replace(&mut f.data, copy.unbind())));
+                let fingerprint = fingerprint(&array)?;
+                self.with(|f| {
+                    let array = std::mem::replace(&mut f.data, copy.unbind());
+                    f.wrapped = Some(Wrapped { array, fingerprint });
+                });
             } else {
                 set_writeable(&array, false)?;
             }
         } else if home.is_none() && was_away {
             let array = self.host(py);
-            match self.with(|f| f.wrapped.take()) {
+            let wrapped = self.with(|f| f.wrapped.as_ref().map(|w| (w.array.clone_ref(py), w.fingerprint)));
+            match wrapped {
                 None => set_writeable(&array, true)?,
-                Some(wrapped) => {
-                    set_writeable(wrapped.bind(py), true)?;
-                    py.import("numpy")?.call_method1("copyto", (&wrapped, &array))?;
-                    self.with(|f| f.data = wrapped);
+                Some((wrapped, before)) => {
+                    let bound = wrapped.bind(py);
+                    if fingerprint(bound)? != before {
+                        let text = "Parameter: the array that it wrapped was written to while a device had the values, \
+                                    which take its place now; write through p.data = x";
+                        py.import("warnings")?.call_method1("warn", (text, py.get_type::<PyRuntimeWarning>(), 2))?;
+                    }
+                    set_writeable(bound, true)?;
+                    py.import("numpy")?.call_method1("copyto", (bound, &array))?;
+                    self.with(|f| (f.data, f.wrapped) = (wrapped, None));
                 }
             }
         }
@@ -137,7 +178,8 @@ impl ParameterBase {
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;
         look(&array, Access::Write, context)?;
-        let fields = Fields { data: array.unbind(), wrapped: None, grad: None, requires_grad, name, home: None };
+        let fields =
+            Fields { data: array.unbind(), wrapped: None, grad: None, requires_grad, name, home: None, lent: 0 };
         Ok(Self { fields: Mutex::new(fields) })
     }
 
@@ -158,6 +200,11 @@ impl ParameterBase {
         if let Some(home) = self.home() {
             py.detach(|| home.shared.host_written(home.index));
         }
+    }
+
+    /// A block begins, or ends, that writes a copy.
+    fn _lend(&self, begins: bool) {
+        self.with(|f| f.lent = if begins { f.lent + 1 } else { f.lent.saturating_sub(1) });
     }
 
     /// Whether a device holds the truth between steps.
@@ -201,7 +248,7 @@ impl ParameterBase {
         if let Ok(fields) = self.fields.try_lock() {
             visit.call(&fields.data)?;
             if let Some(wrapped) = &fields.wrapped {
-                visit.call(wrapped)?;
+                visit.call(&wrapped.array)?;
             }
             if let Some(grad) = &fields.grad {
                 visit.call(grad)?;

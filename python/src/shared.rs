@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use roptim::tensor::RawTensor;
-use roptim::{Error, ErrorKind, Optimizer, TensorMut};
+use roptim::{Error, ErrorKind, Optimizer, TensorMut, TensorRef};
 
 /// What a call does when another thread is in the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +65,12 @@ impl Shared {
         let mut target = unsafe { TensorMut::from_raw(raw.clone()) };
         self.wait().sync(&mut [(index, &mut target)])
     }
+}
+
+/// A number that tells an array's values from others.
+pub(crate) fn fingerprint(raw: &RawTensor) -> u64 {
+    // SAFETY: the caller looked at the array just now and holds a reference to it.
+    roptim::cpu::fingerprint(&unsafe { TensorRef::from_raw(raw.clone()) })
 }
 
 /// The optimizer on whose device a parameter's truth lies, and the parameter's index there.

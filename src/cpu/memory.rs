@@ -210,12 +210,19 @@ pub(super) unsafe fn whole_mut<'a, F: Real>(ptr: *mut u8, start: usize, n: usize
     unsafe { std::slice::from_raw_parts_mut(ptr.cast::<F>().add(start), n) }
 }
 
+/// A number that tells a tensor's values from others.
+pub fn fingerprint(x: &TensorRef<'_>) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    // SAFETY: a TensorRef describes allocated, initialized memory.
+    unsafe { read_bytes(&x.raw, 0, x.raw.len, |_, bytes| hash.update(bytes)) };
+    hash.digest()
+}
+
 /// Hands the bytes of elements `start..start + n` in C order to `sink` with their offset from the first:
 /// at once where the array is in C order, else block by block.
 ///
 /// # Safety
 /// The range lies within the tensor, which is allocated and initialized.
-#[cfg(feature = "gpu")]
 pub(crate) unsafe fn read_bytes(from: &RawTensor, start: usize, n: usize, mut sink: impl FnMut(usize, &[u8])) {
     let size = from.dtype.size();
     let Some(strides) = &from.strides else {

@@ -22,6 +22,7 @@ use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
 use crate::tensor::{RawTensor, Rows};
 pub use isa::Isa;
+pub use memory::fingerprint;
 use plan::{Piece, Plan};
 pub use pool::Threads;
 #[cfg(feature = "gpu")]

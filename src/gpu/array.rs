@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::arena::ALIGN;
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, lock};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
-use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Upload, submit, unmapped};
+use super::staging::{BLOCK_BYTES, Download, Part, Sink, Source, Staging, Upload, submit, unmapped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
 use crate::shader::{self, CONTROL_WORDS};
@@ -155,17 +155,18 @@ impl Array {
         for piece in self.pieces(place, 0, self.len)? {
             for part in (0..piece.len).step_by(staging.longest()) {
                 let len = (piece.len - part).min(staging.longest());
+                // SAFETY: TensorRef promises memory for its elements, whose number was compared.
+                let source = unsafe { Part::new(&from.raw, piece.start + part, len) };
                 uploads.push(Upload {
                     target: &buffers[piece.buffer],
                     offset: ((piece.at + part) * size) as u64,
                     bytes: len.next_multiple_of(ALIGN) * size,
-                    source: Source::Array { raw: &from.raw, start: piece.start + part, len },
+                    source: Source::Array(source),
                 });
             }
         }
         let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: TensorRef promises memory for its elements, whose number was compared.
-        let encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        let encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         submit(context, place, encoder).map(|_| ())
     }
 
@@ -195,11 +196,13 @@ impl Array {
         for piece in self.pieces(place, 0, self.len)? {
             for part in (0..piece.len).step_by(staging.longest()) {
                 let len = (piece.len - part).min(staging.longest());
+                // SAFETY: TensorMut promises memory for its elements, whose number was compared; pieces are disjoint.
+                let sink = unsafe { Part::new(&to.raw, piece.start + part, len) };
                 downloads.push(Download {
                     source: &buffers[piece.buffer],
                     offset: ((piece.at + part) * size) as u64,
                     bytes: len.next_multiple_of(ALIGN) * size,
-                    sink: Sink::Array { raw: &to.raw, start: piece.start + part, len },
+                    sink: Sink::Array(sink),
                 });
             }
         }
@@ -207,8 +210,7 @@ impl Array {
             return Ok(());
         }
         let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: TensorMut promises writable memory for its elements, whose number was compared.
-        unsafe { staging.download(context, place, pool, encoder, downloads) }.map(|_| ())
+        staging.download(context, place, pool, encoder, downloads).map(|_| ())
     }
 }
 
@@ -234,8 +236,7 @@ impl Norm {
         let download =
             Download { source: work, offset: 0, bytes: bytes.len(), sink: Sink::Bytes(bytes.as_mut_slice()) };
         let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: no sink is an array.
-        unsafe { Staging::new(BLOCK_BYTES).download(context, place, None, encoder, vec![download]) }?;
+        Staging::new(BLOCK_BYTES).download(context, place, None, encoder, vec![download])?;
         Ok(Finding::read(&bytes).norm)
     }
 }

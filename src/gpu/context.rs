@@ -313,9 +313,11 @@ impl Context {
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let out = calls();
         // The innermost scope is popped first.
-        let errors = [block_on(validation.pop()), block_on(internal.pop()), block_on(memory.pop())];
+        let [validation, internal, memory] =
+            [block_on(validation.pop()), block_on(internal.pop()), block_on(memory.pop())];
         self.check(place)?;
-        match errors.into_iter().flatten().next() {
+        // Where memory was missing, what was to be done with it is not valid, either.
+        match memory.or(internal).or(validation) {
             Some(error) => Err(failure(place, error)),
             None => out,
         }

@@ -21,7 +21,7 @@ use super::array::{Array, is_sum};
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, refuse_wide};
 use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
 use super::program::{self, Bound, Member, Scratch};
-use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
+use super::staging::{BLOCK_BYTES, Download, Part, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
 use crate::cpu::Frame;
 use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::real::Dtype;
@@ -299,6 +299,11 @@ impl Executor {
 
     /// Makes the memory that steps will need, with these slots of each parameter. On an error nothing has changed.
     pub fn reserve(&mut self, slots: &[SlotSet]) -> Result<()> {
+        let reserved = self.reserve_once(slots);
+        self.noting(reserved)
+    }
+
+    fn reserve_once(&mut self, slots: &[SlotSet]) -> Result<()> {
         let inner = self.inner.get_mut(self.place)?;
         let layout = &inner.arena.layout;
         let mut wanted = BTreeSet::new();
@@ -336,6 +341,12 @@ impl Executor {
 
     /// Notes when an error says that what lies on the device is not known any more.
     fn noting<T>(&mut self, outcome: Result<T>) -> Result<T> {
+        let outcome =
+            outcome.map_err(|error| match self.inner.get(self.place).map(|inner| inner.context.check(self.place)) {
+                // Whatever fails on a lost device is its loss.
+                Ok(Err(loss)) if loss.kind() == ErrorKind::DeviceLost => loss,
+                _ => error,
+            });
         if matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost) {
             self.broken = true;
             for param in self.params.iter_mut().filter(|param| param.device_newer) {
@@ -362,9 +373,18 @@ impl Executor {
     /// there is no slot. On an error other than [`ErrorKind::DeviceLost`] nothing has changed. A device that was
     /// lost is opened again.
     pub fn replace_slots(&mut self, slots: &[Vec<Option<&[u8]>>]) -> Result<()> {
+        let whole = self.inner.get(self.place)?.context.check(self.place);
+        let known = self.noting(whole);
         if self.broken {
             self.recover()?;
+        } else {
+            known?;
         }
+        let replaced = self.replace_slots_once(slots);
+        self.noting(replaced)
+    }
+
+    fn replace_slots_once(&mut self, slots: &[Vec<Option<&[u8]>>]) -> Result<()> {
         let place = self.place;
         let Inner { context, arena, staging, .. } = self.inner.get_mut(place)?;
         assert_eq!(slots.len(), self.params.len(), "one list of slots per parameter");
@@ -387,15 +407,12 @@ impl Executor {
             }
         }
         let encoder = context.device.create_command_encoder(&Default::default());
-        // SAFETY: no source is an array.
-        let replaced = unsafe { staging.upload(context, place, None, &uploads, encoder) }
-            .and_then(|encoder| submit(context, place, encoder));
-        self.noting(replaced)?;
+        let encoder = staging.upload(context, place, None, &uploads, encoder)?;
+        submit(context, place, encoder)?;
         for (param, slots) in self.params.iter_mut().zip(slots) {
             let given = slots.iter().enumerate().filter(|(_, slot)| slot.is_some());
             param.present = given.fold(SlotSet::EMPTY, |set, (k, _)| set.with(k));
             param.used = param.used.union(param.present);
-            param.summed = false;
         }
         Ok(())
     }
@@ -471,16 +488,13 @@ impl Executor {
             let mut downloads = Vec::new();
             for (index, array) in &stale {
                 let raw = fitting(&array.raw, &self.params[*index]);
-                downloads.extend(inner.downloads(place, Role::Parameter, *index, |segment| Sink::Array {
-                    raw,
-                    start: segment.start,
-                    len: segment.len,
-                })?);
+                let segments = inner.arena.layout.segments(*index, inner.staging.longest());
+                downloads.extend(
+                    segments.map(|segment| home(place, &inner.arena, segment, raw)).collect::<Result<Vec<_>>>()?,
+                );
             }
             let encoder = inner.context.device.create_command_encoder(&Default::default());
-            // SAFETY: TensorMut promises memory for its elements, whose number and size were compared; segments lie
-            // within the parameter.
-            unsafe { inner.staging.download(&inner.context, place, pool, encoder, downloads) }
+            inner.staging.download(&inner.context, place, pool, encoder, downloads)
         };
         let read = read();
         self.noting(read)?;
@@ -553,13 +567,10 @@ impl Executor {
         for job in jobs.iter().filter(|job| !states[job.index].resident) {
             let raw = &params[job.index].raw;
             for segment in arena.layout.segments(job.index, staging.longest()) {
-                let sink = Sink::Array { raw, start: segment.start, len: segment.len };
-                downloads.push(download(place, arena, Role::Parameter, segment, sink)?);
+                downloads.push(home(place, arena, segment, raw)?);
             }
         }
-        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number and size
-        // `fitting` and `origin` compared; segments lie within the parameter.
-        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        let mut encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         for job in jobs {
             for k in job.fresh.intersection(states[job.index].used).iter() {
                 for segment in arena.layout.slot_segments(job.index, k, usize::MAX) {
@@ -587,15 +598,16 @@ impl Executor {
         } else if bounds.skips {
             ticket = Some(Ticket::record(context, place, &mut encoder, work, 4 * CONTROL_WORDS)?);
         }
-        // SAFETY: as above; the tensors are writable and nothing else writes them in this call.
-        let index = unsafe { staging.download(context, place, pool, encoder, downloads) }?;
+        let index = staging.download(context, place, pool, encoder, downloads)?;
         for job in jobs {
             let param = &mut self.params[job.index];
             param.present = param.present.union(job.fresh);
             param.used = param.used.union(job.fresh);
             param.host_newer = !param.resident;
             param.device_newer = param.resident;
-            param.summed = false;
+        }
+        for (job, _) in origins.iter().filter(|(_, origin)| *origin == Origin::Sum) {
+            self.params[job.index].summed = false;
         }
         if let Some(ticket) = ticket {
             *pending = Some(Pending { ticket: ticket.submitted(index), jobs: jobs.to_vec() });
@@ -707,8 +719,7 @@ impl Executor {
                 }
             }
         }
-        // SAFETY: TensorRef promises memory for its elements, which the caller compared with the parameters'.
-        let mut encoder = unsafe { staging.upload(context, place, pool, &uploads, encoder) }?;
+        let mut encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         Dispatch::record(context, &mut encoder, &dispatches);
         in_flight.push_back(submit(context, place, encoder)?);
         for item in items {
@@ -754,9 +765,9 @@ impl Origin {
     }
 }
 
-/// Part of one tensor in one dispatch.
+/// A stretch of one tensor in one dispatch.
 #[derive(Debug, Clone, Copy)]
-struct Part {
+struct Stretch {
     key: Key,
     /// First element in the window.
     at: usize,
@@ -813,16 +824,16 @@ impl Inner {
     ) -> Result<(BTreeSet<(Role, Window)>, Tables)> {
         let (mut wanted, mut tables) = (BTreeSet::new(), Tables::new());
         for item in items {
-            for part in self.parts(place, item, gradients)? {
-                let Key { window, origin, .. } = part.key;
+            for stretch in self.stretches(place, item, gradients)? {
+                let Key { window, origin, .. } = stretch.key;
                 wanted.insert((Role::Parameter, window));
                 match origin {
                     Origin::Array { .. } => false,
                     Origin::Sum => wanted.insert((Role::Sum, window)),
                     Origin::Arena(dtype) => wanted.insert((Role::Gradient(dtype), window)),
                 };
-                let (table, owners): &mut (Table, Vec<usize>) = tables.entry(part.key).or_default();
-                table.push(chunk, part.at, part.gradient_at, part.len, item.row);
+                let (table, owners): &mut (Table, Vec<usize>) = tables.entry(stretch.key).or_default();
+                table.push(chunk, stretch.at, stretch.gradient_at, stretch.len, item.row);
                 owners.resize(table.len() as usize, item.index);
             }
         }
@@ -830,12 +841,12 @@ impl Inner {
     }
 
     /// Where a tensor and its gradient lie.
-    fn parts(&self, place: &str, item: &Item, gradients: &[Option<TensorRef<'_>>]) -> Result<Vec<Part>> {
+    fn stretches(&self, place: &str, item: &Item, gradients: &[Option<TensorRef<'_>>]) -> Result<Vec<Stretch>> {
         let array = gradients[item.index].as_ref().and_then(Array::of);
-        let mut parts = Vec::new();
+        let mut stretches = Vec::new();
         for Segment { window, at, start, len } in self.arena.layout.segments(item.index, usize::MAX) {
             let mut push = |origin, at, gradient_at, len| {
-                parts.push(Part { key: Key { entry: item.entry, window, origin }, at, gradient_at, len });
+                stretches.push(Stretch { key: Key { entry: item.entry, window, origin }, at, gradient_at, len });
             };
             match (item.origin, array) {
                 (Origin::Array { id, dtype, .. }, Some(array)) => {
@@ -847,7 +858,7 @@ impl Inner {
                 (origin, _) => push(origin, at, at, len),
             }
         }
-        Ok(parts)
+        Ok(stretches)
     }
 
     /// The gradients of a dispatch.
@@ -920,7 +931,7 @@ impl Inner {
         if rule.program().is_some() {
             for (item, (job, _)) in items.iter().zip(jobs) {
                 let (slots, form) = (self.arena.layout.slots_at(item.index), params[item.index].form);
-                for Part { key, at, gradient_at, .. } in self.parts(place, item, gradients)? {
+                for Stretch { key, at, gradient_at, .. } in self.stretches(place, item, gradients)? {
                     let member = Member { at, gradient_at, row: item.row, slots, form, turns: job.turns };
                     members.entry(key).or_default().push(member);
                 }
@@ -980,18 +991,6 @@ impl Inner {
         Ok(0)
     }
 
-    /// Downloads of a tensor.
-    fn downloads<'a>(
-        &'a self,
-        place: &str,
-        role: Role,
-        index: usize,
-        mut sink: impl FnMut(Segment) -> Sink<'a>,
-    ) -> Result<Vec<Download<'a>>> {
-        let segments = self.arena.layout.segments(index, self.staging.longest());
-        segments.map(|segment| download(place, &self.arena, role, segment, sink(segment))).collect()
-    }
-
     /// Reads slots, in order, to memory of their length.
     fn read_slots(&self, place: &str, sources: &[(usize, usize)], found: &mut [Vec<u8>]) -> Result<()> {
         let mut downloads = Vec::new();
@@ -1008,16 +1007,14 @@ impl Inner {
             return Ok(());
         }
         let encoder = self.context.device.create_command_encoder(&Default::default());
-        // SAFETY: no sink is an array.
-        unsafe { self.staging.download(&self.context, place, None, encoder, downloads) }.map(|_| ())
+        self.staging.download(&self.context, place, None, encoder, downloads).map(|_| ())
     }
 
     /// Reads a buffer's first bytes.
     fn read_buffer(&self, place: &str, source: &wgpu::Buffer, into: &mut [u8]) -> Result<()> {
         let download = Download { source, offset: 0, bytes: into.len(), sink: Sink::Bytes(into) };
         let encoder = self.context.device.create_command_encoder(&Default::default());
-        // SAFETY: no sink is an array.
-        unsafe { self.staging.download(&self.context, place, None, encoder, vec![download]) }.map(|_| ())
+        self.staging.download(&self.context, place, None, encoder, vec![download]).map(|_| ())
     }
 }
 
@@ -1075,6 +1072,14 @@ fn download<'a>(place: &str, arena: &'a Arena, role: Role, segment: Segment, sin
     Ok(Download { source, offset: segment.offset(role), bytes: segment.padded(role), sink })
 }
 
+/// The way home of part of a parameter.
+fn home<'a>(place: &str, arena: &'a Arena, segment: Segment, raw: &'a RawTensor) -> Result<Download<'a>> {
+    // SAFETY: TensorMut promises writable memory for its elements, whose number was compared; segments lie within the
+    // parameter and are disjoint, and nothing else touches it in this call.
+    let sink = Sink::Array(unsafe { Part::new(raw, segment.start, segment.len) });
+    download(place, arena, Role::Parameter, segment, sink)
+}
+
 /// Adds the uploads of an array.
 fn push_array<'a>(
     place: &str,
@@ -1086,7 +1091,9 @@ fn push_array<'a>(
     raw: &'a RawTensor,
 ) -> Result<()> {
     for segment in arena.layout.segments(index, staging.longest()) {
-        let source = Source::Array { raw, start: segment.start, len: segment.len };
+        // SAFETY: TensorMut and TensorRef promise memory for their elements, whose number the optimizer compared with
+        // the parameter's; the segment lies within it.
+        let source = Source::Array(unsafe { Part::new(raw, segment.start, segment.len) });
         uploads.push(upload(place, arena, role, segment, source)?);
     }
     Ok(())

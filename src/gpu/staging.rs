@@ -29,26 +29,35 @@ const WAITING: u8 = 0;
 const MAPPED: u8 = 1;
 const FAILED: u8 = 2;
 
-/// Elements of an array in C order, or bytes as they are.
+/// Elements of an array of the host, in C order.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    raw: &'a RawTensor,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> Part<'a> {
+    /// `len` elements from `start` on.
+    ///
+    /// # Safety
+    /// Until the part is gone the array is allocated, aligned and initialized and has these elements; where they are
+    /// written to, it is writable, and nothing else reads or writes them.
+    pub(super) unsafe fn new(raw: &'a RawTensor, start: usize, len: usize) -> Self {
+        Self { raw, start, len }
+    }
+}
+
+/// Where an upload comes from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
-    /// Elements from `start` on.
-    Array {
-        raw: &'a RawTensor,
-        start: usize,
-        len: usize,
-    },
+    Array(Part<'a>),
     Bytes(&'a [u8]),
 }
 
 /// Where a download goes.
 pub(super) enum Sink<'a> {
-    /// Elements from `start` on, in C order.
-    Array {
-        raw: &'a RawTensor,
-        start: usize,
-        len: usize,
-    },
+    Array(Part<'a>),
     Bytes(&'a mut [u8]),
 }
 
@@ -189,26 +198,19 @@ impl<'a> Fills<'a> {
         self.ends.push((end, source, behind));
     }
 
-    /// # Safety
-    /// Each array is allocated, aligned, initialized, and has the range that was named.
-    unsafe fn run(self, pool: Option<&ThreadPool>) {
-        // SAFETY: the caller's duty.
-        self.ends.into_iter().for_each(|(target, source, from)| unsafe { fill(target, source, from) });
-        // SAFETY: the caller's duty.
-        spread(pool, self.pieces, |(piece, source, from)| unsafe { fill(piece.into(), source, from) });
+    fn run(self, pool: Option<&ThreadPool>) {
+        self.ends.into_iter().for_each(|(target, source, from)| fill(target, source, from));
+        spread(pool, self.pieces, |(piece, source, from)| fill(piece.into(), source, from));
     }
 }
 
 /// Writes the source's bytes from `from` on, and zeros behind its end.
-///
-/// # Safety
-/// An array is allocated, aligned, initialized, and has the range that was named.
-unsafe fn fill(mut target: wgpu::WriteOnly<'_, [u8]>, source: Source<'_>, from: usize) {
+fn fill(mut target: wgpu::WriteOnly<'_, [u8]>, source: Source<'_>, from: usize) {
     let filled = match source {
-        Source::Array { raw, start, len } => {
+        Source::Array(Part { raw, start, len }) => {
             let size = raw.dtype.size();
             let count = len.saturating_sub(from / size).min(target.len() / size);
-            // SAFETY: the caller's duty.
+            // SAFETY: promised when the part was made.
             unsafe {
                 memory::read_bytes(raw, start + from / size, count, |offset, part| {
                     target.slice(offset..offset + part.len()).copy_from_slice(part);
@@ -236,11 +238,11 @@ struct Drain<'a> {
 impl<'a> Drain<'a> {
     fn pieces(bytes: &'a [u8], sink: Sink<'a>, into: &mut Vec<Self>) {
         match sink {
-            Sink::Array { raw, start, len } => {
+            Sink::Array(part @ Part { raw, len, .. }) => {
                 let whole = &bytes[..len * raw.dtype.size()];
                 into.extend(whole.chunks(PIECE_BYTES).enumerate().map(|(i, bytes)| Self {
                     bytes,
-                    sink: Sink::Array { raw, start, len },
+                    sink: Sink::Array(part),
                     at: i * PIECE_BYTES,
                 }));
             }
@@ -257,12 +259,10 @@ impl<'a> Drain<'a> {
         }
     }
 
-    /// # Safety
-    /// An array is allocated, writable, has the range that was named, and nothing else touches it.
-    unsafe fn run(self) {
+    fn run(self) {
         match self.sink {
-            // SAFETY: the caller's duty; pieces are disjoint.
-            Sink::Array { raw, start, .. } => unsafe {
+            // SAFETY: promised when the part was made; pieces are disjoint.
+            Sink::Array(Part { raw, start, .. }) => unsafe {
                 memory::write_bytes(raw, start + self.at / raw.dtype.size(), self.bytes);
             },
             Sink::Bytes(target) => target.copy_from_slice(self.bytes),
@@ -351,10 +351,7 @@ impl Staging {
 
     /// Records the uploads. Where they need more than one block, the earlier ones are submitted here; an
     /// error after that is [`ErrorKind::DeviceLost`].
-    ///
-    /// # Safety
-    /// Each array is allocated, aligned and initialized, and has the named range.
-    pub(super) unsafe fn upload(
+    pub(super) fn upload(
         &mut self,
         context: &Context,
         place: &str,
@@ -365,8 +362,7 @@ impl Staging {
         let is_shared = |upload: &&Upload<'_>| upload.target.usage().contains(wgpu::BufferUsages::MAP_WRITE);
         let (shared, staged): (Vec<_>, Vec<_>) = uploads.iter().partition(is_shared);
         if !shared.is_empty() {
-            // SAFETY: the caller's duty.
-            unsafe { write_in_place(context, place, pool, &shared) }?;
+            write_in_place(context, place, pool, &shared)?;
         }
         let mut staged = &staged[..];
         let mut submitted = false;
@@ -374,8 +370,7 @@ impl Staging {
             let after = |error| if submitted { interrupted(place, error) } else { error };
             let (count, bytes) = batch(staged.iter().map(|u| u.bytes), self.block_bytes);
             let (now, later) = staged.split_at(count);
-            // SAFETY: the caller's duty.
-            unsafe { self.fill(context, place, pool, now, bytes, &mut encoder) }.map_err(after)?;
+            self.fill(context, place, pool, now, bytes, &mut encoder).map_err(after)?;
             if !later.is_empty() {
                 let next = context.device.create_command_encoder(&Default::default());
                 submit(context, place, std::mem::replace(&mut encoder, next)).map_err(after)?;
@@ -386,9 +381,7 @@ impl Staging {
         Ok(encoder)
     }
 
-    /// # Safety
-    /// As for [`Staging::upload`].
-    unsafe fn fill(
+    fn fill(
         &mut self,
         context: &Context,
         place: &str,
@@ -408,8 +401,7 @@ impl Staging {
             copies.push(encoder, (&buffer, at), (upload.target, upload.offset), upload.bytes as u64);
             at += upload.bytes as u64;
         }
-        // SAFETY: the caller's duty.
-        unsafe { fills.run(pool) };
+        fills.run(pool);
         copies.flush(encoder);
         drop(view);
         buffer.unmap();
@@ -446,10 +438,7 @@ impl Staging {
     /// Submits what was recorded, with the downloads behind it, and returns once they have arrived. Without
     /// downloads it does not wait. After the first submission every error is [`ErrorKind::DeviceLost`]; before it
     /// nothing was executed. Returns the first submission.
-    ///
-    /// # Safety
-    /// Each array is allocated and writable, has the named range, and nothing else touches it.
-    pub(super) unsafe fn download(
+    pub(super) fn download(
         &self,
         context: &Context,
         place: &str,
@@ -492,8 +481,7 @@ impl Staging {
                 Drain::pieces(&view[at..at + download.bytes], download.sink, &mut drains);
                 at += download.bytes;
             }
-            // SAFETY: the caller's duty.
-            spread(pool, drains, |drain| unsafe { drain.run() });
+            spread(pool, drains, Drain::run);
             drop(view);
             buffer.unmap();
             *lock(&self.down) = Some(buffer);
@@ -511,8 +499,7 @@ impl Staging {
                     let at = (download.offset - spans[k].1) as usize;
                     Drain::pieces(&views[k][at..at + download.bytes], download.sink, &mut drains);
                 }
-                // SAFETY: the caller's duty.
-                spread(pool, drains, |drain| unsafe { drain.run() });
+                spread(pool, drains, Drain::run);
                 Ok(())
             };
             read().map_err(|error| interrupted(place, error))?;
@@ -532,15 +519,7 @@ impl Staging {
 }
 
 /// Writes to buffers that the host can reach, once the device is done with them.
-///
-/// # Safety
-/// As for [`Staging::upload`].
-unsafe fn write_in_place(
-    context: &Context,
-    place: &str,
-    pool: Option<&ThreadPool>,
-    uploads: &[&Upload<'_>],
-) -> Result<()> {
+fn write_in_place(context: &Context, place: &str, pool: Option<&ThreadPool>, uploads: &[&Upload<'_>]) -> Result<()> {
     let spans = spans(uploads.iter().map(|u| (u.target, u.offset, u.bytes)));
     let mapped = Mapped(spans.iter().map(|&(buffer, ..)| buffer).collect());
     let outcomes: Vec<Outcome> = spans
@@ -571,8 +550,7 @@ unsafe fn write_in_place(
             fills.push(target, upload.source);
         }
     }
-    // SAFETY: the caller's duty.
-    unsafe { fills.run(pool) };
+    fills.run(pool);
     drop(views);
     drop(mapped);
     Ok(())

@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::context::{Context, DeviceInfo, DeviceRequest, OfProcess, lock, refuse_wide};
-use super::staging::{BLOCK_BYTES, Download, Sink, Source, Staging, Upload, submit};
+use super::staging::{BLOCK_BYTES, Download, Part, Sink, Source, Staging, Upload, submit};
 use crate::closure::vector::{Reduction, Vector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::linear::{SUM_BLOCK, join_tree, tree};
@@ -301,8 +301,7 @@ impl Recorder {
     /// The bytes at the start of a buffer, after all that was recorded.
     fn read(&mut self, context: &Context, place: &str, parts: Vec<Download<'_>>) -> Result<()> {
         let encoder = self.take(context);
-        // SAFETY: no sink is an array.
-        unsafe { self.staging.download(context, place, None, encoder, parts) }.map(|_| ())
+        self.staging.download(context, place, None, encoder, parts).map(|_| ())
     }
 }
 
@@ -362,13 +361,13 @@ impl Home {
             for (window, target) in self.windows(x.len()).zip(vector.buffers()?) {
                 for at in (0..window.len()).step_by(longest) {
                     let (start, len) = (window.start + at, longest.min(window.len() - at));
-                    let source = Source::Array { raw: &tensor.raw, start, len };
+                    // SAFETY: the source is a slice of f32, and the windows lie within it.
+                    let source = Source::Array(unsafe { Part::new(&tensor.raw, start, len) });
                     uploads.push(Upload { target, offset: 4 * at as u64, bytes: 4 * len.next_multiple_of(4), source });
                 }
             }
             let encoder = context.device.create_command_encoder(&Default::default());
-            // SAFETY: the source is a slice of f32, and the windows lie within it.
-            let encoder = unsafe { recorder.staging.upload(context, place, None, &uploads, encoder) }?;
+            let encoder = recorder.staging.upload(context, place, None, &uploads, encoder)?;
             // Where a later operation fails, what it would have been submitted with is lost: not this vector.
             submit(context, place, encoder)?;
             Ok(vector)

@@ -246,6 +246,11 @@ impl Optimizer {
         Ok(self.gradient_norm)
     }
 
+    /// Says what the norm of the last step's gradients was, for an optimizer that goes on with another's work.
+    pub fn set_gradient_norm(&mut self, norm: Option<f64>) {
+        self.gradient_norm = norm;
+    }
+
     /// Waits until it is known what became of the last step on a GPU.
     ///
     /// Where it left its update out, counts and scalar slots return to those before it; with
@@ -396,7 +401,7 @@ impl Optimizer {
         if let Backend::Gpu(executor) = &mut self.backend {
             let (preset, groups) = (self.preset, &self.groups);
             let slots = self.entries.iter().map(|e| preset.needed_slots(&groups[e.group], &e.info.shape));
-            executor.reserve(&slots.collect::<Vec<_>>())?;
+            noted(executor.reserve(&slots.collect::<Vec<_>>()), &mut self.torn)?;
         }
         Ok(())
     }

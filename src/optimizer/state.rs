@@ -79,8 +79,8 @@ impl Optimizer {
         }
         self.refuse_under_way(&place)?;
         match self.settle() {
-            // Loading is what mends it.
-            Err(error) if error.kind() == ErrorKind::DeviceLost => {}
+            // Loading is what mends a loss, and takes the place of a step that was left out.
+            Err(error) if matches!(error.kind(), ErrorKind::DeviceLost | ErrorKind::Nonfinite) => {}
             settled => settled?,
         }
         let mut groups = self.groups.clone();

@@ -254,7 +254,6 @@ ASK: dict[str, Callable[[Any, Any], Any]] = {
     "update_count": lambda opt, p: opt.update_count,
     "skip_count": lambda opt, p: opt.skip_count,
     "state_dict": lambda opt, p: opt.state_dict(),
-    "load_state_dict": lambda opt, p: opt.load_state_dict(SAVED),
     "data": lambda opt, p: p.data,
     "asarray": lambda opt, p: np.asarray(p),
     "arithmetic": lambda opt, p: p * 2,
@@ -273,7 +272,6 @@ ASK: dict[str, Callable[[Any, Any], Any]] = {
     "another optimizer": lambda opt, p: SGD([p]),
     "another optimizer's step": lambda opt, p: SECOND[0].step([f32(3)]),
 }
-SAVED: dict[str, Any] = {}
 SECOND: list[Any] = []
 
 
@@ -289,8 +287,6 @@ def test_who_asks_is_told_once(ask: Callable[[Any, Any], Any], earlier: int) -> 
     for at in range(earlier):
         for one in (opt, twin):
             one.step([f32(3, value=at), f32(2, value=2.0)])
-    SAVED.clear()
-    SAVED.update(opt.state_dict())
     before = everything(twin, q)
     opt.step([np.array([1, math.nan, 2], np.float32), f32(2)])
     with pytest.raises(NonfiniteError, match=r'^Adam.step: gradient of parameter "w" must be finite, got NaN'):
@@ -348,9 +344,10 @@ def test_a_deferred_error_is_not_lost_with_a_schedule() -> None:
     p = Parameter(f32(3), name="w")
     opt = SGD([p], lr=roptim.schedules.linear(1.0, 0.0, 4), nonfinite="raise", **ON_GPU)
     opt.step([f32(3)])
-    opt.step([f32(3, value=math.nan)])
+    # The schedule needs the count, so the step waits.
     with pytest.raises(NonfiniteError, match='parameter "w"'):
-        opt.sync()
+        opt.step([f32(3, value=math.nan)])
+    opt.sync()
     assert (opt.update_count, opt.skip_count) == (1, 0)
     assert opt.param_groups[0]["lr"] == 0.75
 

@@ -733,8 +733,8 @@ def test_threads_with_a_common_parameter() -> None:
             try:
                 opt.step([f32(1000)])
                 p.data  # noqa: B018
-            except roptim.ConcurrentStepError:
-                pass
+            except (roptim.ConcurrentStepError, RuntimeWarning):
+                pass  # the warning: a step on the CPU wrote an array that a device had taken over meanwhile
             except BaseException as error:
                 surprises.append(error)
 

@@ -16,7 +16,8 @@ from roptim.optimizer import REGISTRY
 ON_GPU: dict[str, Any] = {"backend": "gpu", "allow_software": True}
 #: Whether tests that may take minutes do.
 FULL = os.environ.get("ROPTIM_FULL_TESTS") == "1"
-GPU_NAMES = [name for name, entry in REGISTRY.items() if "gpu" in entry["backends"]]
+#: Optimizers whose steps run there.
+GPU_NAMES = [name for name, entry in REGISTRY.items() if "gpu" in entry["backends"] and not entry["needs_closure"]]
 #: What parameters on a GPU may store.
 DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16, np.complex64]
 #: What sums or products of whole tensors may differ by on any adapter (docs/numerics.md).
