@@ -9,9 +9,9 @@
 //     next         tiles of X         X ← a·X + P·X            ┘
 //     update       chunks             θ
 //
-// X lies in `even` or `odd` by the count of turns before, in the parameter's order; A meanwhile lies in the other
-// one, its parts, where it has several, and P in `square`. Rows and columns of X change places where the matrix is tall. Before the first turn `square`
-// holds ΣU² by chunk and, behind them, the norm.
+// X lies in `even` or `odd` by the count of turns before, in the parameter's order; A meanwhile lies in the other one,
+// its parts, where it has several, and P in `square`. Rows and columns of X change places where the matrix is tall.
+// Before the first turn `square` holds ΣU² by chunk and, behind them, the norm.
 
 struct Scalars {
     weight: f32,
@@ -139,8 +139,9 @@ fn normalize(
 //
 //     for k in 0..inner, ascending: out[i, j] += left[i, k]·right[k, j]
 //
-// Every 256 steps of k are added up by themselves first, which keeps the error of long sums small. Slabs of 16 steps of k are brought to shared memory, each as 16 groups of four numbers for each k, and one group
-// of padding so that the writes of neighbouring lanes do not meet in one bank.
+// Every 256 steps of k are added up by themselves first, which keeps the error of long sums small. Slabs of 16 steps of
+// k are brought to shared memory, each as 16 groups of four numbers for each k, and one group of padding so that the
+// writes of neighbouring lanes do not meet in one bank.
 const GRAM: u32 = 0u;
 const POLYNOMIAL: u32 = 1u;
 const NEXT: u32 = 2u;
