@@ -872,7 +872,7 @@ impl Engine {
             self.shared.host_written(index);
             let here = || Home { shared: Arc::clone(&self.shared), index };
             // The table holds the array, too.
-            let alone = registered.array.is(&parameter.host(py)) && parameter.is_alone(py, 1);
+            let alone = registered.array.is(parameter.host(py)) && parameter.is_alone(py, 1);
             parameter.set_home(py, self.houses_parameters().then(here), alone)?;
         }
         Ok(())
