@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import NoAdapterError, RoptimTypeError, refuse
+from roptim._errors import (
+    DeviceError,
+    DeviceLostError,
+    ForkedGpuError,
+    NoAdapterError,
+    OutOfMemoryError,
+    RoptimTypeError,
+    refuse,
+)
 
 
 class Device(NamedTuple):
@@ -71,9 +79,10 @@ def fastest(place: str, elements: int, parameters: bool, allow_software: bool) -
     if key not in _measured:
         try:
             name = _engine("gpu", allow_software).device
-        except NoAdapterError:
-            return _said("cpu", f'{place}: backend="auto" chose the CPU: there is no GPU to use')
-        on_cpu, on_gpu = (_step_time(backend, size, parameters, allow_software) for backend in ("cpu", "gpu"))
+            on_gpu = _step_time("gpu", size, parameters, allow_software)
+        except (NoAdapterError, ForkedGpuError, DeviceError, DeviceLostError, OutOfMemoryError) as error:
+            return _said("cpu", f'{place}: backend="auto" chose the CPU: no GPU can be used here ({error})')
+        on_cpu = _step_time("cpu", size, parameters, allow_software)
         _measured[key] = (on_cpu, on_gpu, name)
     on_cpu, on_gpu, name = _measured[key]
     chosen, winner = ("cpu", "the CPU") if on_cpu <= on_gpu else ("gpu", name)

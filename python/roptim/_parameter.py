@@ -64,9 +64,17 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
             self._write(Ellipsis, value)
 
     def _write(self, index: Any, value: Any) -> None:
+        # First, since it may run anybody's code.
+        value = np.asarray(_plain(value))
+        self._lend(True)
+        try:
+            self._replace(index, value)
+        finally:
+            self._lend(False)
+
+    def _replace(self, index: Any, value: np.ndarray[Any, Any]) -> None:
         # What is replaced as a whole need not come home first: it may be lost with its device.
         array = self._array if index is Ellipsis else self._host()
-        value = np.asarray(_plain(value))
         if not np.can_cast(value.dtype, array.dtype, "same_kind"):
             raise refuse(
                 RoptimTypeError, "Parameter.data", "value", f"numbers that {array.dtype} can hold", str(value.dtype)
@@ -94,13 +102,15 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
         """
         array = self._host()
         if self._on_device:
-            copy = array.copy()
             self._lend(True)
             try:
-                yield copy
+                copy = self._host().copy()
+                try:
+                    yield copy
+                finally:
+                    self._write(Ellipsis, copy)
             finally:
                 self._lend(False)
-                self._write(Ellipsis, copy)
             return
         try:
             yield array
@@ -149,19 +159,25 @@ class Parameter(ParameterBase, NDArrayOperatorsMixin):
             return self._changed_at(ufunc, *inputs, **kwargs)
         outputs = kwargs.get("out", ())
         with_written = [x for x in outputs if isinstance(x, Parameter)]
-        # What lies on a device is written as a whole afterwards.
-        away = {id(x): x._host().copy() for x in with_written if x._on_device}
-        if with_written:
-            kwargs["out"] = tuple(away.get(id(x), x._host()) if isinstance(x, Parameter) else x for x in outputs)
+        for parameter in with_written:
+            parameter._lend(True)
         try:
-            result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+            # What lies on a device is written as a whole afterwards.
+            away = {id(x): x._host().copy() for x in with_written if x._on_device}
+            if with_written:
+                kwargs["out"] = tuple(away.get(id(x), x._host()) if isinstance(x, Parameter) else x for x in outputs)
+            try:
+                result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+            finally:
+                # Also after an error: NumPy may have written a part.
+                for parameter in with_written:
+                    if id(parameter) in away:
+                        parameter._write(Ellipsis, away[id(parameter)])
+                    else:
+                        parameter._host_written()
         finally:
-            # Also after an error: NumPy may have written a part.
             for parameter in with_written:
-                if id(parameter) in away:
-                    parameter._write(Ellipsis, away[id(parameter)])
-                else:
-                    parameter._host_written()
+                parameter._lend(False)
         return with_written[0] if len(outputs) == 1 and with_written else result
 
     @staticmethod

@@ -377,7 +377,7 @@ class Optimizer:
                 elif isinstance(p.grad, (np.ndarray, np.generic)):
                     p.grad = np.zeros_like(p.grad)
                 else:
-                    # A sparse gradient: of zeros it has no rows.
+                    # A sparse gradient, which has no rows of zeros, or one on a device.
                     p.grad = np.zeros(p.shape, p.dtype)
 
     # ---- steps ------------------------------------------------------------------------------------------
@@ -495,6 +495,9 @@ class Optimizer:
         if self._engine.has_sums:
             remedy = "step or zero_grad first"
             raise refuse(RoptimValueError, place, "sums of gradients", "none", "accumulated ones", remedy)
+        if backend == "auto":
+            remedy = "make an optimizer with it: it is measured once, before there is anything to move"
+            raise refuse(RoptimValueError, place, "backend", '"cpu", "gpu" or a Device', "'auto'", remedy)
         software = self._options["allow_software"] if allow_software is None else allow_software
         options = checked_options(self._place, {**self._options, "backend": backend, "allow_software": software})
         engine = Engine(self._engine_name, **options)

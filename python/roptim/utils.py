@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -82,10 +82,12 @@ def _on_device(place: str, gradients: list[Any], p: float | None) -> bool:
         return False
     if not all(on_device):
         raise refuse(RoptimValueError, place, "gradients", "all on a device or all on the host", "both")
+    if p is None:
+        remedy = "give clip_value or clip_norm to the optimizer"
+        raise refuse(RoptimValueError, place, "gradients", "on the host", "some on a device", remedy)
     if p != 2:
-        remedy = "give clip_value to the optimizer" if p is None else "take another on the host: a.numpy()"
-        got = "another call" if p is None else repr(p)
-        raise refuse(RoptimValueError, place, "the norm of gradients on a device", "2", got, remedy)
+        remedy = "take another on the host: a.numpy()"
+        raise refuse(RoptimValueError, place, "norm_type of gradients on a device", "2", repr(p), remedy)
     return True
 
 
@@ -176,6 +178,9 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
 
 
 def _number(place: str, name: str, value: Any, allowed: str) -> float:
+    if isinstance(value, SupportsFloat) and type(value).__module__ == "roptim.gpu":
+        # A norm on a device, which get_total_norm returned.
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or np.iscomplexobj(value):
         raise refuse(RoptimTypeError, place, name, allowed, repr(value))
     try:

@@ -153,7 +153,7 @@ impl Engine {
         for registered in &mut table.params {
             let (array, access) = match registered.parameter.as_ref().map(|p| p.get()) {
                 // What lies on a device is written by the engine alone.
-                Some(parameter) if parameter.home().is_some() => (parameter.host(py), Access::Read),
+                Some(parameter) if parameter.is_away() => (parameter.host(py), Access::Read),
                 Some(parameter) => (parameter.host(py), Access::Write),
                 None => (registered.array.bind(py).clone(), Access::Write),
             };
@@ -367,8 +367,8 @@ impl Engine {
         let added = arrays
             .into_iter()
             .map(|(label, parameter, array)| {
-                let home = parameter.as_ref().is_some_and(|p| p.get().home().is_some());
-                let access = if home { Access::Read } else { Access::Write };
+                let away = parameter.as_ref().is_some_and(|p| p.get().is_away());
+                let access = if away { Access::Read } else { Access::Write };
                 let seen = look(&array, access, Context { place, label: &label })?;
                 alone.push(parameter.as_ref().is_some_and(|p| p.get().is_alone(py, 1)));
                 Ok(Registered { parameter, array: array.unbind(), seen, label })
@@ -401,7 +401,8 @@ impl Engine {
         for ((i, registered), alone) in table.params[first..].iter().enumerate().zip(alone) {
             let Some(parameter) = &registered.parameter else { continue };
             let here = || Home { shared: Arc::clone(&self.shared), index: first + i };
-            parameter.get().set_home(py, self.houses_parameters().then(here), alone)?;
+            let parameter = parameter.get();
+            while !parameter.move_home(py, parameter.home().as_ref(), self.houses_parameters().then(here), alone)? {}
         }
         values::to_dict(py, hypers.iter())
     }
@@ -418,8 +419,8 @@ impl Engine {
             table.params.iter().filter_map(|r| r.parameter.as_ref().map(|p| p.clone_ref(py))).collect()
         };
         for parameter in parameters.iter().map(|parameter| parameter.get()) {
-            if parameter.home().is_some_and(|home| Arc::ptr_eq(&home.shared, &self.shared)) {
-                parameter.set_home(py, None, false)?;
+            if let Some(home) = parameter.home().filter(|home| Arc::ptr_eq(&home.shared, &self.shared)) {
+                parameter.move_home(py, Some(&home), None, false)?;
             }
         }
         Ok(())
@@ -494,12 +495,27 @@ impl Engine {
         if !self.on_gpu {
             return Ok(());
         }
-        self.settle(py)?;
-        let parameters: Vec<_> = {
-            let table = self.table(py)?;
-            table.params.iter().filter_map(|r| r.parameter.as_ref().map(|p| p.clone_ref(py))).collect()
+        let place = format!("{}.sync", self.name());
+        let guard = self.table(py)?;
+        let mut arrays = Vec::new();
+        for (index, registered) in guard.params.iter().enumerate() {
+            let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
+            if parameter.home().is_some_and(|home| home.is_of(&self.shared, index)) {
+                let array = parameter.host(py);
+                let seen = look(&array, Access::Read, Context { place: &place, label: &registered.label })?;
+                arrays.push((index, array.unbind(), seen));
+            }
+        }
+        // SAFETY: looked at just now; `arrays` holds them until the values have arrived.
+        let mut targets: Vec<(usize, TensorMut<'_>)> =
+            arrays.iter().map(|(i, _, seen)| (*i, unsafe { TensorMut::from_raw(seen.raw.clone()) })).collect();
+        let sync = || {
+            guarded(&place, || {
+                let mut parts: Vec<_> = targets.iter_mut().map(|(index, target)| (*index, target)).collect();
+                self.shared.try_use()?.sync(&mut parts)
+            })
         };
-        parameters.iter().try_for_each(|parameter| parameter.get().bring_home(py))
+        py.detach(sync).or_raise(py)
     }
 
     /// Loses the device, for tests.
@@ -581,12 +597,15 @@ impl Engine {
     /// state that all parameters share; None where it does not exist.
     fn slot<'py>(&self, py: Python<'py>, index: usize, key: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.settle(py)?;
-        let found = guarded("state", || {
-            let mut optimizer = self.shared.try_use()?;
-            let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
-            let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
-            Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)?))
-        });
+        let find = || {
+            guarded("state", || {
+                let mut optimizer = self.shared.try_use()?;
+                let buffer = optimizer.slot(index, key).zip(optimizer.slot_form(index, key));
+                let copy = if buffer.is_none() && self.on_gpu { optimizer.slot_array(index, key)? } else { None };
+                Ok((buffer, copy, optimizer.scalar(index, key), optimizer.joint_value(index, key)?))
+            })
+        };
+        let found = if self.on_gpu { py.detach(find) } else { find() };
         let (buffer, copy, scalar, joint) = found.or_raise(py)?;
         if let Some(value) = joint {
             return files::read_only(files::from_tree(py, &value.into())?).map(Some);
@@ -612,6 +631,7 @@ impl Engine {
 
     /// Returns a parameter to step 0 without state.
     fn reset(&self, py: Python<'_>, index: usize) -> PyResult<()> {
+        self.settle(py)?;
         self.shared.try_use().and_then(|mut optimizer| optimizer.reset(index)).or_raise(py)
     }
 
@@ -821,10 +841,34 @@ impl Engine {
         // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
         let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
         let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
-        let run = || guarded(place, || call(&mut *self.shared.in_haste(haste)?, &mut targets));
+        let run = || {
+            guarded(place, || {
+                let mut optimizer = self.shared.in_haste(haste)?;
+                // From here on nobody takes a parameter to another home, or begins to write to it, without waiting.
+                self.refuse_moved(place, table)?;
+                call(&mut optimizer, &mut targets)
+            })
+        };
         let is_small = elements < HOLD_LOCK_BELOW && !self.on_gpu && haste == Haste::Now;
         let outcome = if is_small { run() } else { py.detach(run) };
         outcome.or_raise(py)
+    }
+
+    /// Refuses to step Parameters that another thread took elsewhere, or is writing to, since they were looked at.
+    fn refuse_moved(&self, place: &str, table: &Table) -> roptim::Result<()> {
+        if !self.houses_parameters() {
+            return Ok(());
+        }
+        for (index, registered) in table.params.iter().enumerate() {
+            let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
+            let is_here = parameter.home().is_some_and(|home| home.is_of(&self.shared, index));
+            if !is_here || parameter.is_lent() {
+                let sentence = format!("{place}: another thread is using {}", registered.label);
+                return Err(roptim::Error::plain(ErrorKind::Concurrent, sentence)
+                    .with_remedy("use a parameter from one thread at a time"));
+            }
+        }
+        Ok(())
     }
 
     fn table_in(&self, py: Python<'_>, haste: Haste) -> PyResult<MutexGuard<'_, Table>> {
@@ -853,27 +897,27 @@ impl Engine {
     fn settle_homes(&self, py: Python<'_>, table: &Table) -> PyResult<()> {
         for (index, registered) in table.params.iter().enumerate() {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
-            let home = parameter.home();
-            if home.is_some() && parameter.is_lent() {
-                let (place, allowed) = (format!("{}.step", self.name()), "outside of its host() block");
-                let remedy = Some("step after the block: what it wrote would overwrite the step");
-                return Err(refuse(py, ErrorKind::Value, &place, &registered.label, allowed, "inside", remedy));
-            }
-            let settled = match &home {
-                Some(home) => {
-                    self.houses_parameters() && home.index == index && Arc::ptr_eq(&home.shared, &self.shared)
+            loop {
+                let home = parameter.home();
+                if home.is_some() && parameter.is_lent() {
+                    let sentence = format!("{}.step: {} is being written to", self.name(), registered.label);
+                    let error = roptim::Error::plain(ErrorKind::Concurrent, sentence)
+                        .with_remedy("step after its host() block, and from one thread at a time");
+                    return Err(raise(py, &error));
                 }
-                None => !self.houses_parameters(),
-            };
-            if settled {
-                continue;
+                let settled = match &home {
+                    Some(home) => self.houses_parameters() && home.is_of(&self.shared, index),
+                    None => !self.houses_parameters() && !parameter.is_away(),
+                };
+                if settled {
+                    break;
+                }
+                self.shared.host_written(index);
+                let here = || Home { shared: Arc::clone(&self.shared), index };
+                // The table holds the array, too.
+                let alone = registered.array.is(parameter.host(py)) && parameter.is_alone(py, 1);
+                parameter.move_home(py, home.as_ref(), self.houses_parameters().then(here), alone)?;
             }
-            parameter.bring_home(py)?;
-            self.shared.host_written(index);
-            let here = || Home { shared: Arc::clone(&self.shared), index };
-            // The table holds the array, too.
-            let alone = registered.array.is(parameter.host(py)) && parameter.is_alone(py, 1);
-            parameter.set_home(py, self.houses_parameters().then(here), alone)?;
         }
         Ok(())
     }

@@ -28,7 +28,9 @@ struct Fields {
     requires_grad: bool,
     name: Option<String>,
     home: Option<Home>,
-    /// Blocks that write a copy and have not ended.
+    /// Whether `data` is read-only and nobody else's, for a device.
+    away: bool,
+    /// Writes under way that take the place of the values.
     lent: usize,
 }
 
@@ -37,7 +39,12 @@ impl Drop for ParameterBase {
     fn drop(&mut self) {
         if self.with(|f| f.wrapped.is_some()) {
             // There is nobody to tell what fails here; without an interpreter there is nothing to save.
-            let _ = Python::try_attach(|py| self.bring_home(py).and_then(|()| self.set_home(py, None, false)));
+            let _ = Python::try_attach(|py| {
+                // The first try may be told of an update that was left out.
+                let _ = self.bring_home(py).or_else(|_| self.bring_home(py));
+                self.with(|f| f.home = None);
+                self.set_away(py, false, false)
+            });
         }
     }
 }
@@ -97,7 +104,12 @@ impl ParameterBase {
         self.with(|f| f.requires_grad)
     }
 
-    /// Whether a block writes a copy that will take the place of the values.
+    /// Whether the array is read-only, for a device.
+    pub(crate) fn is_away(&self) -> bool {
+        self.with(|f| f.away)
+    }
+
+    /// Whether a write is under way that takes the place of the values.
     pub(crate) fn is_lent(&self) -> bool {
         self.with(|f| f.lent > 0)
     }
@@ -117,11 +129,50 @@ impl ParameterBase {
         references(&array).is_ok_and(|count| count <= held + 2) && owns_alone(&array)
     }
 
-    /// Says where the truth lies. On a device the array becomes read-only and, unless nobody else knows it (`alone`),
-    /// a copy takes its place; back on the host the wrapped array has the values again.
-    pub(crate) fn set_home(&self, py: Python<'_>, home: Option<Home>, alone: bool) -> PyResult<()> {
-        let was_away = self.with(|f| f.home.is_some());
-        if home.is_some() && !was_away {
+    /// Moves the truth from where it is, if it still is `from` there; whether it was. What a device has is brought home
+    /// first, and nothing comes between that and the move.
+    pub(crate) fn move_home(
+        &self,
+        py: Python<'_>,
+        from: Option<&Home>,
+        to: Option<Home>,
+        alone: bool,
+    ) -> PyResult<bool> {
+        let is_away = to.is_some();
+        let swap = || {
+            self.with(|f| {
+                let is_there = match (&f.home, from) {
+                    (None, None) => true,
+                    (Some(now), Some(from)) => now.is(from),
+                    _ => false,
+                };
+                if is_there {
+                    f.home = to;
+                }
+                is_there
+            })
+        };
+        let moved = match from {
+            None => swap(),
+            Some(home) => {
+                let array = self.host(py);
+                let context = Context { place: "Parameter.data", label: "the wrapped array" };
+                let seen = look(&array, Access::Read, context)?;
+                let leave = || home.shared.brought_home(home.index, &seen.raw, swap);
+                py.detach(|| guarded("Parameter.data", leave)).or_raise(py)?
+            }
+        };
+        if moved {
+            self.set_away(py, is_away, alone)?;
+        }
+        Ok(moved)
+    }
+
+    /// For a device the array becomes read-only and, unless nobody else knows it (`alone`), a copy takes its place; back
+    /// on the host the wrapped array has the values again.
+    fn set_away(&self, py: Python<'_>, away: bool, alone: bool) -> PyResult<()> {
+        let was_away = self.is_away();
+        if away && !was_away {
             let array = self.host(py);
             if !alone {
                 let copy: Bound<'_, PyUntypedArray> = array.call_method0("copy")?.cast_into().map_err(PyErr::from)?;
@@ -135,7 +186,7 @@ impl ParameterBase {
             } else {
                 set_writeable(&array, false)?;
             }
-        } else if home.is_none() && was_away {
+        } else if !away && was_away {
             let array = self.host(py);
             let wrapped = self.with(|f| f.wrapped.as_ref().map(|w| (w.array.clone_ref(py), w.fingerprint)));
             match wrapped {
@@ -153,7 +204,7 @@ impl ParameterBase {
                 }
             }
         }
-        self.with(|f| f.home = home);
+        self.with(|f| f.away = away);
         Ok(())
     }
 
@@ -178,8 +229,16 @@ impl ParameterBase {
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;
         look(&array, Access::Write, context)?;
-        let fields =
-            Fields { data: array.unbind(), wrapped: None, grad: None, requires_grad, name, home: None, lent: 0 };
+        let fields = Fields {
+            data: array.unbind(),
+            wrapped: None,
+            grad: None,
+            requires_grad,
+            name,
+            home: None,
+            away: false,
+            lent: 0,
+        };
         Ok(Self { fields: Mutex::new(fields) })
     }
 
@@ -202,7 +261,7 @@ impl ParameterBase {
         }
     }
 
-    /// A block begins, or ends, that writes a copy.
+    /// A write begins, or ends, that takes the place of the values: no step may come between.
     fn _lend(&self, begins: bool) {
         self.with(|f| f.lent = if begins { f.lent + 1 } else { f.lent.saturating_sub(1) });
     }

@@ -59,6 +59,18 @@ impl Shared {
         self.wait().host_written(index);
     }
 
+    /// Brings a parameter's values from the device to the array behind `raw`, if they are ahead there, and calls `then`
+    /// before anybody else gets the optimizer.
+    pub(crate) fn brought_home<T>(&self, index: usize, raw: &RawTensor, then: impl FnOnce() -> T) -> roptim::Result<T> {
+        let mut optimizer = self.wait();
+        if optimizer.host_is_stale(index) {
+            // SAFETY: the caller looked at the array just now and holds a reference to it.
+            let mut target = unsafe { TensorMut::from_raw(raw.clone()) };
+            optimizer.sync(&mut [(index, &mut target)])?;
+        }
+        Ok(then())
+    }
+
     /// Brings a parameter's values from the device to the array behind `raw`.
     pub(crate) fn sync(&self, index: usize, raw: &RawTensor) -> roptim::Result<()> {
         // SAFETY: the caller looked at the array just now and holds a reference to it.
@@ -78,4 +90,16 @@ pub(crate) fn fingerprint(raw: &RawTensor) -> u64 {
 pub(crate) struct Home {
     pub(crate) shared: Arc<Shared>,
     pub(crate) index: usize,
+}
+
+impl Home {
+    /// Whether it is the same one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.is_of(&other.shared, other.index)
+    }
+
+    /// Whether it is this parameter of this optimizer.
+    pub(crate) fn is_of(&self, shared: &Arc<Shared>, index: usize) -> bool {
+        self.index == index && Arc::ptr_eq(&self.shared, shared)
+    }
 }

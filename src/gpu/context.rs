@@ -214,6 +214,9 @@ pub(super) struct Context {
     pub(super) info: DeviceInfo,
     /// Whether buffers that the device computes with may be mapped: its memory is the host's.
     pub(super) shares_memory: bool,
+    /// Held while buffers that the device computes with are mapped, and while work is handed to it: a buffer that
+    /// another thread maps cannot be in that.
+    mapping: Mutex<()>,
     reports: Arc<Reports>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     vector_pipelines: Mutex<Option<Arc<VectorPipelines>>>,
@@ -282,6 +285,7 @@ impl Context {
             queue,
             info,
             shares_memory,
+            mapping: Mutex::default(),
             reports,
             pipelines: Mutex::default(),
             vector_pipelines: Mutex::default(),
@@ -293,7 +297,7 @@ impl Context {
         if let Some(reason) = &*lock(&self.reports.lost) {
             let reason = reason.trim();
             return Err(Error::plain(ErrorKind::DeviceLost, format!("{place}: {} was lost: {reason}", self.info.name))
-                .with_remedy("make a new optimizer and restore parameters and state"));
+                .with_remedy("restore parameters and state from one checkpoint"));
         }
         lock(&self.reports.error).take().map_or(Ok(()), Err)
     }
@@ -331,7 +335,8 @@ impl Context {
     /// Elements of the longest window: float32 numbers that one binding may span.
     pub(super) fn window_elements(&self) -> usize {
         let limits = self.device.limits();
-        let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        // Some drivers offer more than shaders can count.
+        let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(i32::MAX as u64);
         (usize::try_from(bytes).unwrap_or(usize::MAX / 8) / 4 / ALIGN * ALIGN).max(ALIGN)
     }
 
@@ -345,6 +350,11 @@ impl Context {
                 format!("{place}: {} is out of memory: {bytes} bytes are needed, {free} are free", self.info.name),
             )),
         }
+    }
+
+    /// The right to map buffers that the device computes with, or to hand work to it.
+    pub(super) fn mapping(&self) -> MutexGuard<'_, ()> {
+        lock(&self.mapping)
     }
 
     /// A buffer of zeros.

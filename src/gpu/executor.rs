@@ -584,11 +584,7 @@ impl Executor {
             guard.record(context, &mut encoder);
         }
         Dispatch::record(context, &mut encoder, &plans[plan].updates);
-        while in_flight.len() >= IN_FLIGHT {
-            let submission_index = in_flight.pop_front();
-            let poll = wgpu::PollType::Wait { submission_index, timeout: None };
-            context.device.poll(poll).map_err(|e| unmapped(place, e))?;
-        }
+        make_room(context, place, in_flight)?;
         let mut verdict = [0; 4 * CONTROL_WORDS];
         let waits = !downloads.is_empty();
         let mut ticket = None;
@@ -721,6 +717,7 @@ impl Executor {
         }
         let mut encoder = staging.upload(context, place, pool, &uploads, encoder)?;
         Dispatch::record(context, &mut encoder, &dispatches);
+        make_room(context, place, in_flight)?;
         in_flight.push_back(submit(context, place, encoder)?);
         for item in items {
             self.params[item.index].summed = true;
@@ -787,9 +784,13 @@ impl Inner {
             return Ok(Origin::Sum);
         }
         let Some(array) = Array::of(gradient) else { return Ok(Origin::Arena(dtype)) };
-        if !Arc::ptr_eq(array.context(place)?, &self.context) {
-            let got = format!("one on {}", array.device(place)?.name);
-            return Err(Error::refuse(ErrorKind::Value, place, "a gradient", "on the optimizer's device", got));
+        let context = array.context(place)?;
+        if !Arc::ptr_eq(context, &self.context) {
+            let lost = context.check(place).is_err();
+            let got =
+                if lost { "one of a device that was lost".into() } else { format!("one on {}", context.info.name) };
+            return Err(Error::refuse(ErrorKind::Value, place, "a gradient", "on the optimizer's device", got)
+                .with_remedy("make it there with roptim.gpu.array"));
         }
         let worth = gradient.raw.len >= WORTH_A_DISPATCH;
         Ok(if worth { Origin::Array { id: array.id(), buffer: 0, dtype } } else { Origin::Arena(dtype) })
@@ -1016,6 +1017,15 @@ impl Inner {
         let encoder = self.context.device.create_command_encoder(&Default::default());
         self.staging.download(&self.context, place, None, encoder, vec![download]).map(|_| ())
     }
+}
+
+/// Waits for the oldest submissions, so that one more may follow.
+fn make_room(context: &Context, place: &str, in_flight: &mut VecDeque<wgpu::SubmissionIndex>) -> Result<()> {
+    while in_flight.len() >= IN_FLIGHT {
+        let poll = wgpu::PollType::Wait { submission_index: in_flight.pop_front(), timeout: None };
+        context.device.poll(poll).map_err(|e| unmapped(place, e))?;
+    }
+    Ok(())
 }
 
 /// The array, which must be of the parameter's length and dtype.

@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -24,6 +24,11 @@ const SMALLEST_BLOCK: usize = 64 << 10;
 const RING: usize = 3;
 /// Bytes of what one thread copies at a time. A multiple of every element's size.
 const PIECE_BYTES: usize = 64 << 10;
+
+/// After so long a block is taken as never submitted.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// Bytes of a block that are left to the small items beside a long one.
+const ROOM: usize = 256 << 10;
 
 const WAITING: u8 = 0;
 const MAPPED: u8 = 1;
@@ -167,6 +172,12 @@ fn interrupted(place: &str, cause: Error) -> Error {
 
 /// Hands recorded commands to the device. On an error nothing was executed.
 pub(super) fn submit(context: &Context, place: &str, encoder: wgpu::CommandEncoder) -> Result<wgpu::SubmissionIndex> {
+    let _mapping = context.mapping();
+    submit_now(context, place, encoder)
+}
+
+/// [`submit`], for who has the right to.
+fn submit_now(context: &Context, place: &str, encoder: wgpu::CommandEncoder) -> Result<wgpu::SubmissionIndex> {
     context.scoped(place, || Ok(context.queue.submit([encoder.finish()])))
 }
 
@@ -346,7 +357,7 @@ impl Staging {
 
     /// Elements of the longest item worth making.
     pub(super) fn longest(&self) -> usize {
-        self.block_bytes / 4
+        if self.block_bytes > 4 * ROOM { (self.block_bytes - ROOM) / 4 } else { self.block_bytes / 4 }
     }
 
     /// Records the uploads. Where they need more than one block, the earlier ones are submitted here; an
@@ -417,14 +428,19 @@ impl Staging {
     /// A mapped block of at least so many bytes.
     fn acquire(&mut self, context: &Context, place: &str, bytes: usize) -> Result<wgpu::Buffer> {
         let fits = |block: &Block| block.state() == MAPPED && block.buffer.size() >= bytes as u64;
-        for poll in [wgpu::PollType::Poll, wgpu::PollType::wait_indefinitely()] {
-            if self.up.is_empty() || (poll.is_wait() && self.up.len() < RING) {
-                break;
-            }
-            context.device.poll(poll).map_err(|e| unmapped(place, e))?;
+        let started = Instant::now();
+        while !self.up.is_empty() {
+            context.device.poll(wgpu::PollType::Poll).map_err(|e| unmapped(place, e))?;
             if let Some(found) = self.up.iter().position(fits) {
                 return Ok(self.up.swap_remove(found).buffer);
             }
+            // The oldest is on its way; what is behind it need not be waited for.
+            let comes = self.up.iter().any(|block| block.state() == WAITING && block.buffer.size() >= bytes as u64);
+            if self.up.len() < RING || !comes || started.elapsed() > LONGEST_WAIT {
+                break;
+            }
+            context.check(place)?;
+            std::thread::sleep(Duration::from_micros(50));
         }
         if self.up.len() >= RING {
             // Too small, failed, or never submitted because a call stopped half-way.
@@ -449,6 +465,8 @@ impl Staging {
         let is_shared = |download: &Download<'_>| download.source.usage().contains(wgpu::BufferUsages::MAP_READ);
         let (shared, mut staged): (Vec<_>, Vec<_>) = downloads.into_iter().partition(is_shared);
         let spans = spans(shared.iter().map(|d| (d.source, d.offset, d.bytes)));
+        // From the submission that maps them until they are unmapped.
+        let mut mapping = (!shared.is_empty()).then(|| context.mapping());
         let in_place: Vec<Outcome> = spans
             .iter()
             .map(|&(buffer, from, to)| map_on_submit(&encoder, buffer, wgpu::MapMode::Read, from..to))
@@ -470,7 +488,12 @@ impl Staging {
                 map_on_submit(&encoder, buffer, wgpu::MapMode::Read, 0..at)
             });
             let next = context.device.create_command_encoder(&Default::default());
-            let index = submit(context, place, std::mem::replace(&mut encoder, next)).map_err(after)?;
+            let recorded = std::mem::replace(&mut encoder, next);
+            let index = match &mapping {
+                Some(_) => submit_now(context, place, recorded),
+                None => submit(context, place, recorded),
+            };
+            let index = index.map_err(after)?;
             first.get_or_insert(index.clone());
             let (Some(buffer), Some(outcome)) = (landing, outcome) else { continue };
             let view = wait(context, place, &index, &outcome)
@@ -502,8 +525,11 @@ impl Staging {
                 spread(pool, drains, Drain::run);
                 Ok(())
             };
-            read().map_err(|error| interrupted(place, error))?;
+            let outcome = read();
+            mapping = None;
+            outcome.map_err(|error| interrupted(place, error))?;
         }
+        drop(mapping);
         Ok(first)
     }
 
@@ -521,18 +547,17 @@ impl Staging {
 /// Writes to buffers that the host can reach, once the device is done with them.
 fn write_in_place(context: &Context, place: &str, pool: Option<&ThreadPool>, uploads: &[&Upload<'_>]) -> Result<()> {
     let spans = spans(uploads.iter().map(|u| (u.target, u.offset, u.bytes)));
+    let _mapping = context.mapping();
     let mapped = Mapped(spans.iter().map(|&(buffer, ..)| buffer).collect());
-    let outcomes: Vec<Outcome> = spans
-        .iter()
-        .map(|&(buffer, from, to)| {
-            let (report, outcome) = mpsc::channel();
-            buffer.slice(from..to).map_async(wgpu::MapMode::Write, move |mapped| {
-                // The receiver is gone if the call failed meanwhile.
-                let _ = report.send(mapped);
-            });
-            outcome
-        })
-        .collect();
+    let map = |&(buffer, from, to): &(&wgpu::Buffer, u64, u64)| {
+        let (report, outcome) = mpsc::channel();
+        buffer.slice(from..to).map_async(wgpu::MapMode::Write, move |mapped| {
+            // The receiver is gone if the call failed meanwhile.
+            let _ = report.send(mapped);
+        });
+        outcome
+    };
+    let outcomes: Vec<Outcome> = context.scoped(place, || Ok(spans.iter().map(map).collect()))?;
     context.device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| unmapped(place, e))?;
     outcomes.iter().try_for_each(|outcome| arrived(context, place, outcome))?;
     let views = spans.iter().map(|&(buffer, from, to)| buffer.slice(from..to).get_mapped_range_mut());

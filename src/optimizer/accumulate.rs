@@ -63,6 +63,8 @@ impl Optimizer {
             let name = self.preset.name;
             return Err(Error::refuse(ErrorKind::Type, place, "the optimizer", "one that takes gradients", name));
         }
+        // What became of the step before is told first: nothing has been added then.
+        self.settle()?;
         self.check_whole()?;
         if gradients.len() != self.entries.len() {
             let (want, got) = (format!("{} arrays", self.entries.len()), gradients.len());

@@ -281,7 +281,10 @@ impl Optimizer {
         let Backend::Gpu(executor) = &mut self.backend else { return Ok(()) };
         match noted(executor.culprit(), &mut self.torn)? {
             Some(gpu::Culprit { index, is_nan }) => Err(self.nonfinite(index, is_nan)),
-            None => Ok(()),
+            None => {
+                let place = self.place_of("step");
+                Err(Error::refuse(ErrorKind::Nonfinite, place, "gradients", "finite", "some that are not"))
+            }
         }
     }
 
@@ -397,6 +400,7 @@ impl Optimizer {
     /// On a GPU: makes the memory that the steps of all parameters need. [`Optimizer::add_group`] does it for one
     /// group; for many it is faster to do it once.
     pub fn reserve(&mut self) -> Result<()> {
+        self.settle()?;
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
             let (preset, groups) = (self.preset, &self.groups);

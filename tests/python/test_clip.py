@@ -730,3 +730,12 @@ def test_a_whole_number_beyond_all_floats_is_refused_by_name(call: Any) -> None:
     with pytest.raises(roptim.RoptimError, match="must be a number"):
         call(g, 10**400)
     assert g[0] == 3.0
+
+
+def test_a_norm_of_a_device_is_a_total_norm(gpu: None) -> None:
+    held = roptim.gpu.array(np.full(4, 2.0, np.float32), allow_software=True)
+    g = np.full(3, 8.0, np.float32)
+    roptim.clip_grads_with_norm_([g], 2.0, roptim.get_total_norm([held]))
+    assert g == pytest.approx(8.0 * 2.0 / (4.0 + 1e-6))
+    with pytest.raises(ValueError, match="clip_grad_value_: gradients must be on the host, got some on a device"):
+        roptim.clip_grad_value_([held], 1.0)

@@ -503,16 +503,16 @@ def test_sums_outlast_what_does_not_step(side: dict[str, Any]) -> None:
     assert (q != 1).all()
 
 
-def test_sums_after_a_bad_step_are_not_lost() -> None:
-    """The error of a step comes while the next sums are ready; they are the following step's."""
+def test_a_bad_step_is_reported_before_anything_is_added() -> None:
+    """So that a loop which goes on after the error adds nothing twice."""
     p = Parameter(f32(3), name="w")
     opt = SGD([p], lr=1.0, nonfinite="raise", **ON_GPU)
     opt.accumulate([f32(3, value=math.nan)])
     opt.step()
-    opt.accumulate([f32(3)])
-    opt.accumulate([f32(3)])
     with pytest.raises(NonfiniteError, match='"w"'):
-        opt.step()
+        opt.accumulate([f32(3)])
+    opt.accumulate([f32(3)])
+    opt.accumulate([f32(3)])
     opt.step()
     assert (p.data == -1).all()
     assert (opt.update_count, opt._engine.has_sums) == (1, False)
@@ -1107,3 +1107,30 @@ def test_optimizers_without_a_gpu_form_stay() -> None:
             with pytest.raises(ValueError, match="no GPU form"):
                 opt.to("gpu", allow_software=True)
             assert opt.to("cpu") is opt
+
+
+def test_the_value_of_a_write_is_known_before_it_begins() -> None:
+    class Stepping:
+        def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+            opt.step([f32(4)])
+            return f32(value=7.0)
+
+    p = Parameter(f32(4))
+    opt = SGD([p], lr=1.0, **ON_GPU)
+    opt.step([f32(4)])
+    p[0] = Stepping()
+    assert p.data.tolist() == [7.0, -1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_the_wrapped_array_has_the_values_when_the_parameter_goes(nonfinite: str) -> None:
+    """Also where the last update was left out and nobody was told yet."""
+    w = f32(8)
+    p = Parameter(w)
+    opt = SGD([p], lr=0.125, nonfinite=nonfinite, **ON_GPU)
+    for _ in range(8):
+        opt.step([f32(8)])
+    opt.step([f32(8, value=math.nan)])
+    del opt, p
+    assert w.flags.writeable
+    assert (w == 0).all()
