@@ -9,7 +9,7 @@ STAMP   := $(VENV)/.stamp
 CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
-.PHONY: help demo test test-rust test-python lint format bench wheel sdist docs clean build
+.PHONY: help demo test test-full test-rust test-python lint format bench wheel sdist docs clean build
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ demo: $(STAMP)-build $(STAMP)-examples  ## train on handwritten digits, resume, 
 	$(BIN)/python examples/digits.py --backend $(BACKEND)
 
 test: test-rust test-python  ## run both test suites
+
+test-full: test-rust $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks and hostile numbers
+	ROPTIM_FULL_TESTS=1 $(BIN)/python -m pytest
 
 test-rust:
 	$(CARGO_TEST)

@@ -214,6 +214,8 @@ pub(super) struct Context {
     pub(super) info: DeviceInfo,
     /// Whether buffers that the device computes with may be mapped: its memory is the host's.
     pub(super) shares_memory: bool,
+    /// Whether its limits are those that WebGPU guarantees.
+    minimum: bool,
     /// Held while buffers that the device computes with are mapped, and while work is handed to it: a buffer that
     /// another thread maps cannot be in that.
     mapping: Mutex<()>,
@@ -285,6 +287,7 @@ impl Context {
             queue,
             info,
             shares_memory,
+            minimum,
             mapping: Mutex::default(),
             reports,
             pipelines: Mutex::default(),
@@ -327,9 +330,10 @@ impl Context {
         }
     }
 
-    /// Lanes of a workgroup: small ones suit software adapters; GPUs hide memory latency with larger ones.
+    /// Lanes of a workgroup: small ones suit software adapters; GPUs hide memory latency with larger ones, which are
+    /// also those of a test with the minimum limits.
     pub(super) fn workgroup(&self) -> u32 {
-        if self.info.software { 64 } else { 256 }
+        if self.info.software && !self.minimum { 64 } else { 256 }
     }
 
     /// Elements of the longest window: float32 numbers that one binding may span.

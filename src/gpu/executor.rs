@@ -1205,7 +1205,7 @@ mod tests {
         executor.force_loss();
         let error = step(&mut executor, &mut w, [1.0; 3]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}");
-        assert!(error.to_string().ends_with("; make a new optimizer and restore parameters and state"), "{error}");
+        assert!(error.to_string().ends_with("; restore parameters and state from one checkpoint"), "{error}");
         assert_eq!(w, before);
         assert_eq!(executor.read_slots(&[(0, 0)]).unwrap_err().kind(), ErrorKind::DeviceLost);
     }

@@ -239,3 +239,32 @@ impl GuardPasses {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Chunks anywhere in the longest window that there may be, against arithmetic that cannot overflow.
+        #[test]
+        fn chunks_are_those_of_unlimited_arithmetic(
+            at in 0usize..(i32::MAX as usize / 4 / 64),
+            gradient_at in 0usize..(i32::MAX as usize / 4 / 64),
+            len in 0usize..50_000,
+            chunk in 1usize..2000,
+        ) {
+            let (at, gradient_at, chunk) = (64 * at, 64 * gradient_at, 4 * chunk);
+            let mut table = Table::default();
+            table.push(chunk, at, gradient_at, len, 7);
+            let mut next = 0u128;
+            for &[start4, part, row, gradient4] in &table.chunks {
+                prop_assert_eq!(u128::from(start4) * 4, at as u128 + next);
+                prop_assert_eq!(u128::from(gradient4) * 4, gradient_at as u128 + next);
+                prop_assert!(part as usize <= chunk && part > 0 && row == 7);
+                next += u128::from(part);
+            }
+            prop_assert_eq!(next, len as u128);
+        }
+    }
+}

@@ -76,7 +76,7 @@ impl VectorPipelines {
             immediate_size: 0,
         });
         // As for the kernels of rules.
-        let workgroup = if context.info.software { 64.0 } else { 256.0 };
+        let workgroup = f64::from(context.workgroup());
         let compile = |entry_point: &'static str| {
             device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
                 label: Some(entry_point),
