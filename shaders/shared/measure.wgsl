@@ -16,11 +16,9 @@ fn measure(
     var largest = 0u;
     for (var i = lane; 4u * i < chunk.len; i += WORKGROUP) {
         let raw = gradient_at(chunk.gradient4 + i);
-        let raw_bits = largest_of_four(magnitude_bits(raw));
-        found |= select(0u, HAS_NAN, any(is_nan(raw)));
-        found |= select(0u, HAS_INFINITY, any(magnitude_bits(raw) == vec4<u32>(0x7f800000u)));
-        let bits = magnitude_bits(within_bound(control.switches, control.bound, raw));
-        largest = max(largest, largest_of_four(select(vec4<u32>(0u), bits, bits < vec4<u32>(0x7f800000u))));
+        found |= found_in(raw);
+        let finite = finite_part(within_bound(control.switches, control.bound, raw));
+        largest = max(largest, largest_of_four(magnitude_bits(finite)));
     }
     found = any_of_lanes(lane, found);
     var partial = Partial(0.0, 0.0, -127, found);
@@ -28,11 +26,8 @@ fn measure(
         let exponent = exponent_of(largest_of_lanes(lane, largest));
         var sum = double(vec4<f32>(0.0));
         for (var i = lane; 4u * i < chunk.len; i += WORKGROUP) {
-            let raw = within_bound(control.switches, control.bound, gradient_at(chunk.gradient4 + i));
-            let is_finite = magnitude_bits(raw) < vec4<u32>(0x7f800000u);
-            let finite = select(vec4<f32>(0.0), raw, is_finite & lanes_inside(i, chunk.len));
-            // In two steps: one factor alone may be subnormal.
-            let x = opaque(finite * power_of_two(-exponent / 2)) * power_of_two(-exponent - (-exponent / 2));
+            let finite = finite_part(within_bound(control.switches, control.bound, gradient_at(chunk.gradient4 + i)));
+            let x = lowered(select(vec4<f32>(0.0), finite, lanes_inside(i, chunk.len)), exponent);
             sum = add_product(sum, x, x);
         }
         let total = sum_of_lanes(lane, sum);

@@ -94,21 +94,6 @@ fn raised(sum: Sum, exponent: i32) -> Sum {
     return Sum(double_scaled(sum.value, sum.exponent - exponent), exponent, sum.found);
 }
 
-fn found_in(x: vec4<f32>) -> u32 {
-    let infinite = any(magnitude_bits(x) == vec4<u32>(0x7f800000u));
-    return select(0u, HAS_NAN, any(is_nan(x))) | select(0u, HAS_INFINITY, infinite);
-}
-
-fn finite_part(x: vec4<f32>) -> vec4<f32> {
-    return select(vec4<f32>(0.0), x, magnitude_bits(x) < vec4<u32>(0x7f800000u));
-}
-
-// x·2^-exponent in two steps: one factor alone may be subnormal.
-fn lowered(x: vec4<f32>, exponent: i32) -> vec4<f32> {
-    let half = -exponent / 2;
-    return opaque(x * power_of_two(half)) * power_of_two(-exponent - half);
-}
-
 fn with_squares(sum: Sum, x: vec4<f32>) -> Sum {
     let finite = finite_part(x);
     let exponent = exponent_of(largest_of_four(magnitude_bits(finite)));

@@ -538,10 +538,10 @@ impl Executor {
                 origins.push((*job, inner.origin(place, gradient)?));
             }
         }
-        let plan = inner.prepare(place, rule, chunk, rows.len(), &origins, gradients, states, bounds.looks())?;
+        inner.prepare(Fixed { place, rule, chunk }, rows.len(), &origins, gradients, states, bounds.looks())?;
         let Inner { context, arena, staging, work, plans, in_flight, pending, .. } = inner;
-        let Some(work) = work.as_ref() else { unreachable!("prepared") };
-        let words = bounds.words(plans[plan].owners.len() as u32);
+        let (Some(work), Some(plan)) = (work.as_ref(), plans.front()) else { unreachable!("prepared") };
+        let words = bounds.words(plan.owners.len() as u32);
         let words = words.into_iter().chain(rows.iter().flat_map(row_words));
         let work_bytes = words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
         let mut uploads =
@@ -580,10 +580,10 @@ impl Executor {
                 }
             }
         }
-        if let Some(guard) = plans[plan].guard.as_ref().filter(|_| bounds.looks()) {
+        if let Some(guard) = plan.guard.as_ref().filter(|_| bounds.looks()) {
             guard.record(context, &mut encoder);
         }
-        Dispatch::record(context, &mut encoder, &plans[plan].updates);
+        Dispatch::record(context, &mut encoder, &plan.updates);
         make_room(context, place, in_flight)?;
         let mut verdict = [0; 4 * CONTROL_WORDS];
         let waits = !downloads.is_empty();
@@ -736,6 +736,15 @@ impl Executor {
     }
 }
 
+/// What is the same in every step.
+#[derive(Clone, Copy)]
+struct Fixed {
+    place: &'static str,
+    rule: Kind,
+    /// Elements of a chunk.
+    chunk: usize,
+}
+
 /// One tensor's part in some dispatch.
 #[derive(Debug, Clone, Copy)]
 struct Item {
@@ -880,20 +889,17 @@ impl Inner {
         }
     }
 
-    /// Memory, coefficient rows and dispatches for the jobs; kept from an earlier step where they fit. The position
-    /// of the plan, which becomes the first.
-    #[allow(clippy::too_many_arguments, reason = "what a step consists of")]
+    /// Memory, coefficient rows and dispatches for the jobs; kept from an earlier step where they fit. Their plan
+    /// becomes the first.
     fn prepare(
         &mut self,
-        place: &str,
-        rule: Kind,
-        chunk: usize,
+        Fixed { place, rule, chunk }: Fixed,
         rows: usize,
         jobs: &[(Job, Origin)],
         gradients: &[Option<TensorRef<'_>>],
         params: &[Param],
         looks: bool,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let work_bytes = 4 * (CONTROL_WORDS + ROW_WORDS * rows) as u64;
         if self.work.as_ref().is_none_or(|work| work.size() < work_bytes) {
             let bytes = work_bytes.next_power_of_two().max(1024);
@@ -906,7 +912,7 @@ impl Inner {
             if let Some(plan) = self.plans.remove(found) {
                 self.plans.push_front(plan);
             }
-            return Ok(0);
+            return Ok(());
         }
         let items = jobs.iter().map(|(job, origin)| Item {
             index: job.index,
@@ -989,7 +995,7 @@ impl Inner {
         self.plans.retain(|old| old.generation == generation && !(has_arrays && old.has_arrays()));
         self.plans.truncate(PLANS - 1);
         self.plans.push_front(plan);
-        Ok(0)
+        Ok(())
     }
 
     /// Reads slots, in order, to memory of their length.

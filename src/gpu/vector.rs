@@ -132,8 +132,7 @@ impl VectorSpace {
 
     fn on(context: Arc<Context>, place: &'static str, request: DeviceRequest) -> Self {
         let limits = context.device.limits();
-        let bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(i32::MAX as u64);
-        let blocks = usize::try_from(bytes).unwrap_or(usize::MAX) / (4 * SUM_BLOCK);
+        let blocks = context.window_elements() / SUM_BLOCK;
         // A workgroup does a block, and one axis of them is enough.
         let window = blocks.min(limits.max_compute_workgroups_per_dimension as usize) * SUM_BLOCK;
         Self { place, request, context: Arc::new(OfProcess::new(context)), window }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -634,16 +635,15 @@ def test_applied_to_restores_every_bit(dtype: Any, as_parameter: bool) -> None:
     average = AveragedModel({"a": np.zeros_like(own[0]), "b": np.ones_like(own[1])})
     bits = [a.tobytes() for a in own]
     for error in (None, ZeroDivisionError, KeyboardInterrupt, roptim.RoptimError):
-        try:
-            with average.applied_to(model) as nothing:
-                assert nothing is None
-                assert not np.asarray(model["a"]).astype(np.complex128).any()
-                assert (own[1] == 1).all()
-                own[1][...] = 9  # what is written within is gone afterwards
-                if error is not None:
-                    raise error
-        except BaseException as raised:
-            assert type(raised) is error  # noqa: PT017  # each in turn
+        expected: Any = contextlib.nullcontext() if error is None else pytest.raises(error)
+        with expected as caught, average.applied_to(model) as nothing:
+            assert nothing is None
+            assert not np.asarray(model["a"]).astype(np.complex128).any()
+            assert (own[1] == 1).all()
+            own[1][...] = 9  # what is written within is gone afterwards
+            if error is not None:
+                raise error
+        assert error is None or caught.type is error
         assert [a.tobytes() for a in own] == bits
     assert average.n_averaged == 0
     assert average.module["b"].astype(np.complex128).tolist() == [[1] * 3] * 2, "the average is its own array"
@@ -1217,7 +1217,7 @@ def test_a_count_of_zero_begins_a_new_average() -> None:
     assert average.n_averaged == 1
     for wrong in (-1, 1.5, True, "2", None):
         with pytest.raises(roptim.RoptimValueError, match="n_averaged must be a whole number >= 0"):
-            average.n_averaged = wrong  # type: ignore[assignment]
+            average.n_averaged = wrong  # type: ignore[assignment]  # wrong types are what is refused
 
 
 def test_functions_of_ones_own_cannot_reach_the_parameters() -> None:
