@@ -33,6 +33,7 @@ fn sample() -> Tree {
         ("flags", Tree::List(vec![Tree::Bool(true), Tree::Bool(false)])),
         ("ints", Tree::Tuple(vec![Tree::Int(i64::MIN), Tree::Int(-1), Tree::Int(i64::MAX), Tree::UInt(u64::MAX)])),
         ("floats", Tree::List([0.0, -0.0, 0.1, f64::NAN, nan, f64::INFINITY, -f64::INFINITY].map(Tree::Float).into())),
+        ("big", Tree::List(vec![Tree::BigInt((1u128 << 64).to_string()), Tree::BigInt(i128::MIN.to_string())])),
         ("text", "a\"\\\n\u{1f600}".into()),
         ("nested", Tree::Dict(vec![(Key::Int(-5), Tree::Tuple(vec![])), (Key::from("-5"), Tree::dict([]))])),
         ("$tensor", Tree::dict([("#1", Tree::None), ("$", Tree::None), ("", floats(&[]))])),
@@ -118,6 +119,9 @@ fn any_tree() -> impl Strategy<Value = Tree> {
         any::<bool>().prop_map(Tree::Bool),
         any::<i64>().prop_map(Tree::Int),
         any::<u64>().prop_map(Tree::from),
+        any::<i128>()
+            .prop_filter("beyond 64 bits", |x| !(i128::from(i64::MIN)..=u64::MAX.into()).contains(x))
+            .prop_map(|x| Tree::BigInt(x.to_string())),
         any::<u64>().prop_map(|bits| Tree::Float(f64::from_bits(bits))),
         proptest::sample::select(vec![0.0, -0.0, f64::NAN, -f64::NAN, f64::INFINITY, -f64::INFINITY, 5e-324, 1e22])
             .prop_map(Tree::Float),
@@ -454,7 +458,7 @@ fn each_refusal_has_its_sentence() {
             forged(r##"{"#9223372036854775808":1}"##, "", &[]),
             "a key that starts with # must be an integer of 64 bits, got \"9223372036854775808\"",
         ),
-        (forged(r#"{"$set":[]}"#, "", &[]), "a tag must be $tuple, $float, $tensor or $scalar, got \"$set\""),
+        (forged(r#"{"$set":[]}"#, "", &[]), "a tag must be $tuple, $int, $float, $tensor or $scalar, got \"$set\""),
         (forged(r#"{"a":1,"$tuple":[]}"#, "", &[]), "a tag must be the first key of its object, got \"$tuple\""),
         (forged(r#"{"$tuple":[],"a":1}"#, "", &[]), "an object with $tuple must be of that one key, got \"a\""),
         (forged(r#"{"$tuple":1}"#, "", &[]), "$tuple must be a list, got 1"),

@@ -20,7 +20,8 @@
 //! damage; it is no signature. There is no pickle on any path.
 //!
 //! [`save`] writes a temporary file beside the target, flushes it to disk, renames it, and flushes the
-//! directory: a crash leaves the old file or the new one. [`StateDict::into_tree`](crate::StateDict::into_tree)
+//! directory: a crash leaves the old file or the new one. A [`Series`] is a directory of such files, one for
+//! each saved step of a run. The file system is a trait ([`Disk`]), so that tests can cut its power. [`StateDict::into_tree`](crate::StateDict::into_tree)
 //! and [`StateDict::from_tree`](crate::StateDict::from_tree) connect optimizers.
 //!
 //! ```
@@ -36,16 +37,22 @@
 //! # Ok::<(), roptim::Error>(())
 //! ```
 
+mod commit;
+mod disk;
 mod json;
 mod path;
 mod read;
+mod series;
 mod state;
 mod tree;
 mod write;
 
-pub use read::{from_bytes, load};
+pub use commit::Progress;
+pub use disk::{Disk, Kind, OsDirectory, OsDisk};
+pub use read::{Examined, examine, from_bytes, load, load_from};
+pub use series::{Saved, Series};
 pub use tree::{Bytes, DataType, Key, TensorData, Tree};
-pub use write::{save, to_bytes};
+pub use write::{save, save_to, to_bytes};
 
 /// Version of the file format that this library writes; it reads this one.
 pub const FORMAT: u32 = 1;
@@ -63,6 +70,9 @@ pub const MAX_RANK: usize = 32;
 /// Bytes of a tensor's name, which is its place in the tree.
 pub const MAX_NAME_LEN: usize = 4096;
 
+/// Decimal digits of an integer beyond 64 bits: enough for 4096 bits.
+pub const MAX_INT_DIGITS: usize = 1234;
+
 /// The data starts at a multiple of this.
 const ALIGNMENT: usize = 64;
 
@@ -78,12 +88,27 @@ const CHECKSUM_AT: std::ops::Range<usize> = 8 + OPENING.len()..8 + OPENING.len()
 /// The digits while the checksum is computed.
 const CHECKSUM_BLANK: [u8; CHECKSUM_LEN] = [b'0'; CHECKSUM_LEN];
 
-/// The checksum's digits, whatever stands in their place. `head` is all before the data.
-fn checksum<'a>(head: &[u8], data: impl Iterator<Item = &'a [u8]>) -> String {
-    let mut hash = xxhash_rust::xxh3::Xxh3::new();
-    hash.update(&head[..CHECKSUM_AT.start]);
-    hash.update(&CHECKSUM_BLANK);
-    hash.update(&head[CHECKSUM_AT.end..]);
-    data.for_each(|bytes| hash.update(bytes));
-    format!("{:032x}", hash.digest128())
+/// The checksum of a file while it is read or written.
+struct Checksum {
+    hash: xxhash_rust::xxh3::Xxh3,
+}
+
+impl Checksum {
+    /// Of all before the data, whatever stands in the place of the digits.
+    fn of_head(head: &[u8]) -> Self {
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        hash.update(&head[..CHECKSUM_AT.start]);
+        hash.update(&CHECKSUM_BLANK);
+        hash.update(&head[CHECKSUM_AT.end..]);
+        Self { hash }
+    }
+
+    /// Goes on with these bytes of the data.
+    fn update(&mut self, data: &[u8]) {
+        self.hash.update(data);
+    }
+
+    fn digits(&self) -> String {
+        format!("{:032x}", self.hash.digest128())
+    }
 }

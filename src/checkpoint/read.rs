@@ -2,37 +2,74 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::Read;
 use std::path::Path as FilePath;
 
+use super::commit::{PORTION, Progress, failed, retried, silent};
+use super::disk::{Disk, OsDisk};
 use super::json::{Json, shown};
 use super::tree::{Bytes, DataType, Key, TensorData, Tree, byte_count};
-use super::write::{Image, PLAIN_NAN, stored_size};
+use super::write::{Image, PLAIN_NAN, is_big_int, stored_size};
 use super::{
-    CHECKSUM_AT, CHECKSUM_BLANK, CHECKSUM_LEN, FORMAT, MAX_DEPTH, MAX_HEADER_LEN, MAX_NAME_LEN, MAX_RANK, OPENING,
-    checksum,
+    CHECKSUM_AT, CHECKSUM_BLANK, CHECKSUM_LEN, Checksum, FORMAT, MAX_DEPTH, MAX_HEADER_LEN, MAX_INT_DIGITS,
+    MAX_NAME_LEN, MAX_RANK, OPENING,
 };
 use crate::error::{Error, ErrorKind, Result};
 
 /// The tree of a file given as bytes. Anything but what [`to_bytes`](super::to_bytes) gives for some
 /// tree is refused with kind `File`.
 pub fn from_bytes(bytes: &[u8]) -> Result<Tree> {
-    Reader { place: "checkpoint" }.read(bytes.to_vec())
+    let reader = Reader { path: FilePath::new("checkpoint"), place: "checkpoint" };
+    reader.read(bytes, bytes.len() as u64, &mut silent)?.sound()
 }
 
-/// Reads the tree of a file that [`save`](super::save) wrote. Its arrays share the memory that the file
-/// was read into.
+/// Reads the tree of a file that [`save`](super::save) wrote.
 pub fn load(path: impl AsRef<FilePath>) -> Result<Tree> {
-    let path = path.as_ref();
-    let place = path.display().to_string();
-    let reader = Reader { place: &place };
-    let bytes = reader.bytes(path)?;
-    reader.read(bytes)
+    load_from(&OsDisk, path.as_ref(), &mut silent)
+}
+
+/// [`load`] from any file system, with reports of progress.
+pub fn load_from<D: Disk>(disk: &D, path: &FilePath, progress: Progress<'_>) -> Result<Tree> {
+    read_from(disk, path, progress)?.sound()
+}
+
+/// Reads a file whose data may be damaged: what can be shown of it, and whether the checksum is right. Other
+/// damage is refused as by [`load`].
+pub fn examine(path: impl AsRef<FilePath>) -> Result<Examined> {
+    read_from(&OsDisk, path.as_ref(), &mut silent)
+}
+
+fn read_from<D: Disk>(disk: &D, path: &FilePath, progress: Progress<'_>) -> Result<Examined> {
+    let (file, len) = retried(|| disk.open(path)).map_err(failed(path, CANNOT_READ))?;
+    Reader { path, place: &path.display().to_string() }.read(file, len, progress)
+}
+
+const CANNOT_READ: &str = "the file could not be read";
+
+/// What is in a file, and whether it is what was written.
+#[derive(Debug)]
+pub struct Examined {
+    /// The values.
+    pub tree: Tree,
+    /// The checksum that the file states.
+    pub stated: String,
+    /// The checksum that its contents give.
+    pub found: String,
+    /// Bytes of the file.
+    pub len: u64,
+    damage: Option<Error>,
+}
+
+impl Examined {
+    /// The tree, if the checksum is right.
+    pub fn sound(self) -> Result<Tree> {
+        self.damage.map_or(Ok(self.tree), Err)
+    }
 }
 
 /// `place` starts every message.
 struct Reader<'p> {
+    path: &'p FilePath,
     place: &'p str,
 }
 
@@ -52,36 +89,26 @@ impl Reader<'_> {
         Err(self.error(name, allowed, got))
     }
 
-    fn bytes(&self, path: &FilePath) -> Result<Vec<u8>> {
-        let failed = |source: io::Error| {
-            Error::plain(ErrorKind::Io, format!("{}: the file could not be read: {source}", self.place))
-                .with_source(source)
-        };
-        // Before opening: to open a pipe would wait for its other end.
-        if !fs::metadata(path).map_err(failed)?.is_file() {
-            return Err(Error::refuse(
-                ErrorKind::Io,
-                self.place,
-                "the path",
-                "that of a regular file",
-                "something else",
-            ));
+    /// Reads up to `len` more bytes.
+    fn fill(&self, bytes: &mut Vec<u8>, source: &mut impl Read, len: usize) -> Result<()> {
+        self.reserve(bytes, len)?;
+        source.take(len as u64).read_to_end(bytes).map_err(failed(self.path, CANNOT_READ))?;
+        Ok(())
+    }
+
+    /// Room for `len` more bytes, which the caller knows to be in the file.
+    fn reserve(&self, bytes: &mut Vec<u8>, len: usize) -> Result<()> {
+        bytes.try_reserve_exact(len).map_err(|_| {
+            let sentence = format!("{}: {len} bytes of the file could not be allocated", self.place);
+            Error::plain(ErrorKind::OutOfMemory, sentence)
+        })
+    }
+
+    fn refuse_shorter(&self, got: usize, wanted: usize) -> Result<()> {
+        if got < wanted {
+            return self.refuse("the file", "as long as it was when it was opened", "a shorter one");
         }
-        let mut file = File::open(path).map_err(failed)?;
-        let len = file.metadata().map_err(failed)?.len();
-        // The start is looked at first, so that a large file of another kind is not read whole.
-        let mut bytes = Vec::new();
-        file.by_ref().take(8).read_to_end(&mut bytes).map_err(failed)?;
-        self.header_len(&bytes, len)?;
-        // One more than it should have: a file that grows meanwhile has trailing bytes.
-        let rest = len.saturating_sub(8).saturating_add(1);
-        let reserved = usize::try_from(rest).is_ok_and(|rest| bytes.try_reserve_exact(rest).is_ok());
-        if !reserved {
-            let sentence = format!("{}: the file's {len} bytes could not be allocated", self.place);
-            return Err(Error::plain(ErrorKind::OutOfMemory, sentence));
-        }
-        file.take(rest).read_to_end(&mut bytes).map_err(failed)?;
-        Ok(bytes)
+        Ok(())
     }
 
     /// Length of the header in a file of `len` bytes that starts with `start`.
@@ -104,9 +131,13 @@ impl Reader<'_> {
         Ok(header_len as usize)
     }
 
-    fn read(&self, bytes: Vec<u8>) -> Result<Tree> {
-        let header_len = self.header_len(&bytes, bytes.len() as u64)?;
-        let (head, data) = bytes.split_at(8 + header_len);
+    fn read(&self, mut source: impl Read, len: u64, progress: Progress<'_>) -> Result<Examined> {
+        // The start is looked at first, so that a large file of another kind is not read whole.
+        let mut head = Vec::new();
+        self.fill(&mut head, &mut source, 8)?;
+        let header_len = self.header_len(&head, len)?;
+        self.fill(&mut head, &mut source, header_len)?;
+        self.refuse_shorter(head.len(), 8 + header_len)?;
         let header = match str::from_utf8(&head[8..]) {
             Ok(header) => header,
             Err(error) => return self.refuse("the header", "UTF-8", error),
@@ -124,18 +155,46 @@ impl Reader<'_> {
             None => return self.refuse("the file", "one that roptim wrote", "a safetensors file without metadata"),
         };
         let structure = self.structure(metadata)?;
-        let entries = self.entries(items, data.len())?;
+        let listed = self.entries(items, len - head.len() as u64)?;
         if !head[8..].starts_with(OPENING.as_bytes()) {
             return self.refuse("the header's opening", "in canonical form", "another form of the same JSON");
         }
-        let found = checksum(head, std::iter::once(data));
-        if structure.checksum != found {
-            let error = self.error("the checksum", format!("{found} as the contents give"), structure.checksum);
-            return Err(error.with_remedy("the file is damaged, restore it from a copy"));
+        let mut checksum = Checksum::of_head(&head);
+        let mut done = head.len() as u64;
+        let mut entries = HashMap::with_capacity(listed.len());
+        for Listed { name, dtype, shape, range } in listed {
+            let mut bytes = Vec::new();
+            self.reserve(&mut bytes, range.len())?;
+            while bytes.len() < range.len() {
+                let start = bytes.len();
+                let portion = PORTION.min(range.len() - start);
+                self.fill(&mut bytes, &mut source, portion)?;
+                self.refuse_shorter(bytes.len(), start + portion)?;
+                checksum.update(&bytes[start..]);
+                done += portion as u64;
+                progress(done, len)?;
+            }
+            entries.insert(name, Entry { dtype, shape, bytes: bytes.into() });
         }
-        let mut head = head.to_vec();
-        let entries = self.with_bytes(entries, 8 + header_len, bytes)?;
-        let tree = Growth { reader: self, entries }.finish(structure.tree)?;
+        let mut beyond = Vec::new();
+        self.fill(&mut beyond, &mut source, 1)?;
+        if !beyond.is_empty() {
+            return self.refuse("the data", format!("{} bytes long", len - head.len() as u64), "trailing bytes");
+        }
+        progress(done, len)?;
+        let (found, stated) = (checksum.digits(), structure.checksum);
+        let damage = (stated != found).then(|| {
+            let error = self.error("the checksum", format!("{found} as the contents give"), &stated);
+            error.with_remedy("the file is damaged, restore it from a copy")
+        });
+        let tree = Growth { reader: self, entries }.finish(structure.tree);
+        // What damage left of the data is no news.
+        let tree = match (tree, damage) {
+            (Err(_), Some(damage)) => return Err(damage),
+            (Err(error), None) => return Err(error),
+            (Ok(tree), damage) => (tree, damage),
+        };
+        let (tree, damage) = tree;
         // One tree, one file: this also holds for the forms of JSON that no check above has looked at.
         head[CHECKSUM_AT].copy_from_slice(&CHECKSUM_BLANK);
         let canonical = match Image::unsealed(&tree, self.place) {
@@ -147,7 +206,7 @@ impl Reader<'_> {
             None if head.len() != canonical.len() => {
                 self.refuse("the header's length", canonical.len() - 8, head.len() - 8)
             }
-            None => Ok(tree),
+            None => Ok(Examined { tree, stated, found, len, damage }),
         }
     }
 
@@ -206,13 +265,13 @@ impl Reader<'_> {
     }
 
     /// Checks what the header says of the tensors, against the `held` bytes of data.
-    fn entries(&self, items: Vec<(String, Json)>, held: usize) -> Result<Vec<Listed>> {
+    fn entries(&self, items: Vec<(String, Json)>, held: u64) -> Result<Vec<Listed>> {
         let mut entries: Vec<Listed> = Vec::with_capacity(items.len());
         let mut end = 0;
         for (name, item) in items {
             let entry = self.entry(name, item, end)?;
             end = entry.range.end;
-            if end > held {
+            if end as u64 > held {
                 let place = format!("tensor {}", shown(&entry.name));
                 return self.refuse(place, format!("within the {held} bytes of data"), format!("an end at {end}"));
             }
@@ -227,7 +286,7 @@ impl Reader<'_> {
             }
             entries.push(entry);
         }
-        if end != held {
+        if end as u64 != held {
             return self.refuse("the data", format!("{end} bytes long"), format!("{held}, with trailing bytes"));
         }
         Ok(entries)
@@ -298,20 +357,6 @@ impl Reader<'_> {
                 None => self.refuse(name(), "of integers from 0 to what memory can address", item.describe()),
             })
             .collect()
-    }
-
-    /// Gives each tensor its part of the file.
-    fn with_bytes(&self, listed: Vec<Listed>, start: usize, file: Vec<u8>) -> Result<HashMap<String, Entry>> {
-        let file = Bytes::from(file);
-        let entry = |Listed { name, dtype, shape, range }: Listed| {
-            // Both ends are within the file, as `entries` has checked.
-            let bytes = file.slice(start + range.start..start + range.end);
-            match bytes {
-                Some(bytes) => Ok((name, Entry { dtype, shape, bytes })),
-                None => self.refuse(format!("tensor {}", shown(&name)), "within the file", "a range outside"),
-            }
-        };
-        listed.into_iter().map(entry).collect()
     }
 }
 
@@ -418,6 +463,11 @@ impl Growth<'_> {
         }
         match (tag.as_str(), value) {
             ("$tuple", Json::List(items)) => Ok(Tree::Tuple(self.items(items, depth)?)),
+            ("$int", Json::Str(digits)) if is_big_int(&digits) => Ok(Tree::BigInt(digits)),
+            ("$int", Json::Str(digits)) => {
+                let allowed = format!("an integer beyond 64 bits in at most {MAX_INT_DIGITS} digits");
+                self.reader.refuse("$int", allowed, shown(&digits))
+            }
             ("$float", Json::Str(text)) => match special_float(&text) {
                 Some(x) => Ok(Tree::Float(x)),
                 None => self.reader.refuse("$float", "inf, -inf, nan or the bits of a NaN", shown(&text)),
@@ -431,8 +481,8 @@ impl Growth<'_> {
                 self.reader.refuse(format!("scalar {}", shown(&name)), "without axes", format!("{:?}", tensor.shape))
             }
             ("$tuple", other) => self.reader.refuse("$tuple", "a list", other.describe()),
-            ("$float" | "$tensor" | "$scalar", other) => self.reader.refuse(tag, "a string", other.describe()),
-            _ => self.reader.refuse("a tag", "$tuple, $float, $tensor or $scalar", shown(&tag)),
+            ("$int" | "$float" | "$tensor" | "$scalar", other) => self.reader.refuse(tag, "a string", other.describe()),
+            _ => self.reader.refuse("a tag", "$tuple, $int, $float, $tensor or $scalar", shown(&tag)),
         }
     }
 

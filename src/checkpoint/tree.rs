@@ -1,7 +1,7 @@
 //! Trees: what a file holds, with exact types.
 
 use std::fmt;
-use std::ops::{Deref, Range};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -21,6 +21,8 @@ pub enum Tree {
     Int(i64),
     /// An integer above [`i64::MAX`]; smaller ones are [`Tree::Int`]. [`Tree::from`] chooses.
     UInt(u64),
+    /// An integer beyond 64 bits, in decimal digits without leading zeros, with a `-` if it is negative.
+    BigInt(String),
     /// A float.
     Float(f64),
     /// A string.
@@ -57,12 +59,9 @@ pub struct TensorData {
     pub bytes: Bytes,
 }
 
-/// Immutable bytes, shared: a tree read from a file keeps the file's one buffer and copies nothing.
-#[derive(Clone)]
-pub struct Bytes {
-    owner: Arc<Vec<u8>>,
-    range: Range<usize>,
-}
+/// Immutable bytes, shared by their clones.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Bytes(Arc<Vec<u8>>);
 
 /// Element type of an array in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -225,19 +224,9 @@ impl TensorData {
 }
 
 impl Bytes {
-    /// A part, sharing the memory; nothing where the range is outside.
-    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
-        self.get(range.clone())?;
-        let start = self.range.start + range.start;
-        Some(Self { owner: Arc::clone(&self.owner), range: start..start + range.len() })
-    }
-
     /// The bytes alone; without a copy where nobody shares them.
     pub fn into_vec(self) -> Vec<u8> {
-        if self.range != (0..self.owner.len()) {
-            return self.to_vec();
-        }
-        Arc::try_unwrap(self.owner).unwrap_or_else(|shared| shared.to_vec())
+        Arc::try_unwrap(self.0).unwrap_or_else(|shared| shared.to_vec())
     }
 }
 
@@ -245,23 +234,15 @@ impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.owner[self.range.clone()]
+        &self.0
     }
 }
 
 impl From<Vec<u8>> for Bytes {
     fn from(bytes: Vec<u8>) -> Self {
-        Self { range: 0..bytes.len(), owner: Arc::new(bytes) }
+        Self(Arc::new(bytes))
     }
 }
-
-impl PartialEq for Bytes {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl Eq for Bytes {}
 
 impl fmt::Debug for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -278,6 +259,7 @@ impl Tree {
             Self::Bool(false) => "False".into(),
             Self::Int(x) => format!("the integer {x}"),
             Self::UInt(x) => format!("the integer {x}"),
+            Self::BigInt(_) => "an integer beyond 64 bits".into(),
             Self::Float(x) => format!("the float {x:?}"),
             Self::Str(_) => "a string".into(),
             Self::List(_) => "a list".into(),
@@ -308,7 +290,7 @@ impl PartialEq for Tree {
             (Self::Int(a), Self::Int(b)) => a == b,
             (Self::UInt(a), Self::UInt(b)) => a == b,
             (Self::Float(a), Self::Float(b)) => a.to_bits() == b.to_bits(),
-            (Self::Str(a), Self::Str(b)) => a == b,
+            (Self::BigInt(a), Self::BigInt(b)) | (Self::Str(a), Self::Str(b)) => a == b,
             (Self::List(a), Self::List(b)) | (Self::Tuple(a), Self::Tuple(b)) => a == b,
             (Self::Dict(a), Self::Dict(b)) => a == b,
             (Self::Scalar(a), Self::Scalar(b)) | (Self::Tensor(a), Self::Tensor(b)) => a == b,
@@ -362,12 +344,10 @@ mod tests {
     #[test]
     fn bytes_share_and_give_back_their_memory() {
         let bytes = Bytes::from(vec![1, 2, 3, 4]);
-        let part = bytes.slice(1..3).unwrap();
-        assert_eq!(*part, [2, 3]);
-        assert_eq!(*part.slice(1..2).unwrap(), [3]);
-        assert!(part.slice(1..3).is_none());
         let address = bytes.as_ptr();
-        drop(part);
+        let shared = bytes.clone();
+        assert_eq!(shared.as_ptr(), address);
+        drop(shared);
         let vec = bytes.into_vec();
         assert_eq!(vec.as_ptr(), address);
     }

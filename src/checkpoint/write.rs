@@ -1,15 +1,16 @@
 //! The writer: a tree to bytes, and bytes to disk.
 
 use std::collections::HashSet;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write as _};
-use std::path::{Path as FilePath, PathBuf};
+use std::path::Path as FilePath;
 
+use super::commit::{Progress, replace, silent};
+use super::disk::{Disk, OsDisk};
 use super::json::{push_float, push_str};
 use super::path::Path;
 use super::tree::{DataType, Key, TensorData, Tree};
 use super::{
-    ALIGNMENT, CHECKSUM_AT, CHECKSUM_BLANK, MAX_DEPTH, MAX_HEADER_LEN, MAX_NAME_LEN, MAX_RANK, OPENING, checksum,
+    ALIGNMENT, CHECKSUM_AT, CHECKSUM_BLANK, Checksum, MAX_DEPTH, MAX_HEADER_LEN, MAX_INT_DIGITS, MAX_NAME_LEN,
+    MAX_RANK, OPENING,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -38,16 +39,13 @@ pub fn to_bytes(tree: &Tree) -> Result<Vec<u8>> {
 /// without the umask). Where `path` is a symbolic link, the file it points to is replaced and the link
 /// stays. What is not a regular file is refused.
 pub fn save(path: impl AsRef<FilePath>, tree: &Tree) -> Result<()> {
-    let path = path.as_ref();
+    save_to(&OsDisk, path.as_ref(), tree, &mut silent)
+}
+
+/// [`save`] on any file system, with reports of progress.
+pub fn save_to<D: Disk>(disk: &D, path: &FilePath, tree: &Tree, progress: Progress<'_>) -> Result<()> {
     let image = Image::sealed(tree, &path.display().to_string())?;
-    replace(path, |file| {
-        let mut file = BufWriter::with_capacity(1 << 18, file);
-        file.write_all(&image.head)?;
-        for data in image.data() {
-            file.write_all(data)?;
-        }
-        file.flush()
-    })
+    replace(disk, path, std::iter::once(&*image.head).chain(image.data()), progress)
 }
 
 /// Everything of a file before the data, and the tensors in order.
@@ -104,12 +102,13 @@ impl<'t> Image<'t> {
 
     fn sealed(tree: &'t Tree, place: &str) -> Result<Self> {
         let mut image = Self::unsealed(tree, place)?;
-        let digits = checksum(&image.head, image.data());
-        image.head[CHECKSUM_AT].copy_from_slice(digits.as_bytes());
+        let mut checksum = Checksum::of_head(&image.head);
+        image.data().for_each(|data| checksum.update(data));
+        image.head[CHECKSUM_AT].copy_from_slice(checksum.digits().as_bytes());
         Ok(image)
     }
 
-    fn data(&self) -> impl Iterator<Item = &'t [u8]> {
+    fn data(&self) -> impl Iterator<Item = &'t [u8]> + Clone {
         self.tensors.iter().map(|tensor| &*tensor.bytes)
     }
 }
@@ -155,6 +154,13 @@ impl<'t> Structure<'t, '_> {
                     return self.refuse(path, "Tree::Int below 2^63", format!("Tree::UInt({x})"));
                 }
                 self.json.push_str(&x.to_string());
+            }
+            Tree::BigInt(digits) => {
+                if !is_big_int(digits) {
+                    let allowed = format!("an integer beyond 64 bits in at most {MAX_INT_DIGITS} digits");
+                    return self.refuse(path, allowed, format!("Tree::BigInt({digits:?})"));
+                }
+                self.json.push_str(&format!(r#"{{"$int":"{digits}"}}"#));
             }
             Tree::Float(x) if x.is_finite() => push_float(&mut self.json, *x),
             Tree::Float(x) => self.json.push_str(&format!(r#"{{"$float":"{}"}}"#, special_float(*x))),
@@ -251,6 +257,14 @@ impl<'t> Structure<'t, '_> {
     }
 }
 
+/// Whether a text is an integer in canonical form that no other kind of value holds.
+pub(super) fn is_big_int(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text);
+    let canonical = !digits.starts_with('0') && digits.bytes().all(|c| c.is_ascii_digit());
+    let beyond = text.parse::<i64>().is_err() && text.parse::<u64>().is_err();
+    canonical && beyond && (1..=MAX_INT_DIGITS).contains(&digits.len())
+}
+
 /// What JSON has no number for. The NaN that arithmetic gives most often has a short text, others
 /// their bits.
 fn special_float(x: f64) -> String {
@@ -263,100 +277,3 @@ fn special_float(x: f64) -> String {
 }
 
 pub(super) const PLAIN_NAN: u64 = 0x7ff8_0000_0000_0000;
-
-/// Marks temporary files as ours, for whoever cleans up after a crash.
-const TEMPORARY_PREFIX: &str = ".roptim-";
-const TEMPORARY_SUFFIX: &str = ".tmp";
-
-/// Replaces a file by what `fill` writes, durably.
-fn replace(path: &FilePath, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    let failed = |what: &str| {
-        let sentence = format!("{}: {what}", path.display());
-        move |source: io::Error| Error::plain(ErrorKind::Io, format!("{sentence}: {source}")).with_source(source)
-    };
-    let target = follow_links(path).map_err(failed("the path could not be followed"))?;
-    let existing = match fs::metadata(&target) {
-        Ok(facts) if !facts.is_file() => {
-            let got = if facts.is_dir() { "a directory" } else { "a device, pipe or socket" };
-            return Err(Error::refuse(ErrorKind::Io, path.display(), "the target", "a regular file or absent", got));
-        }
-        Ok(facts) => Some(facts.permissions()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(failed("the target could not be examined")(error)),
-    };
-    let directory = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => FilePath::new("."),
-    };
-    let flusher = Directory::open(directory).map_err(failed("the directory could not be opened"))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY_PREFIX).suffix(TEMPORARY_SUFFIX);
-    // From the first moment no wider than in the end; the umask narrows it where the file is new.
-    #[cfg(unix)]
-    builder.permissions(existing.clone().unwrap_or_else(|| {
-        use std::os::unix::fs::PermissionsExt as _;
-        fs::Permissions::from_mode(0o666)
-    }));
-    // Removes its file when dropped, also by a panic.
-    let mut temporary =
-        builder.tempfile_in(directory).map_err(failed("a temporary file could not be made beside it"))?;
-    if let Some(permissions) = existing {
-        let set = temporary.as_file().set_permissions(permissions);
-        set.map_err(failed("the permissions could not be kept"))?;
-    }
-    fill(temporary.as_file_mut()).map_err(failed("writing failed"))?;
-    temporary.as_file().sync_all().map_err(failed("flushing to disk failed"))?;
-    temporary.persist(&target).map_err(|error| failed("the finished file could not be renamed")(error.error))?;
-    flusher.sync().map_err(failed("the file is in place, but flushing its directory to disk failed"))
-}
-
-/// The place a path names once its last part is no symbolic link, whether or not a file is there.
-fn follow_links(path: &FilePath) -> io::Result<PathBuf> {
-    const LINKS: usize = 40;
-    let mut target = path.to_owned();
-    for _ in 0..LINKS {
-        match fs::symlink_metadata(&target) {
-            Ok(facts) if facts.is_symlink() => {
-                let next = fs::read_link(&target)?;
-                target = target.parent().map(|parent| parent.join(&next)).unwrap_or(next);
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => return Ok(target),
-        }
-    }
-    Err(io::Error::other("too many symbolic links"))
-}
-
-/// A directory whose entries can be made durable. Opened before anything is written, so that a
-/// directory that cannot be opened leaves the old file.
-struct Directory {
-    #[cfg(unix)]
-    handle: File,
-}
-
-#[cfg(unix)]
-impl Directory {
-    fn open(path: &FilePath) -> io::Result<Self> {
-        Ok(Self { handle: File::open(path)? })
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        match self.handle.sync_all() {
-            // Some network file systems know no flush of a directory; there is nothing more to ask for.
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
-            outcome => outcome,
-        }
-    }
-}
-
-#[cfg(not(unix))]
-impl Directory {
-    /// Elsewhere directories cannot be flushed by the standard library; the rename is atomic all the same.
-    fn open(path: &FilePath) -> io::Result<Self> {
-        fs::metadata(path).map(|_| Self {})
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-}

@@ -1,0 +1,133 @@
+//! The commit: bytes to disk, so that a crash at any moment leaves the old file or the new one.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::disk::{Disk, Kind, parent};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Marks temporary files as ours, for whoever cleans up after a crash.
+const TEMPORARY_PREFIX: &str = ".roptim-";
+const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// Bytes that are written or read between two calls of a [`Progress`].
+pub(super) const PORTION: usize = 8 << 20;
+
+/// Called with the bytes done and the bytes in all, after each portion of a file and at its end. An error
+/// ends the work; what was there before is untouched then.
+pub type Progress<'p> = &'p mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// No report of progress.
+pub(super) fn silent(_: u64, _: u64) -> Result<()> {
+    Ok(())
+}
+
+/// An operation, again where a signal came in between.
+pub(super) fn retried<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match operation() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+/// What the system refused, at a path.
+pub(super) fn failed<'p>(path: &'p Path, what: &'p str) -> impl FnOnce(io::Error) -> Error + 'p {
+    move |source| Error::plain(ErrorKind::Io, format!("{}: {what}: {source}", path.display())).with_source(source)
+}
+
+/// A file that is removed unless it is renamed, also by a panic.
+struct Temporary<'d, D: Disk> {
+    disk: &'d D,
+    path: PathBuf,
+    finished: bool,
+}
+
+impl<D: Disk> Drop for Temporary<'_, D> {
+    fn drop(&mut self) {
+        if !self.finished {
+            // What cannot be removed now is what a later save removes.
+            let _ = retried(|| self.disk.remove(&self.path));
+        }
+    }
+}
+
+/// Replaces a file by these parts, durably.
+///
+/// ```text
+/// remove what dead processes left    .roptim-*.tmp without a lock
+/// create                             .roptim-*.tmp, locked
+/// write every part, flush            each write checked
+/// rename over the target
+/// flush the directory
+/// ```
+pub(super) fn replace<'a, D: Disk>(
+    disk: &D,
+    path: &Path,
+    parts: impl Iterator<Item = &'a [u8]> + Clone,
+    progress: Progress<'_>,
+) -> Result<()> {
+    let failed = |what| failed(path, what);
+    let target = follow_links(disk, path).map_err(failed("the path could not be followed"))?;
+    let existing = match retried(|| disk.kind(&target)).map_err(failed("the target could not be examined"))? {
+        None => None,
+        Some(Kind::File) => {
+            Some(retried(|| disk.permissions(&target)).map_err(failed("the target's permissions could not be read"))?)
+        }
+        Some(kind) => {
+            let got = if kind == Kind::Directory { "a directory" } else { "a device, pipe or socket" };
+            return Err(Error::refuse(ErrorKind::Io, path.display(), "the target", "a regular file or absent", got));
+        }
+    };
+    let directory = parent(&target);
+    // Opened before anything is written, so that a directory that cannot be opened leaves the old file.
+    let flushed = retried(|| disk.directory(directory)).map_err(failed("the directory could not be opened"))?;
+    sweep(disk, directory);
+    let (mut file, temporary) =
+        retried(|| disk.create(directory, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, existing.clone()))
+            .map_err(failed("a temporary file could not be made beside it"))?;
+    let mut temporary = Temporary { disk, path: temporary, finished: false };
+    let total = parts.clone().map(|part| part.len() as u64).sum();
+    let mut done = 0;
+    for portion in parts.flat_map(|part| part.chunks(PORTION)) {
+        let mut left = portion;
+        while !left.is_empty() {
+            let written = match retried(|| disk.write(&mut file, left)) {
+                Ok(0) => Err(io::Error::from(io::ErrorKind::WriteZero)),
+                outcome => outcome,
+            };
+            left = &left[written.map_err(failed("writing failed"))?..];
+        }
+        done += portion.len() as u64;
+        progress(done, total)?;
+    }
+    // An error here is final: the system may have dropped what it could not write.
+    retried(|| disk.sync(&mut file)).map_err(failed("flushing to disk failed"))?;
+    retried(|| disk.rename(&temporary.path, &target)).map_err(failed("the finished file could not be renamed"))?;
+    temporary.finished = true;
+    retried(|| disk.sync_directory(&flushed))
+        .map_err(failed("the file is in place, but flushing its directory to disk failed"))
+}
+
+/// Removes what crashed saves left in a directory; what cannot be removed harms nobody.
+fn sweep<D: Disk>(disk: &D, directory: &Path) {
+    let ours = |name: &String| name.starts_with(TEMPORARY_PREFIX) && name.ends_with(TEMPORARY_SUFFIX);
+    for name in retried(|| disk.list(directory)).unwrap_or_default().into_iter().filter(ours) {
+        let _ = retried(|| disk.remove_abandoned(&directory.join(&name)));
+    }
+}
+
+/// The place a path names once its last part is no symbolic link, whether or not a file is there.
+fn follow_links<D: Disk>(disk: &D, path: &Path) -> io::Result<PathBuf> {
+    const LINKS: usize = 40;
+    let mut target = path.to_owned();
+    for _ in 0..LINKS {
+        if retried(|| disk.kind(&target))? != Some(Kind::Link) {
+            return Ok(target);
+        }
+        let next = retried(|| disk.read_link(&target))?;
+        target = target.parent().map(|parent| parent.join(&next)).unwrap_or(next);
+    }
+    Err(io::Error::other("too many symbolic links"))
+}
