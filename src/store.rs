@@ -333,6 +333,22 @@ pub struct GroupState {
     pub param_names: Option<Vec<String>>,
 }
 
+/// What a state was made for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParamFacts {
+    /// Extent of each axis of the parameter.
+    pub shape: Vec<usize>,
+    /// What it stores.
+    pub dtype: Dtype,
+}
+
+impl ParamFacts {
+    /// Of a parameter.
+    pub fn of(info: &ParamInfo) -> Self {
+        Self { shape: info.shape.clone(), dtype: info.dtype }
+    }
+}
+
 /// Everything an optimizer knows apart from the parameters' values.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StateDict {
@@ -351,6 +367,9 @@ pub struct StateDict {
     pub unseen_end: Option<u64>,
     /// The groups, in order.
     pub groups: Vec<GroupState>,
+    /// Shape and dtype of the parameters by index, where they are known: a state from elsewhere does not say.
+    #[serde(default)]
+    pub parameters: BTreeMap<usize, ParamFacts>,
     /// State by parameter index; a parameter never updated is absent.
     pub state: BTreeMap<usize, ParamState>,
 }

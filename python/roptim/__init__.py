@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from roptim import schedules, utils
+from roptim._checkpointer import Checkpoint, Checkpointer
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,
@@ -34,7 +35,9 @@ from roptim._errors import (
 from roptim._files import load, save
 from roptim._groups import ParamGroup
 from roptim._hooks import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from roptim._loading import LoadReport
 from roptim._parameter import Parameter
+from roptim._restore import restore
 from roptim._roptim import __version__
 from roptim._sparse import SparseGrad
 from roptim.optimizer import Optimizer
@@ -71,8 +74,10 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointIOError",
+    "Checkpointer",
     "ConcurrentStepError",
     "ConjugateGradient",
     "Device",
@@ -80,6 +85,7 @@ __all__ = [
     "DeviceLostError",
     "ForkedGpuError",
     "InternalError",
+    "LoadReport",
     "Muon",
     "NAdam",
     "NoAdapterError",
@@ -111,6 +117,7 @@ __all__ = [
     "lr_scheduler",
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",
+    "restore",
     "save",
     "schedules",
     "swa_utils",

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 
-from roptim._errors import RoptimKeyError, RoptimTypeError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 
 #: Keys that schedulers keep in groups.
 SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
@@ -58,6 +58,15 @@ def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
                 repr(key),
                 f"did you mean {name!r}?",
             )
+
+
+def check_switches(place: str, **switches: Any) -> None:
+    """Accepts torch's kernel switches where they ask for nothing, refuses them by name where they do."""
+    for name, value in switches.items():
+        harmless = (None, False, True) if name in ("foreach", "fused") else (None, False)
+        if not any(value is allowed for allowed in harmless):
+            allowed = " or ".join(map(repr, harmless[1:])) + " or None"
+            raise refuse(RoptimValueError, place, name, allowed, repr(value), "roptim has no such mode")
 
 
 def settled(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """The compiled half of the package."""
 
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any, Self, final
 
 import numpy as np
@@ -10,8 +12,11 @@ __all__ = [
     "DeviceArray",
     "DeviceNorm",
     "Engine",
+    "Loading",
     "ParameterBase",
     "Schedule",
+    "Series",
+    "Snapshot",
     "__version__",
     "anneal_share",
     "chain_closed",
@@ -21,9 +26,11 @@ __all__ = [
     "cycle_scale",
     "devices",
     "dumps",
+    "examine",
     "half_cosine",
     "load",
     "loads",
+    "match_parameters",
     "norm",
     "one_cycle",
     "plateau_observe",
@@ -49,11 +56,56 @@ def norm(arrays: list[Any], p: float, written: bool, place: str) -> float:
 def clip_factor(max_norm: float, norm: float) -> float:
     """What gradients of this norm are multiplied by so that it is at most ``max_norm``."""
 
-def save(object: Any, path: str) -> None:
+def save(object: Any, path: str | PathLike[str], progress: Callable[[int, int], Any] | None) -> None:
     """Writes a tree of values to a file, completely or not at all."""
 
-def load(path: str) -> Any:
+def load(path: str | PathLike[str], progress: Callable[[int, int], Any] | None) -> Any:
     """Reads what save wrote."""
+
+def examine(path: str) -> tuple[Any, str, str, int]:
+    """What is in a file, the checksum it states, the one its contents give, and its bytes."""
+
+@final
+class Snapshot:
+    """A copy of a tree of values."""
+
+    def __new__(cls, object: Any, place: str) -> Snapshot: ...
+
+@final
+class Series:
+    """A directory of checkpoints by step."""
+
+    def __new__(cls, directory: str | PathLike[str], keep: int | None) -> Series: ...
+    def steps(self) -> list[int]: ...
+    def path(self, step: int) -> Path: ...
+    def save(
+        self, step: int, snapshot: Snapshot, progress: Callable[[int, int], Any] | None
+    ) -> tuple[list[Path], list[str]]: ...
+    def load(self, step: int, progress: Callable[[int, int], Any] | None) -> Any: ...
+    def latest(self, progress: Callable[[int, int], Any] | None) -> tuple[tuple[int, Any] | None, list[str]]: ...
+    def discard_after(self, step: int) -> list[int]: ...
+
+@final
+class Loading:
+    """A saved state that passed every check of one engine."""
+
+    @property
+    def loaded(self) -> tuple[list[int], list[int]]: ...
+    @property
+    def dropped(self) -> list[str]: ...
+    @property
+    def groups(self) -> list[int | None]: ...
+    @property
+    def converted_from(self) -> str | None: ...
+    def changed(self) -> list[tuple[int, dict[str, Any], dict[str, Any]]]: ...
+
+def match_parameters(
+    place: str,
+    ours: list[tuple[list[int], list[str] | None]],
+    theirs: list[tuple[list[int], list[str] | None]],
+    options: tuple[bool, bool, dict[str, str], bool],
+) -> tuple[dict[int, int], list[int], list[str], list[int | None]]:
+    """Which parameter of a saved state goes to which here; what begins anew; what is left out; groups."""
 
 def dumps(object: Any) -> bytes:
     """The bytes of the file that save would write."""
@@ -192,7 +244,16 @@ class Engine:
     def set_scalar(self, index: int, key: str, value: float) -> None: ...
     def reset(self, index: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+    def prepare_load(
+        self,
+        saved: dict[str, Any],
+        init_missing: bool = False,
+        drop_unexpected: bool = False,
+        rename: dict[str, str] = ...,
+        keep_hypers: bool = False,
+        hypers: dict[str, Any] | None = None,
+    ) -> Loading: ...
+    def load(self, loading: Loading) -> None: ...
     grad_scale: float
     @property
     def has_sums(self) -> bool: ...

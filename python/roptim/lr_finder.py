@@ -904,7 +904,7 @@ class _Memory:
             self.keep(f"parameter {i if label is None else repr(label)}", obj)
         if engine is not None:
             saved = engine.state_dict()
-            self._actions.append((f"the state of {name}", lambda: engine.load_state_dict(saved)))
+            self._actions.append((f"the state of {name}", lambda: engine.load(engine.prepare_load(saved))))
         own = opt._state._own
 
         def own_back() -> None:

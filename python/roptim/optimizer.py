@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -16,10 +15,10 @@ from roptim._devices import Device, fastest, selected
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import (
     OPTIONS,
-    SCHEDULER_KEYS,
     SWITCHES,
     FixedList,
     ParamGroup,
+    check_switches,
     refuse_misspelling,
     settled,
     shown,
@@ -34,28 +33,17 @@ from roptim._hooks import (
     register_optimizer_step_pre_hook,
     stepped,
 )
+from roptim._loading import LoadReport, Missing, Rules, Unexpected, plain, prepare
 from roptim._parameter import Parameter
+from roptim._registry import REGISTRY
 from roptim._roptim import Engine
-from roptim._scheduled import decoded, encoded, is_scheduled, refuse_schedules, value_at, values_at
+from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at, values_at
 from roptim._state import State
 
-#: Every optimizer of the engine by class name, as data.
-REGISTRY: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _roptim.registry()}
-
-__all__ = ["Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
+__all__ = ["REGISTRY", "Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
 _FORMAT = 1
 _PRE, _POST = EVERYWHERE.step_pre, EVERYWHERE.step_post
-_OTHERS_HYPERS = {name: entry["defaults"].keys() for name, entry in REGISTRY.items()}
-
-
-def check_switches(place: str, **switches: Any) -> None:
-    """Accepts torch's kernel switches where they ask for nothing, refuses them by name where they do."""
-    for name, value in switches.items():
-        harmless = (None, False, True) if name in ("foreach", "fused") else (None, False)
-        if not any(value is allowed for allowed in harmless):
-            allowed = " or ".join(map(repr, harmless[1:])) + " or None"
-            raise refuse(RoptimValueError, place, name, allowed, repr(value), "roptim has no such mode")
 
 
 def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -507,7 +495,7 @@ class Optimizer:
             for index, group in enumerate(self.param_groups):
                 engine.add_group(self._engine.hypers(index), list(group["params"]), group.get("param_names"), False)
             engine.reserve()
-            engine.load_state_dict(saved)
+            engine.load(engine.prepare_load(saved))
             engine.take_over(self._engine)
         except BaseException:
             engine.release()
@@ -696,12 +684,10 @@ class Optimizer:
         return state_dict
 
     def _state_dict(self) -> dict[str, Any]:
-        groups, start = [], 0
-        for group in self.param_groups:
-            options = {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
-            count = len(group["params"])
-            groups.append({**options, "params": list(range(start, start + count))})
-            start += count
+        groups = [
+            {key: value if key == "params" else copy.deepcopy(value) for key, value in group.items()}
+            for group in self._numbered_groups()
+        ]
         if self._engine is not None:
             saved = self._engine.state_dict()
             about = saved["roptim"]
@@ -715,12 +701,45 @@ class Optimizer:
         about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0}
         return {"state": state, "param_groups": groups, "roptim": about}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        strict: bool = True,
+        missing: Missing | None = None,
+        unexpected: Unexpected | None = None,
+        rename: Mapping[str, str] | None = None,
+        hparams: Literal["file", "keep"] | Mapping[str, Any] = "file",
+    ) -> LoadReport:
         """Replaces options and state by those of ``state_dict``, which is not kept.
 
-        Parameters are matched by name where both sides have names, else by position. A dict without the
-        ``"roptim"`` entry, from torch, is accepted when its state fits this class. Schedules go on where they
-        were; functions as hyperparameters must be given again at construction.
+        Parameters are matched by name where both sides have names, else by position; groups by the parameters in
+        them. Class, shapes and dtypes must fit, whatever the arguments say; everything is checked before anything
+        is written. A dict without the ``"roptim"`` entry, from torch, is accepted when its state fits this class.
+        Schedules go on where they were; functions as hyperparameters must be given again at construction.
+        Hyperparameters that a saved group does not give stay as they are. :mod:`roptim.convert` reads states of
+        torch and optax.
+
+        Parameters
+        ----------
+        state_dict : dict
+            What :meth:`state_dict` returned, here or in torch.
+        strict : bool
+            With False, ``missing`` is ``"init"`` and ``unexpected`` is ``"drop"`` unless they are given.
+        missing : {"error", "init"}, optional
+            What happens to parameters that the saved state lacks: an error, or they begin anew.
+        unexpected : {"error", "drop"}, optional
+            What happens to parameters that only the saved state has: an error, or they are left out.
+        rename : dict, optional
+            ``{saved name: name here}`` for parameters that were renamed.
+        hparams : {"file", "keep"} or dict
+            Hyperparameters and the other keys of groups: the saved ones, or they stay as they are here. A dict
+            takes the saved ones but for those it has, which every group gets.
+
+        Returns
+        -------
+        LoadReport
+            What was loaded, initialised and dropped, and each hyperparameter that changed.
 
         Raises
         ------
@@ -728,154 +747,31 @@ class Optimizer:
             If class, groups, names, shapes, dtypes or options do not fit; nothing has changed then.
         """
         place = f"{self._place}.load_state_dict"
+        rules = Rules.of(place, strict, missing, unexpected, rename, hparams)
         hooks = self._hooks or Hooks()
         if hooks.load_state_dict_pre and isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)
             for hook in list(hooks.load_state_dict_pre.values()):
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        if not isinstance(state_dict, Mapping):
-            raise refuse(
-                RoptimTypeError, place, "state_dict", "a dict", f"an object of type {type(state_dict).__name__}"
-            )
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise refuse(
-                    RoptimKeyError, place, "state_dict", f"a dict with {key!r}", str(sorted(map(str, state_dict)))
-                )
-        groups = state_dict["param_groups"]
-        if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
-            raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))
-        if not isinstance(state_dict["state"], Mapping):
-            raise refuse(
-                RoptimTypeError, place, "state", "a dict", f"an object of type {type(state_dict['state']).__name__}"
-            )
-        # The user's own keys are the file's, as in torch: those it lacks go. Copied before anything changes.
-        fixed = self._hypers | {"params", "param_names"}
-        own_keys = [{k: copy.deepcopy(v) for k, v in group.items() if k not in fixed} for group in groups]
-        if self._engine is None:
-            self._load_own(place, state_dict)
-        else:
-            schedules = self._loaded_schedules(place, state_dict)
-            self._load_engine(place, state_dict)
-            self._scheduled.clear()
-            self._scheduled.update(schedules)
-            self._shown_at = None
-        for index, (group, keys) in enumerate(zip(self.param_groups, own_keys, strict=True)):
-            for key in [key for key in group if key not in fixed and key not in keys]:
-                dict.__delitem__(group, key)
-            dict.update(group, keys)
-            if self._engine is not None:
-                hypers = self._engine.hypers(index)
-                given = {key: settled(value) for key, value in groups[index].items() if key in self._hypers}
-                dict.update(group, {**hypers, **shown(given, hypers)})
-        self._resumed = any("initial_lr" in group for group in self.param_groups)
-        if self._scheduled:
-            self._show_schedules()
+        prepared = prepare(self, state_dict, rules, place)
+        prepared.commit()
         for hook in list(hooks.load_state_dict_post.values()):
             hook(self)
+        return prepared.report
 
-    def _loaded_schedules(self, place: str, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-        """The schedules after a load: those of the saved run, or, of one that knows none, this optimizer's."""
-        about = state_dict.get("roptim")
-        if not isinstance(about, Mapping):
-            return dict(self._scheduled)
-        saved = about.get("schedules", {})
-        groups = range(len(self.param_groups))
-        fits = isinstance(saved, Mapping) and all(
-            index in groups and isinstance(each, Mapping) and self._hypers.issuperset(each)
-            for index, each in saved.items()
-        )
-        if not fits:
-            raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", repr(saved))
-        for index, mine in self._scheduled.items():
-            for name in mine.keys() - saved.get(index, {}).keys():
-                warnings.warn(
-                    f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
-                    "assign the schedule again to go on with it",
-                    stacklevel=3,
-                )
-        loaded: dict[int, dict[str, Any]] = {}
-        count = about.get("update_count", 0)
-        for index, each in saved.items():
-            values = {}
-            for key, form in each.items():
-                name = f"{key} of group {index}"
-                values[key] = decoded(place, name, form, self._scheduled.get(index, {}).get(key))
-                if not is_scheduled(values[key]):
-                    raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
-            if values:
-                loaded[index] = values
-                # What the loaded group will have, with every check of a group.
-                at = values_at(values, count) if isinstance(count, int) and 0 <= count < 2**64 else {}
-                numbers = {key: state_dict["param_groups"][index].get(key, self.defaults[key]) for key in self._hypers}
-                self._check_group({**numbers, **at})
-        return loaded
+    def _numbered_groups(self) -> list[dict[str, Any]]:
+        """The groups with indices in place of the parameters."""
+        groups, start = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            groups.append({**group, "params": list(range(start, start + count))})
+            start += count
+        return groups
 
     def _check_group(self, hypers: dict[str, Any]) -> None:
         assert self._engine is not None
-        self._engine.check_hypers({key: _plain(settled(value)) for key, value in hypers.items()})
-
-    def _load_engine(self, place: str, state_dict: Mapping[str, Any]) -> None:
-        assert self._engine is not None
-        known = self._hypers | {"params", "param_names"}
-        about = state_dict.get("roptim")
-        saved_by = about.get("optimizer") if isinstance(about, Mapping) else None
-        if isinstance(saved_by, str) and saved_by != self._engine_name:
-            raise refuse(RoptimValueError, place, "state", f"of {self._engine_name}", f"of {saved_by}")
-        groups = []
-        for group in state_dict["param_groups"]:
-            check_switches(place, **{key: group[key] for key in group if key in SWITCHES - known})
-            for key in group:
-                refuse_misspelling(place, key, self._hypers)
-                if "roptim" not in state_dict and key not in known and key not in SCHEDULER_KEYS:
-                    others = [name for name, keys in _OTHERS_HYPERS.items() if key in keys]
-                    if others:
-                        got = f"a state with {key!r}, of {' or '.join(others)}"
-                        raise refuse(RoptimValueError, place, "state_dict", f"of {self._engine_name}", got)
-            groups.append({key: _plain(settled(value)) for key, value in group.items() if key in known})
-        state = {
-            index: {key: _plain(value) for key, value in entry.items()} if isinstance(entry, Mapping) else entry
-            for index, entry in state_dict["state"].items()
-        }
-        own = {"state": state, "param_groups": groups}
-        if isinstance(about, Mapping):
-            own["roptim"] = {key: value for key, value in about.items() if key != "schedules"}
-        self._engine.load_state_dict({**state_dict, **own})
-
-    def _load_own(self, place: str, state_dict: Mapping[str, Any]) -> None:
-        own = type(self).__name__
-        groups, state, about = state_dict["param_groups"], state_dict["state"], state_dict.get("roptim")
-        if about is not None and (not isinstance(about, Mapping) or about.get("optimizer") != own):
-            got = f"of {about.get('optimizer')}" if isinstance(about, Mapping) else repr(about)
-            raise refuse(RoptimValueError, place, "state", f"of {own}", got)
-        if len(groups) != len(self.param_groups):
-            want, got = str(len(self.param_groups)), str(len(groups))
-            raise refuse(RoptimValueError, place, "number of parameter groups", want, got)
-        index: dict[int, int] = {}
-        start = 0
-        for i, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
-            ids, count = theirs.get("params"), len(mine["params"])
-            if not isinstance(ids, (list, tuple)) or not all(isinstance(k, (int, np.integer)) for k in ids):
-                raise refuse(RoptimTypeError, place, f"params of group {i}", "a list of indices", repr(ids))
-            if len(ids) != count or len(set(ids) - index.keys()) != count:
-                raise refuse(RoptimValueError, place, f"params of group {i}", f"{count} different indices", repr(ids))
-            positions = range(start, start + count)
-            names, known = theirs.get("param_names"), mine.get("param_names")
-            if names is not None and known is not None:
-                if not isinstance(names, (list, tuple)) or sorted(map(str, names)) != sorted(known):
-                    raise refuse(RoptimValueError, place, f"names of group {i}", ", ".join(known), repr(names))
-                by_name = dict(zip(known, positions, strict=True))
-                index.update({k: by_name[name] for k, name in zip(ids, names, strict=True)})
-            else:
-                index.update(zip(ids, positions, strict=True))
-            start += count
-        for key, entry in state.items():
-            if key not in index or not isinstance(entry, Mapping):
-                raise refuse(
-                    RoptimValueError, place, "state", "dicts of parameters in the groups", f"{key!r}: {entry!r}"
-                )
-        self._state._own = {index[key]: copy.deepcopy(dict(entry)) for key, entry in state.items()}
+        self._engine.check_hypers({key: plain(settled(value)) for key, value in hypers.items()})
 
     # ---- copies and text --------------------------------------------------------------------------------
 
@@ -916,7 +812,7 @@ class Optimizer:
         if self._engine is None:
             self._state._own = saved["state"]
         else:
-            self._engine.load_state_dict(_roptim.loads(saved["state"]))
+            self._engine.load(self._engine.prepare_load(_roptim.loads(saved["state"])))
         self._resumed = any("initial_lr" in group for group in self.param_groups)
 
     def __repr__(self) -> str:
@@ -1020,11 +916,3 @@ def _grouped(params: Any) -> list[Any]:
 
 def _is_group(item: object) -> bool:
     return isinstance(item, Mapping) and "params" in item
-
-
-def _plain(value: Any) -> Any:
-    """An array of another library as NumPy's, in lists too; anything else as it is."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    foreign = hasattr(value, "__array__") and not isinstance(value, (np.ndarray, np.generic))
-    return np.asarray(value) if foreign else value

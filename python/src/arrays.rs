@@ -17,9 +17,9 @@ use numpy::{
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use roptim::tensor::{Buffer, RawTensor, Strides};
-use roptim::{Dtype, ErrorKind};
+use roptim::{Dtype, Error, ErrorKind};
 
-use crate::errors::refuse;
+use crate::errors::{raise, refuse};
 
 /// Whether a step writes to the array.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -320,7 +320,35 @@ pub(crate) fn from_bytes<'py>(
     Ok(array)
 }
 
+/// A new array of these bytes: one that owns a copy where they are few, else one over the very memory.
+pub(crate) fn of_bytes<'py>(
+    py: Python<'py>,
+    dtype: &str,
+    shape: &[usize],
+    bytes: Vec<u8>,
+) -> PyResult<Bound<'py, PyAny>> {
+    const FEW: usize = 64 * 1024;
+    /// More than any element needs.
+    const ALIGNMENT: usize = 16;
+    if bytes.len() < FEW || !bytes.as_ptr().addr().is_multiple_of(ALIGNMENT) {
+        return from_bytes(py, dtype, shape, &bytes);
+    }
+    PyArray1::from_vec(py, bytes).call_method1("view", (dtype,))?.call_method1("reshape", (shape.to_vec(),))
+}
+
 /// The bytes of any array in C order.
 pub(crate) fn to_bytes(array: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    array.call_method1("tobytes", ("C",))?.extract()
+    let flat =
+        array.py().import("numpy")?.call_method1("ascontiguousarray", (array,))?.call_method1("reshape", (-1,))?;
+    let flat = flat.call_method1("view", ("uint8",))?.cast_into::<PyArray1<u8>>();
+    let flat = flat.map_err(|e| PyTypeError::new_err(e.to_string()))?;
+    let bytes = flat.try_readonly()?;
+    let bytes = bytes.as_slice()?;
+    let mut copy = Vec::new();
+    if copy.try_reserve_exact(bytes.len()).is_err() {
+        let sentence = format!("roptim: {} bytes for the copy of an array could not be allocated", bytes.len());
+        return Err(raise(array.py(), &Error::plain(ErrorKind::OutOfMemory, sentence)));
+    }
+    copy.extend_from_slice(bytes);
+    Ok(copy)
 }

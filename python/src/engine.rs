@@ -1,5 +1,6 @@
 //! The engine's optimizer as Python sees it: arrays in, steps, state out.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
 use roptim::error::shape_text;
+use roptim::optimizer::matching::LoadOptions;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{
@@ -19,6 +21,7 @@ use crate::arrays::{self, Access, Context, Seen, as_array, look, share_memory};
 use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
+use crate::load::Loading;
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
 use crate::shared::{Haste, Home, Shared};
@@ -608,7 +611,7 @@ impl Engine {
         let found = if self.on_gpu { py.detach(find) } else { find() };
         let (buffer, copy, scalar, joint) = found.or_raise(py)?;
         if let Some(value) = joint {
-            return files::read_only(files::from_tree(py, &value.into())?).map(Some);
+            return files::read_only(files::from_tree(py, value.into())?).map(Some);
         }
         if let Some(x) = scalar {
             return Ok(Some(PyFloat::new(py, x).into_any()));
@@ -650,20 +653,41 @@ impl Engine {
                 Ok(optimizer.state_dict()?.into_tree(shows_step))
             })
         });
-        files::from_tree(py, &tree.or_raise(py)?)
+        files::from_tree(py, tree.or_raise(py)?)
     }
 
-    /// Replaces hyperparameters and state by those of a dict in torch's layout, checked as a whole before
-    /// anything is written.
-    fn load_state_dict(&self, py: Python<'_>, saved: &Bound<'_, PyDict>) -> PyResult<()> {
+    /// Reads a saved state in torch's layout and makes every check of a load, which has changed nothing yet.
+    #[pyo3(signature = (saved, init_missing=false, drop_unexpected=false, rename=BTreeMap::new(), keep_hypers=false, hypers=None))]
+    #[allow(clippy::too_many_arguments, reason = "one for each way in which a saved state may differ")]
+    fn prepare_load(
+        &self,
+        py: Python<'_>,
+        saved: &Bound<'_, PyDict>,
+        init_missing: bool,
+        drop_unexpected: bool,
+        rename: BTreeMap<String, String>,
+        keep_hypers: bool,
+        hypers: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Loading> {
         let place = format!("{}.load_state_dict", self.name());
         let tree = files::to_tree(saved, &place, "state_dict", 0)?;
-        let load = || {
+        let known = self.shared.try_use().or_raise(py)?.preset().hypers();
+        let hypers = hypers.map_or(Ok(Vec::new()), |given| values::hypers(given, &known, &place))?;
+        let options = LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers };
+        let prepare = || {
             let mut optimizer = self.shared.try_use()?;
             let declared = optimizer.preset().declaration().hypers;
-            optimizer.load_state_dict(&StateDict::from_tree(tree, Some(declared))?)
+            let saved = StateDict::from_tree(tree, Some(declared))?;
+            let report = optimizer.check_load(&saved, &options)?;
+            Ok(Loading { saved, options, report })
         };
-        py.detach(|| guarded(&place, load)).or_raise(py)
+        py.detach(|| guarded(&place, prepare)).or_raise(py)
+    }
+
+    /// Replaces hyperparameters and state by those that were prepared, checked once more.
+    fn load(&self, py: Python<'_>, loading: &Loading) -> PyResult<()> {
+        let load = || self.shared.try_use()?.load_state_dict_with(&loading.saved, &loading.options).map(drop);
+        py.detach(|| guarded(self.name(), load)).or_raise(py)
     }
 
     /// Names of the state that all parameters share.

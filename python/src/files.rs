@@ -1,15 +1,21 @@
 //! Trees of Python values to files and back. The format is the engine's; here only types.
 
+use std::path::PathBuf;
+
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
-use roptim::checkpoint::{self, DataType, Key, MAX_DEPTH, TensorData, Tree};
+use roptim::checkpoint::{self, DataType, Key, MAX_DEPTH, OsDisk, TensorData, Tree};
 use roptim::{Error, ErrorKind};
 
 use crate::arrays;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::parameter::ParameterBase;
 
-const ALLOWED: &str = "None, bool, int, float, str, list, tuple, dict, a NumPy scalar or a numeric array";
+const ALLOWED: &str =
+    "None, bool, int, float, str, list, tuple, dict, a NumPy scalar, a numeric array or an object with state_dict";
+
+/// Of an int, as many as the format's decimal digits hold for certain.
+const MAX_INT_BITS: u64 = 4096;
 
 fn described(object: &Bound<'_, PyAny>) -> String {
     let name = object.get_type().fully_qualified_name();
@@ -58,7 +64,13 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
         match (object.extract::<i64>(), object.extract::<u64>()) {
             (Ok(x), _) => Ok(Tree::Int(x)),
             (_, Ok(x)) => Ok(Tree::from(x)),
-            _ => Err(refuse(py, ErrorKind::Value, place, name, "an int of at most 64 bits", "a larger one", None)),
+            _ if object.call_method0("bit_length")?.extract::<u64>()? <= MAX_INT_BITS => {
+                Ok(Tree::BigInt(object.str()?.extract()?))
+            }
+            _ => {
+                let allowed = format!("an int of at most {MAX_INT_BITS} bits");
+                Err(refuse(py, ErrorKind::Value, place, name, allowed, "a larger one", None))
+            }
         }
     } else if let Ok(x) = object.cast_exact::<PyFloat>() {
         Ok(Tree::Float(x.value()))
@@ -109,13 +121,20 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
             tensor(object, place, name).map(Tree::Scalar)
         } else if kind.is(&numpy.getattr("ndarray")?) || kind.is(&numpy.getattr("memmap")?) {
             tensor(object, place, name).map(Tree::Tensor)
+        } else if let Some((state, suffix)) = state_of(object)? {
+            to_tree(&state, place, &format!("{name}{suffix}"), depth + 1)
         } else {
             Err(refuse(py, ErrorKind::Type, place, name, ALLOWED, described(object), None))
         }
     }
 }
 
-fn array<'py>(py: Python<'py>, tensor: &TensorData) -> PyResult<Bound<'py, PyAny>> {
+/// What an object that keeps a state is saved as, and how a place in it is written.
+fn state_of<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<(Bound<'py, PyAny>, String)>> {
+    object.py().import("roptim._files")?.call_method1("state_of", (object,))?.extract()
+}
+
+fn array(py: Python<'_>, tensor: TensorData) -> PyResult<Bound<'_, PyAny>> {
     if tensor.dtype == DataType::BFloat16 {
         // NumPy knows the name once the package that defines it is imported.
         py.import("ml_dtypes").map_err(|cause| {
@@ -123,19 +142,20 @@ fn array<'py>(py: Python<'py>, tensor: &TensorData) -> PyResult<Bound<'py, PyAny
             raise(py, &Error::plain(ErrorKind::File, sentence).with_source(cause))
         })?;
     }
-    arrays::from_bytes(py, tensor.dtype.name(), &tensor.shape, &tensor.bytes)
+    arrays::of_bytes(py, tensor.dtype.name(), &tensor.shape, tensor.bytes.into_vec())
 }
 
-/// A tree as Python values; arrays are copies.
-pub(crate) fn from_tree<'py>(py: Python<'py>, tree: &Tree) -> PyResult<Bound<'py, PyAny>> {
-    let all = |items: &[Tree]| items.iter().map(|x| from_tree(py, x)).collect::<PyResult<Vec<_>>>();
+/// A tree as Python values; large arrays take over its memory.
+pub(crate) fn from_tree(py: Python<'_>, tree: Tree) -> PyResult<Bound<'_, PyAny>> {
+    let all = |items: Vec<Tree>| items.into_iter().map(|x| from_tree(py, x)).collect::<PyResult<Vec<_>>>();
     Ok(match tree {
         Tree::None => py.None().into_bound(py),
-        Tree::Bool(b) => PyBool::new(py, *b).to_owned().into_any(),
+        Tree::Bool(b) => PyBool::new(py, b).to_owned().into_any(),
         Tree::Int(x) => x.into_pyobject(py)?.into_any(),
         Tree::UInt(x) => x.into_pyobject(py)?.into_any(),
-        Tree::Float(x) => PyFloat::new(py, *x).into_any(),
-        Tree::Str(text) => PyString::new(py, text).into_any(),
+        Tree::BigInt(digits) => py.get_type::<PyInt>().call1((digits,))?,
+        Tree::Float(x) => PyFloat::new(py, x).into_any(),
+        Tree::Str(text) => PyString::new(py, &text).into_any(),
         Tree::List(items) => PyList::new(py, all(items)?)?.into_any(),
         Tree::Tuple(items) => PyTuple::new(py, all(items)?)?.into_any(),
         Tree::Dict(items) => {
@@ -165,18 +185,66 @@ pub(crate) fn read_only(value: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
     Ok(value)
 }
 
+/// Calls a Python function with the bytes done and the bytes in all, and keeps what it raises.
+pub(crate) struct Reporter {
+    progress: Option<Py<PyAny>>,
+    raised: Option<PyErr>,
+}
+
+impl Reporter {
+    pub(crate) fn new(progress: Option<Py<PyAny>>) -> Self {
+        Self { progress, raised: None }
+    }
+
+    /// Ends the work where the function raises, or a signal came in.
+    pub(crate) fn report(&mut self, done: u64, total: u64) -> roptim::Result<()> {
+        let outcome = Python::attach(|py| {
+            py.check_signals()?;
+            self.progress.as_ref().map_or(Ok(()), |progress| progress.call1(py, (done, total)).map(drop))
+        });
+        outcome.map_err(|raised| {
+            self.raised = Some(raised);
+            Error::plain(ErrorKind::Internal, "the report of progress raised an exception")
+        })
+    }
+
+    /// The result, or what the function raised.
+    pub(crate) fn outcome<T>(self, py: Python<'_>, result: roptim::Result<T>) -> PyResult<T> {
+        match self.raised {
+            Some(raised) => Err(raised),
+            None => result.or_raise(py),
+        }
+    }
+}
+
 /// Writes a tree of values to a file, completely or not at all.
 #[pyfunction]
-pub(crate) fn save(py: Python<'_>, object: &Bound<'_, PyAny>, path: &str) -> PyResult<()> {
+pub(crate) fn save(
+    py: Python<'_>,
+    object: &Bound<'_, PyAny>,
+    path: PathBuf,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
     let tree = to_tree(object, "roptim.save", "obj", 0)?;
-    py.detach(|| guarded("roptim.save", || checkpoint::save(path, &tree))).or_raise(py)
+    let mut reporter = Reporter::new(progress);
+    let saved = py.detach(|| {
+        guarded("roptim.save", || {
+            checkpoint::save_to(&OsDisk, &path, &tree, &mut |done, total| reporter.report(done, total))
+        })
+    });
+    reporter.outcome(py, saved)
 }
 
 /// Reads what [`save`] wrote.
 #[pyfunction]
-pub(crate) fn load<'py>(py: Python<'py>, path: &str) -> PyResult<Bound<'py, PyAny>> {
-    let tree = py.detach(|| guarded("roptim.load", || checkpoint::load(path))).or_raise(py)?;
-    from_tree(py, &tree)
+pub(crate) fn load(py: Python<'_>, path: PathBuf, progress: Option<Py<PyAny>>) -> PyResult<Bound<'_, PyAny>> {
+    let mut reporter = Reporter::new(progress);
+    let tree = py.detach(|| {
+        guarded("roptim.load", || {
+            checkpoint::load_from(&OsDisk, &path, &mut |done, total| reporter.report(done, total))
+        })
+    });
+    from_tree(py, reporter.outcome(py, tree)?)
 }
 
 /// The bytes of the file that [`save`] would write.
@@ -191,5 +259,5 @@ pub(crate) fn dumps<'py>(py: Python<'py>, object: &Bound<'py, PyAny>) -> PyResul
 #[pyfunction]
 pub(crate) fn loads<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, PyAny>> {
     let tree = py.detach(|| guarded("roptim", || checkpoint::from_bytes(bytes))).or_raise(py)?;
-    from_tree(py, &tree)
+    from_tree(py, tree)
 }

@@ -8,10 +8,12 @@ mod devices;
 mod engine;
 mod errors;
 mod files;
+mod load;
 mod overlap;
 mod parameter;
 mod registry;
 mod schedules;
+mod series;
 mod shared;
 mod sparse;
 mod values;
@@ -33,6 +35,8 @@ mod _roptim {
     #[pymodule_export]
     use crate::files::{dumps, load, loads, save};
     #[pymodule_export]
+    use crate::load::{Loading, match_parameters};
+    #[pymodule_export]
     use crate::parameter::ParameterBase;
     #[pymodule_export]
     use crate::registry::registry;
@@ -41,6 +45,9 @@ mod _roptim {
         Schedule, anneal_share, chain_closed, chain_next, cycle_scale, half_cosine, one_cycle, plateau_observe,
         plateau_reduced, triangle,
     };
+
+    #[pymodule_export]
+    use crate::series::{Series, Snapshot, examine};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

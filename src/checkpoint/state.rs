@@ -6,7 +6,7 @@ use super::path::Path;
 use super::tree::{DataType, Key, TensorData, Tree};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Choice, Hyper, Value};
-use crate::store::{Array, GroupState, ParamState, STATE_FORMAT, StateDict, StateValue};
+use crate::store::{Array, GroupState, ParamFacts, ParamState, STATE_FORMAT, StateDict, StateValue};
 
 /// Starts every message.
 const PLACE: &str = "state_dict";
@@ -17,7 +17,8 @@ impl StateDict {
     /// ```text
     /// {"state": {0: {"step": 5, "exp_avg": array, …}, …},
     ///  "param_groups": [{"lr": 0.001, …, "params": [0, 1], "param_names": ["W", "b"]}],
-    ///  "roptim": {"optimizer": "Adam", "format": 1, "update_count": 5, "skip_count": 0}}
+    ///  "roptim": {"optimizer": "Adam", "format": 1, "update_count": 5, "skip_count": 0,
+    ///             "parameters": {0: {"shape": (3, 2), "dtype": "float32"}, …}}}
     /// ```
     ///
     /// `shows_step` is what the optimizer's rule declares. Where torch keeps no `step` (SGD), the steps go
@@ -38,6 +39,10 @@ impl StateDict {
             ("skip_count".into(), self.skip_count.into()),
         ];
         own.extend(self.unseen_end.map(|end| ("unseen_end".into(), end.into())));
+        if !self.parameters.is_empty() {
+            let facts = self.parameters.into_iter().map(|(i, facts)| (index_key(i), facts.into()));
+            own.push(("parameters".into(), Tree::Dict(facts.collect())));
+        }
         if !shows_step {
             own.push(("steps".into(), Tree::Dict(steps)));
         }
@@ -86,14 +91,21 @@ impl StateDict {
             (i, ParamState { step, slots })
         });
         let state = state.collect();
-        let Own { optimizer, update_count, skip_count, unseen_end, .. } = own;
-        Ok(Self { optimizer, format: STATE_FORMAT, update_count, skip_count, unseen_end, groups, state })
+        let Own { optimizer, update_count, skip_count, unseen_end, parameters, .. } = own;
+        Ok(Self { optimizer, format: STATE_FORMAT, update_count, skip_count, unseen_end, groups, parameters, state })
     }
 }
 
 impl From<Array> for TensorData {
     fn from(array: Array) -> Self {
         Self { dtype: array.dtype.into(), shape: array.shape, bytes: array.bytes.into() }
+    }
+}
+
+impl From<ParamFacts> for Tree {
+    fn from(facts: ParamFacts) -> Self {
+        let shape = facts.shape.into_iter().map(|extent| Self::from(extent as u64)).collect();
+        Self::dict([("shape", Self::Tuple(shape)), ("dtype", facts.dtype.name().into())])
     }
 }
 
@@ -135,6 +147,7 @@ struct Own {
     skip_count: u64,
     unseen_end: Option<u64>,
     steps: BTreeMap<usize, u64>,
+    parameters: BTreeMap<usize, ParamFacts>,
 }
 
 impl Own {
@@ -166,8 +179,13 @@ impl Own {
                         }
                     }
                 }
+                ("parameters", value) => {
+                    for (key, value) in dict(&path, value)? {
+                        own.parameters.insert(parameter(&path, &key)?, facts(&path.key(&key), value)?);
+                    }
+                }
                 _ => {
-                    let allowed = "optimizer, format, update_count, skip_count, unseen_end or steps";
+                    let allowed = "optimizer, format, update_count, skip_count, unseen_end, steps or parameters";
                     return refuse(ErrorKind::Value, format!("a key of {at}"), allowed, path);
                 }
             }
@@ -225,6 +243,32 @@ fn parameter(at: &Path<'_>, key: &Key) -> Result<usize> {
     match key {
         Key::Int(i) if usize::try_from(*i).is_ok() => Ok(*i as usize),
         _ => refuse(ErrorKind::Value, format!("a key of {at}"), "the index of a parameter", at.key(key)),
+    }
+}
+
+fn facts(at: &Path<'_>, tree: Tree) -> Result<ParamFacts> {
+    let (mut shape, mut dtype) = (None, None);
+    for (key, value) in dict(at, tree)? {
+        let path = at.key(&key);
+        match (&key, value) {
+            (Key::Str(name), value) if name == "shape" => {
+                let extents =
+                    list(&path, value)?.into_iter().enumerate().map(|(i, extent)| count(&path.item(i), &extent));
+                // A count of 64 bits that no memory could address is no shape of an array here.
+                shape = Some(extents.map(|extent| Ok(extent? as usize)).collect::<Result<Vec<_>>>()?);
+            }
+            (Key::Str(name), Tree::Str(text)) if name == "dtype" => {
+                dtype = DataType::from_name(&text).and_then(DataType::engine);
+                if dtype.is_none() {
+                    return refuse(ErrorKind::Type, path, "a dtype of parameters", text);
+                }
+            }
+            _ => return refuse(ErrorKind::Value, format!("a key of {at}"), "shape or dtype", path),
+        }
+    }
+    match (shape, dtype) {
+        (Some(shape), Some(dtype)) => Ok(ParamFacts { shape, dtype }),
+        _ => refuse(ErrorKind::Value, at, "a dict with shape and dtype", "one without"),
     }
 }
 

@@ -3,6 +3,7 @@
 mod accumulate;
 mod closure;
 mod guard;
+pub mod matching;
 mod state;
 
 use std::sync::Arc;

@@ -1,15 +1,18 @@
 //! An optimizer's state by value: out, and back in after every check.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+use super::matching::{HyperChange, LoadOptions, LoadReport, Matching, Members, matched};
 
 #[cfg(feature = "gpu")]
 use super::Backend;
 use super::Optimizer;
 use crate::error::{Error, ErrorKind, Result, shape_text};
+use crate::hyper::Hypers;
 use crate::rule::ScalarSlots;
-use crate::store::{Array, GroupState, ParamState, STATE_FORMAT, StateDict, StateValue};
+use crate::store::{Array, GroupState, ParamFacts, ParamState, STATE_FORMAT, StateDict, StateValue};
 use crate::tensor::Buffer;
 
 /// Checked state of one parameter.
@@ -19,6 +22,15 @@ struct Loaded<'s> {
     /// In declaration order.
     slots: Vec<Option<Cow<'s, Array>>>,
     scalars: ScalarSlots,
+}
+
+/// A load that passed every check and has changed nothing yet.
+struct Planned<'s> {
+    groups: Vec<Hypers>,
+    states: Vec<Option<Loaded<'s>>>,
+    /// For each parameter, its index in the saved state.
+    sources: Vec<usize>,
+    report: LoadReport,
 }
 
 impl Optimizer {
@@ -54,68 +66,29 @@ impl Optimizer {
             skip_count: self.skip_count,
             unseen_end: self.unseen_end(),
             groups: groups.collect(),
+            parameters: self.entries.iter().map(|entry| ParamFacts::of(&entry.info)).enumerate().collect(),
             state,
         })
     }
 
-    /// Replaces hyperparameters, steps and slots by those of `saved`, matched by name where both sides
-    /// have names, else by position. Everything is checked before anything is written: class, groups,
-    /// names, slots, shapes, dtypes and ranges.
-    pub fn load_state_dict(&mut self, saved: &StateDict) -> Result<()> {
-        let place = format!("{}.load_state_dict", self.preset.name);
-        let refuse =
-            |kind, name: &str, allowed: String, got: String| Err(Error::refuse(kind, &place, name, allowed, got));
-        if let Some(class) = &saved.optimizer
-            && class != self.preset.name
-        {
-            return refuse(ErrorKind::Value, "state", format!("of {}", self.preset.name), format!("of {class}"));
-        }
-        if saved.format != STATE_FORMAT {
-            return refuse(ErrorKind::Value, "format version", STATE_FORMAT.to_string(), saved.format.to_string());
-        }
-        if saved.groups.len() != self.groups.len() {
-            let (want, got) = (self.groups.len(), saved.groups.len());
-            return refuse(ErrorKind::Value, "number of parameter groups", want.to_string(), got.to_string());
-        }
-        self.refuse_under_way(&place)?;
-        match self.settle() {
-            // Loading is what mends a loss, and takes the place of a step that was left out.
-            Err(error) if matches!(error.kind(), ErrorKind::DeviceLost | ErrorKind::Nonfinite) => {}
-            settled => settled?,
-        }
-        let mut groups = self.groups.clone();
-        let mut all_sources = Vec::new();
-        let mut loaded: Vec<Option<Loaded<'_>>> = vec![None; self.entries.len()];
-        for (g, from) in saved.groups.iter().enumerate() {
-            let changes: Vec<_> = from.hypers.iter().map(|(name, &value)| (name.as_str(), value)).collect();
-            self.preset.set(&format!("{place}: group {g}"), &mut groups[g], &changes)?;
-            for (i, source) in self.sources(g, from, &place)? {
-                all_sources.push(source);
-                if self.minimizer.is_some() {
-                    continue;
-                }
-                if let Some(state) = saved.state.get(&source) {
-                    if state.step == 0 && saved.optimizer.is_none() && self.preset.declaration().eager {
-                        continue;
-                    }
-                    // Where the step means nothing it may be unknown, 0: what has state was updated.
-                    loaded[i] = Some(self.check_state(i, state, &place)?);
-                }
-            }
-        }
-        let mut known = std::collections::BTreeSet::new();
-        if let Some(twice) = saved.groups.iter().flat_map(|g| &g.params).find(|source| !known.insert(**source)) {
-            return refuse(ErrorKind::Value, "indices of parameters", "different".into(), format!("{twice} twice"));
-        }
-        if let Some(stray) = saved.state.keys().find(|source| !known.contains(source)) {
-            return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
-        }
+    /// Replaces hyperparameters, steps and slots by those of `saved`, and refuses every difference.
+    pub fn load_state_dict(&mut self, saved: &StateDict) -> Result<LoadReport> {
+        self.load_state_dict_with(saved, &LoadOptions::default())
+    }
+
+    /// Replaces hyperparameters, steps and slots by those of `saved`. Parameters are matched by name where both
+    /// sides have names, else by position; groups by what is in them. Everything is checked before anything is
+    /// written: class, groups, names, slots, shapes, dtypes and ranges. Shapes and dtypes must fit whatever the
+    /// options say.
+    pub fn load_state_dict_with(&mut self, saved: &StateDict, options: &LoadOptions) -> Result<LoadReport> {
+        let place = self.loading_place();
+        let Planned { groups, states, sources, report } = self.plan_load(&place, saved, options)?;
         #[cfg(feature = "gpu")]
         if let Backend::GpuVectors(space) = &mut self.backend {
             space.recover()?;
         }
-        let minimizer = self.load_minimizer(&place, saved, &all_sources)?;
-        self.write_state(&loaded)?;
+        let minimizer = self.load_minimizer(&place, saved, &sources)?;
+        self.write_state(&states)?;
         if minimizer.is_some() {
             let step = saved.state.values().next().map_or(0, |state| state.step.max(1));
             self.entries.iter_mut().for_each(|entry| entry.step = step);
@@ -125,42 +98,132 @@ impl Optimizer {
         self.update_count = saved.update_count;
         self.skip_count = saved.skip_count;
         self.torn = false;
-        Ok(())
+        Ok(report)
     }
 
-    /// For each parameter of group `g`, the index it has in the saved state.
-    fn sources(&self, g: usize, from: &GroupState, place: &str) -> Result<Vec<(usize, usize)>> {
-        let members: Vec<usize> = (0..self.entries.len()).filter(|&i| self.entries[i].group == g).collect();
+    /// What [`load_state_dict_with`](Optimizer::load_state_dict_with) would do, with all its checks.
+    pub fn check_load(&mut self, saved: &StateDict, options: &LoadOptions) -> Result<LoadReport> {
+        let place = self.loading_place();
+        let Planned { sources, report, .. } = self.plan_load(&place, saved, options)?;
+        #[cfg(feature = "gpu")]
+        if matches!(self.backend, Backend::GpuVectors(_)) {
+            // Its check makes vectors on the device, which may have to be opened anew first.
+            return Ok(report);
+        }
+        self.load_minimizer(&place, saved, &sources)?;
+        Ok(report)
+    }
+
+    fn loading_place(&self) -> String {
+        format!("{}.load_state_dict", self.preset.name)
+    }
+
+    fn plan_load<'s>(&mut self, place: &str, saved: &'s StateDict, options: &LoadOptions) -> Result<Planned<'s>> {
         let refuse =
-            |name: String, allowed: String, got: String| Error::refuse(ErrorKind::Value, place, name, allowed, got);
-        if from.params.len() != members.len() {
-            let (want, got) = (members.len(), from.params.len());
-            return Err(refuse(format!("number of parameters in group {g}"), want.to_string(), got.to_string()));
-        }
-        let names: Option<Vec<&str>> = members.iter().map(|&i| self.entries[i].info.name.as_deref()).collect();
-        let (Some(ours), Some(theirs)) = (names, &from.param_names) else {
-            return Ok(members.into_iter().zip(from.params.iter().copied()).collect());
-        };
-        if theirs.len() != from.params.len() {
-            return Err(refuse(
-                format!("param_names of group {g}"),
-                from.params.len().to_string(),
-                theirs.len().to_string(),
-            ));
-        }
-        let by_name: BTreeMap<&str, usize> =
-            theirs.iter().map(String::as_str).zip(from.params.iter().copied()).collect();
-        members
-            .into_iter()
-            .zip(ours)
-            .map(|(i, name)| match by_name.get(name) {
-                Some(&source) => Ok((i, source)),
+            |kind, name: &str, allowed: String, got: String| Err(Error::refuse(kind, place, name, allowed, got));
+        let conversion = match saved.optimizer.as_deref() {
+            Some(class) if class != self.preset.name => match self.preset.takes.iter().find(|c| c.from == class) {
                 None => {
-                    let (want, got) = (format!("named {}", theirs.join(", ")), format!("one named {name}"));
-                    Err(refuse(format!("parameters of group {g}"), want, got))
+                    let classes: Vec<_> =
+                        std::iter::once(self.preset.name).chain(self.preset.takes.iter().map(|c| c.from)).collect();
+                    return refuse(
+                        ErrorKind::Value,
+                        "state",
+                        format!("of {}", classes.join(" or ")),
+                        format!("of {class}"),
+                    );
                 }
-            })
-            .collect()
+                known => known,
+            },
+            _ => None,
+        };
+        if saved.format != STATE_FORMAT {
+            return refuse(ErrorKind::Value, "format version", STATE_FORMAT.to_string(), saved.format.to_string());
+        }
+        self.refuse_under_way(place)?;
+        match self.settle() {
+            // Loading is what mends a loss, and takes the place of a step that was left out.
+            Err(error) if matches!(error.kind(), ErrorKind::DeviceLost | ErrorKind::Nonfinite) => {}
+            settled => settled?,
+        }
+        let ours: Vec<Members> = (0..self.groups.len()).map(|g| self.members(g)).collect();
+        let theirs =
+            saved.groups.iter().map(|group| Members { params: group.params.clone(), names: group.param_names.clone() });
+        let Matching { sources, initialised, dropped, groups: origins } =
+            matched(place, &ours, &theirs.collect::<Vec<_>>(), options)?;
+        if self.minimizer.is_some() && (!initialised.is_empty() || !dropped.is_empty()) {
+            let got = format!("{} new and {} left out", initialised.len(), dropped.len());
+            return refuse(ErrorKind::Value, "parameters", "all those of the saved state, which share it".into(), got);
+        }
+        let mut groups = self.groups.clone();
+        for (g, hypers) in groups.iter_mut().enumerate() {
+            let place = format!("{place}: group {g}");
+            if let (false, Some(origin)) = (options.keep_hypers, origins[g]) {
+                let kept = |name: &str| conversion.is_some_and(|c| c.keeps.contains(&name));
+                let all = saved.groups[origin].hypers.iter().filter(|(name, _)| !kept(name));
+                self.preset.set(
+                    &place,
+                    hypers,
+                    &all.map(|(name, &value)| (name.as_str(), value)).collect::<Vec<_>>(),
+                )?;
+            }
+            let given: Vec<_> = options.hypers.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+            self.preset.set(&place, hypers, &given)?;
+        }
+        let mut states: Vec<Option<Loaded<'_>>> = vec![None; self.entries.len()];
+        for (&i, source) in &sources {
+            if let Some(facts) = saved.parameters.get(source) {
+                self.check_facts(i, facts, place)?;
+            }
+            let Some(state) = saved.state.get(source).filter(|_| self.minimizer.is_none()) else { continue };
+            if state.step == 0 && saved.optimizer.is_none() && self.preset.declaration().eager {
+                continue;
+            }
+            // Where the step means nothing it may be unknown, 0: what has state was updated.
+            states[i] = Some(self.check_state(i, state, place)?);
+        }
+        let known: BTreeSet<usize> = saved.groups.iter().flat_map(|group| &group.params).copied().collect();
+        if let Some(stray) = saved.state.keys().chain(saved.parameters.keys()).find(|i| !known.contains(i)) {
+            return refuse(ErrorKind::Value, "state", "of parameters in the groups".into(), format!("one for {stray}"));
+        }
+        let changes = self.groups.iter().zip(&groups).enumerate().flat_map(|(group, (old, new))| {
+            let pairs = old.iter().zip(new.iter()).filter(|((_, old), (_, new))| old != new);
+            pairs.map(move |((name, old), (_, new))| HyperChange { group, name, old, new })
+        });
+        let report = LoadReport {
+            loaded: sources.keys().copied().collect(),
+            initialised,
+            dropped,
+            groups: origins,
+            changed: changes.collect(),
+            converted_from: conversion.map(|c| c.from.to_owned()),
+        };
+        // In the order of the parameters.
+        Ok(Planned { groups, states, sources: sources.into_values().collect(), report })
+    }
+
+    /// The parameters of a group, as a load matches them.
+    fn members(&self, group: usize) -> Members {
+        let entries = || self.entries.iter().enumerate().filter(move |(_, entry)| entry.group == group);
+        Members {
+            params: entries().map(|(i, _)| i).collect(),
+            names: entries().map(|(_, entry)| entry.info.name.clone()).collect(),
+        }
+    }
+
+    fn check_facts(&self, i: usize, saved: &ParamFacts, place: &str) -> Result<()> {
+        let info = &self.entries[i].info;
+        let refuse = |kind, what: &str, allowed: String, got: String| {
+            let name = format!("{what} of {} in the saved state", info.label(i));
+            Err(Error::refuse(kind, place, name, allowed, got))
+        };
+        if saved.shape != info.shape {
+            return refuse(ErrorKind::Value, "shape", shape_text(&info.shape), shape_text(&saved.shape));
+        }
+        if saved.dtype != info.dtype {
+            return refuse(ErrorKind::Type, "dtype", info.dtype.to_string(), saved.dtype.to_string());
+        }
+        Ok(())
     }
 
     fn check_state<'s>(&self, i: usize, state: &'s ParamState, place: &str) -> Result<Loaded<'s>> {

@@ -53,16 +53,34 @@ pub struct Preset {
     pub fixed: &'static [&'static str],
     /// Where it comes from; the rule's paper where it has none of its own.
     pub paper: Option<&'static str>,
+    /// Other optimizers whose state it takes.
+    pub takes: &'static [Conversion],
 }
+
+/// A class whose state means the same in another one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Conversion {
+    /// The class that the state is of.
+    pub from: &'static str,
+    /// Hyperparameters that mean something else there, and stay as they are here.
+    pub keeps: &'static [&'static str],
+}
+
+/// The moments of Adam and AdamW are the same, their weight decay is not.
+const DECAY_MODE: &[&str] = &["weight_decay", "decoupled_weight_decay"];
 
 /// Every optimizer, in the order of the documentation.
 pub static REGISTRY: &[Preset] = &[
     Preset::of("SGD", Method::Elementwise(RuleId::Sgd)),
-    Preset::of("Adam", Method::Elementwise(RuleId::Adam)),
+    Preset {
+        takes: &[Conversion { from: "AdamW", keeps: DECAY_MODE }],
+        ..Preset::of("Adam", Method::Elementwise(RuleId::Adam))
+    },
     Preset {
         defaults: &[("weight_decay", Value::Float(1e-2)), ("decoupled_weight_decay", Value::Bool(true))],
         fixed: &["decoupled_weight_decay"],
         paper: Some("Loshchilov, Hutter 2019, Decoupled weight decay regularization"),
+        takes: &[Conversion { from: "Adam", keeps: DECAY_MODE }],
         ..Preset::of("AdamW", Method::Elementwise(RuleId::Adam))
     },
     Preset::of("Adadelta", Method::Elementwise(RuleId::Adadelta)),
@@ -239,7 +257,7 @@ closure_rules! {
 
 impl Preset {
     const fn of(name: &'static str, method: Method) -> Self {
-        Self { name, method, defaults: &[], fixed: &[], paper: None }
+        Self { name, method, defaults: &[], fixed: &[], paper: None, takes: &[] }
     }
 
     /// Looks an optimizer up by its class name.

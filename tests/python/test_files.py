@@ -44,7 +44,7 @@ DTYPES += ["float64", "complex64", "complex128"]
 arrays = st.sampled_from(DTYPES).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
 )
-numbers = st.integers(-(2**63), 2**64 - 1) | st.floats() | st.booleans() | st.none() | st.text(max_size=8)
+numbers = st.integers(-(2**63), 2**64 - 1) | st.integers(-(2**4096) + 1, 2**4096 - 1) | st.floats() | st.booleans() | st.none() | st.text(max_size=8)
 scalars = arrays.filter(lambda a: a.size).map(lambda a: a.reshape(-1)[0])
 keys = st.text(max_size=6) | st.integers(-(2**63), 2**63 - 1)
 trees = st.recursive(
@@ -116,7 +116,7 @@ def test_a_run_goes_into_one_file(tmp_path: Path) -> None:
             "roptim.save: the key of obj[(1, 2)] must be a str or an int of 64 bits, got an object of type tuple",
         ),
         ({True: 3}, "roptim.save: the key of obj[True] must be a str or an int of 64 bits, got an object of type bool"),
-        (2**64, "roptim.save: obj must be an int of at most 64 bits, got a larger one"),
+        (2**4096, "roptim.save: obj must be an int of at most 4096 bits, got a larger one"),
         (np.array(["x"]), "roptim.save: obj must be of a numeric dtype, got dtype str32"),
         (np.array([object()]), "roptim.save: obj must be of a numeric dtype, got dtype object"),
         (np.ma.ones(3), "roptim.save: obj must be None"),

@@ -711,7 +711,7 @@ def test_after_a_load(cls: Any) -> None:
         return 3
 
     opt.register_load_state_dict_post_hook(after)
-    assert opt.load_state_dict(state) is None
+    assert opt.load_state_dict(state).hparams == {"group 0: lr": (0.001 if cls is SGD else 1.0, 0.5)}
     assert seen == [((opt,), 0.5)], "everything is in place"
     assert opt.param_groups[0]["lr"] == 0.125
 

@@ -1,0 +1,301 @@
+"""Bringing what was saved back into the objects of a run: all of it, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+
+from roptim import _roptim
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._files import Progress, load, state_of
+from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
+from roptim._parameter import Parameter
+from roptim.optimizer import Optimizer
+
+_PLACE = "roptim.restore"
+
+
+def restore(
+    source: Any,
+    into: Any,
+    *,
+    strict: bool = True,
+    missing: Missing | None = None,
+    unexpected: Unexpected | None = None,
+    rename: Mapping[str, str] | None = None,
+    hparams: Literal["file", "keep"] | Mapping[str, Any] = "file",
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Brings a saved tree back into the objects it was saved from, or others like them.
+
+    ``into`` is what was given to :func:`save`: arrays and Parameters are written in place, optimizers, schedulers,
+    averages and whatever has a ``load_state_dict()`` load their states, NumPy random generators go on where they
+    were, and plain values (numbers, strings, None, and containers of these) are replaced in the dict or list they
+    are in::
+
+        run = {"params": params, "optimizer": opt, "scheduler": sched, "rng": rng, "epoch": 0}
+        roptim.restore("run.ckpt", run)      # after: roptim.save(run, "run.ckpt")
+        run["epoch"]                         # the saved one
+
+    Names, shapes, dtypes and the classes of optimizers are checked, all of them before anything is written.
+
+    Parameters
+    ----------
+    source
+        A path, or what :func:`load` returned.
+    into
+        Where to.
+    strict, missing, unexpected, hparams
+        As in :meth:`Optimizer.load_state_dict`. They hold for the keys of dicts and the items of lists in ``into``,
+        too: with ``missing="init"`` what the file lacks stays as it is.
+    rename : dict, optional
+        ``{saved name: name here}``, of parameters as optimizers name them, and of the arrays in each part of ``into``:
+        ``{"old.W": "new.W"}`` renames ``params["old"]["W"]`` and the optimizer's parameter together.
+    progress : callable, optional
+        As in :func:`load`.
+
+    Returns
+    -------
+    LoadReport
+        What was loaded, initialised and dropped by its place, and each hyperparameter that changed.
+
+    Raises
+    ------
+    RoptimError
+        If something does not fit; nothing has changed then.
+    """
+    rules = Rules.of(_PLACE, strict, missing, unexpected, rename, hparams)
+    saved = load(source, progress=progress) if isinstance(source, (str, bytes, os.PathLike)) else source
+    return restore_tree(saved, into, rules)
+
+
+def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -> LoadReport:
+    """The same, of values, by checked rules."""
+    plan = _Plan(rules)
+    plan.through(saved, into, "", None)
+    plan.check_renames()
+    plan.commit()
+    hparams = plan.hparams
+    converted = ", ".join(dict.fromkeys(plan.converted)) or None
+    return LoadReport(
+        tuple(plan.loaded), tuple(plan.initialised), tuple(plan.dropped), hparams, converted_from=converted, step=step
+    )
+
+
+class _Absent:
+    """Stands for what a file lacks."""
+
+
+_ABSENT = _Absent()
+
+
+class _Plan:
+    """What is to be written where, once all of it is checked."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.loaded: list[str] = []
+        self.initialised: list[str] = []
+        self.dropped: list[str] = []
+        self.hparams: dict[str, tuple[Any, Any]] = {}
+        self.converted: list[str] = []
+        #: Old names of ``rename`` that something was found under.
+        self.renamed: set[str] = set()
+        # In the order of writing: what may fail first, with what undoes it.
+        self.objects: list[tuple[Any, Any]] = []
+        self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
+        self.writes: list[Callable[[], None]] = []
+
+    def through(self, saved: Any, target: Any, place: str, assign: Callable[[Any], None] | None) -> None:
+        """Plans one target. ``assign`` replaces it in its container, if it can be."""
+        name = place or "the whole"
+        if isinstance(target, Optimizer):
+            self.optimizer(saved, target, name)
+        elif isinstance(target, (np.ndarray, Parameter, _roptim.DeviceArray)):
+            self.array(saved, target, name)
+        elif isinstance(target, (np.random.Generator, np.random.BitGenerator, np.random.RandomState)):
+            self.generator(saved, target, name)
+        elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
+            self.objects.append((target, saved))
+            self.loaded.append(name)
+        elif isinstance(target, Mapping) and _holds_objects(target):
+            self.mapping(saved, target, place)
+        elif isinstance(target, (list, tuple)) and _holds_objects(target):
+            self.sequence(saved, target, place)
+        elif assign is not None:
+            self.writes.append(lambda: assign(copy.deepcopy(saved)))
+            self.loaded.append(name)
+        else:
+            allowed = "an array, an object with load_state_dict, or a value in a list or dict"
+            raise refuse(RoptimTypeError, _PLACE, name, allowed, f"an object of type {type(target).__name__}")
+
+    def optimizer(self, saved: Any, target: Optimizer, name: str) -> None:
+        groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+        listed = groups if isinstance(groups, (list, tuple)) else []
+        names = {n for group in listed if isinstance(group, Mapping) for n in group.get("param_names") or ()}
+        rename = {old: new for old, new in self.rules.rename.items() if old in names}
+        self.renamed |= rename.keys()
+        rules = Rules(**{**vars(self.rules), "rename": rename})
+        prepared = prepare(target, saved, rules, f"{_PLACE}: {name}: {type(target).__name__}")
+        report = prepared.report
+        self.optimizers.append((target, prepared.commit))
+        self.loaded += [f"{name}: {each}" for each in report.loaded]
+        self.initialised += [f"{name}: {each}" for each in report.initialised]
+        self.dropped += [f"{name}: {each}" for each in report.dropped]
+        self.hparams |= {f"{name}: {key}": change for key, change in report.hparams.items()}
+        self.converted += [report.converted_from] if report.converted_from else []
+
+    def array(self, saved: Any, target: Any, name: str) -> None:
+        own = target._array if isinstance(target, Parameter) else target
+        shape = own.shape
+        dtype = target.dtype_name if isinstance(target, _roptim.DeviceArray) else own.dtype.name
+        wanted = f"a {dtype} array of shape {shape}"
+        if not isinstance(saved, (np.ndarray, np.generic)):
+            raise refuse(RoptimTypeError, _PLACE, name, wanted, f"an object of type {type(saved).__name__}")
+        if saved.shape != shape:
+            got = f"one of shape {saved.shape} in the saved state"
+            raise refuse(RoptimValueError, _PLACE, name, wanted, got)
+        if saved.dtype.name != dtype:
+            got = f"{saved.dtype.name} in the saved state"
+            remedy = "cast one of them: nothing is converted silently"
+            raise refuse(RoptimTypeError, _PLACE, name, wanted, got, remedy)
+        held = isinstance(target, Parameter) and target._on_device
+        if isinstance(own, np.ndarray) and not own.flags.writeable and not held:
+            raise refuse(RoptimValueError, _PLACE, name, "writeable", "a read-only array")
+        if isinstance(target, Parameter):
+            self.writes.append(lambda: setattr(target, "data", saved))
+        elif isinstance(target, np.ndarray):
+            self.writes.append(lambda: target.__setitem__(..., saved))
+        else:
+            self.writes.append(lambda: target.write(np.ascontiguousarray(saved)))
+        self.loaded.append(name)
+
+    def generator(self, saved: Any, target: Any, name: str) -> None:
+        kept = state_of(target)
+        assert kept is not None  # it is a generator
+        kind = kept[0]["bit_generator"]
+        if not isinstance(saved, Mapping) or saved.get("bit_generator") != kind:
+            got = saved.get("bit_generator") if isinstance(saved, Mapping) else None
+            raise refuse(RoptimTypeError, _PLACE, name, f"the state of a {kind} generator", repr(got))
+        # On a copy first: NumPy checks while it writes.
+        twin = copy.deepcopy(target)
+        try:
+            _set_generator(twin, saved)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            allowed = f"the state of a {kind} generator"
+            raise refuse(RoptimValueError, _PLACE, name, allowed, f"one that NumPy refuses ({error})") from error
+        self.writes.append(lambda: _set_generator(target, saved))
+        self.loaded.append(name)
+
+    def mapping(self, saved: Any, target: Mapping[Any, Any], place: str) -> None:
+        if not isinstance(saved, Mapping):
+            got = f"an object of type {type(saved).__name__} in the saved state"
+            raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
+        found = {self.renamed_key(key, place): value for key, value in saved.items()}
+        if len(found) != len(saved):
+            raise refuse(RoptimValueError, _PLACE, "rename", "to different names", f"one name twice in {place or 'the whole'}")
+        self.differences([str(key) for key in target if key not in found], [str(key) for key in found if key not in target], place)
+        for key, value in target.items():
+            inner = f"{place}.{key}" if place else str(key)
+            if key in found:
+                assign = _setter(target, key) if hasattr(target, "__setitem__") else None
+                self.through(found[key], value, inner, assign)
+            else:
+                self.initialised.append(inner)
+        self.dropped += [f"{place}.{key}" if place else str(key) for key in found if key not in target]
+
+    def renamed_key(self, key: Any, place: str) -> Any:
+        """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
+        if not isinstance(key, str):
+            return key
+        below = place.partition(".")[2]
+        prefix = f"{below}." if below else ""
+        old = f"{prefix}{key}"
+        new = self.rules.rename.get(old)
+        if new is None:
+            return key
+        if not new.startswith(prefix) or not new[len(prefix) :]:
+            remedy = "load the file and move the entry, where it is another container"
+            raise refuse(RoptimValueError, _PLACE, f"rename of {old!r}", f"to a name in {place!r}", repr(new), remedy)
+        self.renamed.add(old)
+        return new[len(prefix) :]
+
+    def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str) -> None:
+        if not isinstance(saved, (list, tuple)):
+            got = f"an object of type {type(saved).__name__} in the saved state"
+            raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a list", got)
+        both = min(len(saved), len(target))
+        new = [f"[{i}]" for i in range(both, len(target))]
+        surplus = [f"[{i}]" for i in range(both, len(saved))]
+        self.differences(new, surplus, place)
+        self.initialised += [f"{place}{item}" for item in new]
+        self.dropped += [f"{place}{item}" for item in surplus]
+        for i in range(both):
+            assign = _setter(target, i) if isinstance(target, list) else None
+            self.through(saved[i], target[i], f"{place}[{i}]", assign)
+
+    def differences(self, new: list[str], surplus: list[str], place: str) -> None:
+        """Refuses what the rules do not allow."""
+        problems, remedies = [], []
+        if new and not self.rules.init_missing:
+            problems.append(f"none for {', '.join(new)}")
+            remedies.append('missing="init" leaves it as it is')
+        if surplus and not self.rules.drop_unexpected:
+            problems.append(f"a surplus {', '.join(surplus)}")
+            remedies.append('unexpected="drop" leaves it out')
+        if problems:
+            where = f"the saved {place or 'tree'}"
+            raise refuse(
+                RoptimKeyError, _PLACE, where, "like the one to restore", " and ".join(problems), ", ".join(remedies)
+            )
+
+    def check_renames(self) -> None:
+        unused = self.rules.rename.keys() - self.renamed
+        if unused:
+            got = ", ".join(map(repr, sorted(unused)))
+            raise refuse(RoptimKeyError, _PLACE, "rename", "of names that the saved state has", got)
+
+    def commit(self) -> None:
+        with ExitStack() as undo:
+            for target, saved in self.objects:
+                before = copy.deepcopy(target.state_dict()) if hasattr(target, "state_dict") else None
+                if before is not None:
+                    undo.callback(target.load_state_dict, before)
+                target.load_state_dict(saved)
+            for target, load_prepared in self.optimizers:
+                # What was checked fails only with its device or memory; a copy is kept where another one went before.
+                if len(self.optimizers) > 1:
+                    undo.callback(target.load_state_dict, target.state_dict())
+                load_prepared()
+            for write in self.writes:
+                write()
+            undo.pop_all()
+
+
+def _setter(container: Any, key: Any) -> Callable[[Any], None]:
+    return lambda value: container.__setitem__(key, value)
+
+
+def _set_generator(target: Any, state: Any) -> None:
+    if isinstance(target, np.random.RandomState):
+        target.set_state(state)
+    else:
+        (target.bit_generator if isinstance(target, np.random.Generator) else target).state = state
+
+
+def _holds_objects(target: Any) -> bool:
+    """Whether there is anything in a container that is not replaced but written to."""
+    if isinstance(target, Mapping):
+        return any(map(_holds_objects, target.values()))
+    if isinstance(target, (list, tuple)):
+        return any(map(_holds_objects, target))
+    return (
+        isinstance(target, (np.ndarray, Parameter, _roptim.DeviceArray))
+        or isinstance(target, (np.random.Generator, np.random.BitGenerator, np.random.RandomState))
+        or (callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type))
+    )

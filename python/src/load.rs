@@ -1,0 +1,75 @@
+//! Loading a saved state in two parts: every check, with a report of what would be done; then the doing.
+
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use roptim::StateDict;
+use roptim::optimizer::matching::{LoadOptions, LoadReport, Members, matched};
+
+use crate::errors::OrRaise;
+use crate::values;
+
+/// A saved state that passed every check of one engine.
+#[pyclass(frozen, module = "roptim._roptim")]
+pub(crate) struct Loading {
+    pub(crate) saved: StateDict,
+    pub(crate) options: LoadOptions,
+    pub(crate) report: LoadReport,
+}
+
+#[pymethods]
+impl Loading {
+    /// Indices of the parameters that have the saved state, and of those that begin anew.
+    #[getter]
+    fn loaded(&self) -> (Vec<usize>, Vec<usize>) {
+        (self.report.loaded.clone(), self.report.initialised.clone())
+    }
+
+    /// What is left out of the saved state.
+    #[getter]
+    fn dropped(&self) -> Vec<String> {
+        self.report.dropped.clone()
+    }
+
+    /// For each group, the saved one it corresponds to.
+    #[getter]
+    fn groups(&self) -> Vec<Option<usize>> {
+        self.report.groups.clone()
+    }
+
+    /// The class whose state is converted.
+    #[getter]
+    fn converted_from(&self) -> Option<String> {
+        self.report.converted_from.clone()
+    }
+
+    /// For each changed hyperparameter its group, and dicts of it before and after.
+    fn changed<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyDict>, Bound<'py, PyDict>)>> {
+        let one = |name, value| values::to_dict(py, std::iter::once((name, value)));
+        self.report.changed.iter().map(|c| Ok((c.group, one(c.name, c.old)?, one(c.name, c.new)?))).collect()
+    }
+}
+
+/// A group of parameters: indices, and names where there are some.
+type Group = (Vec<usize>, Option<Vec<String>>);
+
+fn members(groups: Vec<Group>) -> Vec<Members> {
+    groups.into_iter().map(|(params, names)| Members { params, names }).collect()
+}
+
+/// Which parameter of a saved state goes to which here, by index; what begins anew; what is left out; and for
+/// each group the saved one it corresponds to. The optimizers of the engine match by the same rules.
+#[pyfunction]
+pub(crate) fn match_parameters(
+    py: Python<'_>,
+    place: &str,
+    ours: Vec<Group>,
+    theirs: Vec<Group>,
+    options: (bool, bool, BTreeMap<String, String>, bool),
+) -> PyResult<(BTreeMap<usize, usize>, Vec<usize>, Vec<String>, Vec<Option<usize>>)> {
+    let (init_missing, drop_unexpected, rename, keep_hypers) = options;
+    let options = LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers: Vec::new() };
+    let matching = matched(place, &members(ours), &members(theirs), &options).or_raise(py)?;
+    Ok((matching.sources, matching.initialised, matching.dropped, matching.groups))
+}
