@@ -788,14 +788,18 @@ class Optimizer:
         )
         if not fits:
             raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", repr(saved))
+        loaded: dict[int, dict[str, Any]] = {}
         for index, mine in self._scheduled.items():
             for name in mine.keys() - saved.get(index, {}).keys():
+                # What is not given is kept, here as for numbers. Whether there is such a group is checked later.
+                if name not in {key for group in state_dict["param_groups"][index : index + 1] for key in group}:
+                    loaded.setdefault(index, {})[name] = mine[name]
+                    continue
                 warnings.warn(
                     f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
                     "assign the schedule again to go on with it",
                     stacklevel=3,
                 )
-        loaded: dict[int, dict[str, Any]] = {}
         count = about.get("update_count", 0)
         for index, each in saved.items():
             values = {}
@@ -805,7 +809,7 @@ class Optimizer:
                 if not is_scheduled(values[key]):
                     raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
             if values:
-                loaded[index] = values
+                loaded[index] = {**loaded.get(index, {}), **values}
                 # What the loaded group will have, with every check of a group.
                 at = values_at(values, count) if isinstance(count, int) and 0 <= count < 2**64 else {}
                 numbers = {key: state_dict["param_groups"][index].get(key, self.defaults[key]) for key in self._hypers}
