@@ -27,8 +27,23 @@ __all__ = ["from_optax", "from_torch", "to_torch"]
 
 #: Classes of torch.optim that keep the state of the registry's class of that name.
 _TORCHS = frozenset(
-    ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam")
-    + ("RMSprop", "Rprop", "SGD", "SparseAdam")
+    {
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "LBFGS",
+        "Muon",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+        "SparseAdam",
+    }
 )
 #: Numbers of each parameter that torch keeps as 0-d float32 tensors, of parameters in float64 too.
 _SCALARS = frozenset(name for entry in REGISTRY.values() for name in entry["scalars"])
@@ -234,8 +249,8 @@ def from_optax(opt_state: Any, params: Any, *, optimizer: str = "Adam", lr: floa
     found = list(_adams(opt_state))
     if len(found) != 1:
         allowed = "one that contains one state with count, mu and nu, of optax's Adam family"
-        remedy = "give the one that belongs to these parameters" if found else None
-        raise refuse(RoptimValueError, place, "opt_state", allowed, str(len(found) or "none"), remedy)
+        which = "give the one that belongs to these parameters" if found else None
+        raise refuse(RoptimValueError, place, "opt_state", allowed, str(len(found) or "none"), which)
     fields = found[0]
     if "nu_max" in fields:
         remedy = "its maximum is of moments after bias correction, torch's and roptim's of those before"
@@ -297,10 +312,11 @@ def _check_layout(place: str, state_dict: object) -> None:
 
 def _class(place: str, state_dict: Mapping[str, Any]) -> str | None:
     """The class that a state is of; None where that makes no difference to its layout."""
+    kind: str | None
     about = state_dict.get("roptim")
     if isinstance(about, Mapping):
-        name = about.get("optimizer")
-        kind: str | None = name if isinstance(name, str) else "unknown class"
+        named = about.get("optimizer")
+        kind = named if isinstance(named, str) else "unknown class"
     else:
         # From torch: all classes that have exactly these hyperparameters have the same layout.
         given = {key for group in state_dict["param_groups"] for key in group} & _HYPERS

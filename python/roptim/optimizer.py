@@ -809,7 +809,7 @@ class Optimizer:
                 if not is_scheduled(values[key]):
                     raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
             if values:
-                loaded[index] = {**loaded.get(index, {}), **values}
+                loaded[index] = values = {**loaded.get(index, {}), **values}
                 # What the loaded group will have, with every check of a group.
                 at = values_at(values, count) if isinstance(count, int) and 0 <= count < 2**64 else {}
                 numbers = {key: state_dict["param_groups"][index].get(key, self.defaults[key]) for key in self._hypers}
