@@ -175,7 +175,9 @@ def to_torch(state_dict: Mapping[str, Any], *, tensors: bool = False) -> dict[st
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         if not isinstance(entry, Mapping):
-            raise refuse(RoptimTypeError, place, f"state of parameter {index}", "a dict", f"a {_type(entry)}")
+            raise refuse(
+                RoptimTypeError, place, f"state of parameter {index}", "a dict", f"an object of type {_type(entry)}"
+            )
         # torch has the step first.
         ordered = sorted(entry, key=lambda key: key != "step")
         state[index] = {key: _to_torch(place, kind, index, key, entry) for key in ordered}
