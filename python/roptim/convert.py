@@ -1,10 +1,10 @@
 """States of other libraries' optimizers: from torch and optax, and to torch.
 
-None of them is imported to read its states: tensors and arrays are told by their shape and name, so that a state
-that was unpickled is all that is needed. Parameters' values are yours to move; here it is what the optimizer knows.
+Neither library is imported to read its states: tensors and states are known by the names of their classes, fields
+and keys. The values of the parameters are no part of it.
 
-What is converted is only told apart from what is not by names: that a state is of the formula that it is loaded for
-is checked as far as the state says so, and each function says where it does not.
+That a state is of the formula it is loaded for is checked as far as the state says so; each function names where it
+does not.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def from_torch(
     ::
 
         checkpoint = torch.load("model.pt", map_location="cpu")
-        opt = roptim.AdamW({name: np.array(p) for name, p in checkpoint["model"].items()}, lr=1e-3)
-        opt.load_state_dict(roptim.convert.from_torch(checkpoint["optimizer"], names=checkpoint["model"]))
+        opt = roptim.AdamW({name: checkpoint["model"][name].numpy().copy() for name in names})
+        opt.load_state_dict(roptim.convert.from_torch(checkpoint["optimizer"], names=names))
     """
     place = "convert.from_torch"
     _check_layout(place, state_dict)
@@ -197,10 +197,10 @@ def from_optax(opt_state: Any, params: Any, *, optimizer: str = "Adam", lr: floa
     that ``MultiSteps`` has gathered, traces of other transformations) is left out.
 
     optax has one class of state for ``adam``, ``adamw``, ``adamax``, ``radam`` and others; which of them it was is
-    for you to know. ``nadam`` and ``amsgrad`` are other formulas than torch's and roptim's, and so is any with
-    ``eps_root``: nadam applies the momentum of Adam where torch has a schedule of momenta, and amsgrad keeps the
-    largest second moment after its bias correction, torch before. radam's ``eps`` is added after a bias correction,
-    roptim's before, which changes an update by a part of about 1e-7 over the size of the gradients at most.
+    for you to know. ``nadam`` and ``amsgrad`` are other formulas than torch's and roptim's: nadam has no schedule of
+    momenta, and amsgrad keeps the largest second moment after its bias correction, torch before. So is anything with
+    ``eps_root`` or ``nesterov``, which the state does not show. radam adds ``eps`` after a bias correction, roptim
+    before it, which changes an update by a part of about 1e-7 over the size of the gradients at most.
 
     Parameters
     ----------

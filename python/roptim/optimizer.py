@@ -720,7 +720,8 @@ class Optimizer:
 
         Parameters are matched by name where both sides have names, else by position. A dict without the
         ``"roptim"`` entry, from torch, is accepted when its state fits this class. Schedules go on where they
-        were; functions as hyperparameters must be given again at construction.
+        were; functions as hyperparameters must be given again at construction. Hyperparameters that a group does
+        not give stay as they are. :mod:`roptim.convert` reads states of torch and optax.
 
         Raises
         ------

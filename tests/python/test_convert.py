@@ -169,6 +169,20 @@ def test_a_run_of_torch_goes_on(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_the_loaded_state_is_torchs(case: dict[str, Any]) -> None:
+    """Also what the next steps do not show: averages, the largest moment so far, what is computed anew."""
+    opt = made(case, [numpys(form) for form in case["saved"]])
+    converted = convert.from_torch(read(case["state_dict"]))
+    opt.load_state_dict(converted)
+    want = convert.to_torch(converted)["state"]
+    if case["name"] == "adam_bfloat16":
+        want = {
+            index: {key: np.asarray(value, np.float32) for key, value in entry.items()} for index, entry in want.items()
+        }
+    same(convert.to_torch(opt.state_dict())["state"], want)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_what_came_from_torch_is_a_file_and_plain(case: dict[str, Any], tmp_path: Any) -> None:
     converted = convert.from_torch(read(case["state_dict"]), names=["a", "b"])
     roptim.save(converted, tmp_path / "state")
