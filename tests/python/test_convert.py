@@ -179,6 +179,9 @@ def test_the_loaded_state_is_torchs(case: dict[str, Any]) -> None:
         want = {
             index: {key: np.asarray(value, np.float32) for key, value in entry.items()} for index, entry in want.items()
         }
+    if case["optimizer"] == "LBFGS":
+        # The length of the last step is an int in torch where lr is.
+        want[0]["t"] = float(want[0]["t"])
     same(convert.to_torch(opt.state_dict())["state"], want)
 
 
