@@ -62,7 +62,7 @@ from roptim.optimizers import (
 from roptim.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 if TYPE_CHECKING:
-    from roptim import gpu, lr_finder, lr_scheduler, swa_utils
+    from roptim import convert, gpu, lr_finder, lr_scheduler, swa_utils
 
 __all__ = [
     "ASGD",
@@ -109,6 +109,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "convert",
     "devices",
     "get_total_norm",
     "gpu",
@@ -125,7 +126,7 @@ __all__ = [
 ]
 
 #: Modules that are loaded when they are first asked for, so that importing the package stays fast.
-_LATER = ("gpu", "lr_finder", "lr_scheduler", "swa_utils")
+_LATER = ("convert", "gpu", "lr_finder", "lr_scheduler", "swa_utils")
 
 
 def __getattr__(name: str) -> Any:
