@@ -762,6 +762,64 @@ fn a_state_of_torch_is_taken() {
     let Tree::Dict(items) = saved.clone().into_tree(true) else { panic!("a dict") };
     let foreign = Tree::Dict(items.into_iter().filter(|(key, _)| *key != Key::from("roptim")).collect());
     let loaded = StateDict::from_tree(foreign, Some(first.preset().declaration().hypers)).unwrap();
-    assert_eq!(loaded, StateDict { optimizer: None, ..saved });
+    assert_eq!(loaded, StateDict { optimizer: None, parameters: Default::default(), ..saved });
     optimizer("Adam").load_state_dict(&loaded).unwrap();
+}
+
+// ---- serde ---------------------------------------------------------------------------------------------
+
+#[test]
+fn trees_are_the_same_in_a_file_in_json_and_in_a_binary_format() {
+    let outcome = runner(1000).run(&any_tree(), |tree| {
+        let text = serde_json::to_string(&tree).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<Tree>(&text).unwrap(), &tree);
+        let bytes = postcard::to_stdvec(&tree).unwrap();
+        prop_assert_eq!(&postcard::from_bytes::<Tree>(&bytes).unwrap(), &tree);
+        Ok(())
+    });
+    outcome.unwrap();
+    let text = serde_json::to_string(&sample()).unwrap();
+    assert_eq!(serde_json::from_str::<Tree>(&text).unwrap(), sample());
+}
+
+#[test]
+fn json_is_readable_and_refused_where_it_is_no_tree() {
+    let tree = Tree::dict([
+        ("lr", Tree::Float(f64::INFINITY)),
+        ("steps", Tree::Tuple(vec![Tree::Int(1)])),
+        ("W", floats(&[0.5, f32::NAN])),
+        ("flag", Tree::Scalar(tensor(DataType::Bool, &[], [1]))),
+    ]);
+    let text = concat!(
+        r#"{"lr":{"$float":"inf"},"steps":{"$tuple":[1]},"#,
+        r#""W":{"$tensor":{"dtype":"float32","shape":[2],"data":[0.5,"nan:7fc00000"]}},"#,
+        r#""flag":{"$scalar":{"dtype":"bool","shape":[],"data":[true]}}}"#
+    );
+    assert_eq!(serde_json::to_string(&tree).unwrap(), text);
+    let holding =
+        |dtype: &str, data: &str| format!(r#"{{"$tensor":{{"dtype":"{dtype}","shape":[1],"data":[{data}]}}}}"#);
+    for (text, want) in [
+        (holding("int8", "128"), "JSON: data must be of numbers that int8 holds exactly, got 128"),
+        (holding("uint8", "-1"), "JSON: data must be of numbers that uint8 holds exactly, got -1"),
+        (holding("float32", "0.1"), "JSON: data must be of numbers that float32 holds exactly, got 0.1"),
+        (
+            holding("float16", "\"nan:7c00\""),
+            "JSON: data must be of numbers that float16 holds exactly, got \"nan:7c00\"",
+        ),
+        (holding("bool", "1"), "JSON: data must be of numbers that bool holds exactly, got 1"),
+        (holding("float32", ""), "JSON: data must be as many numbers as the shape asks for, got 0 for [1]"),
+        (holding("object", "1"), "JSON: a tensor must be of a known dtype, with shape and data, got another"),
+        (r#"{"a":1,"a":1}"#.into(), "the key \"a\" twice"),
+        (r#"{"$tensor":"W"}"#.into(), "JSON: tensor \"W\" must be in the header and in the tree once"),
+        (
+            r#"{"$scalar":{"dtype":"int8","shape":[1],"data":[1]}}"#.into(),
+            "JSON: $scalar must be without axes, got [1]",
+        ),
+        (r#"{"$int":"5"}"#.into(), "JSON: $int must be an integer beyond 64 bits"),
+    ] {
+        let error = serde_json::from_str::<Tree>(&text).unwrap_err().to_string();
+        assert!(error.contains(want), "{text}: {error}");
+    }
+    let twice = Tree::Dict(vec![("a".into(), Tree::None), ("a".into(), Tree::None)]);
+    assert!(serde_json::to_string(&twice).unwrap_err().to_string().contains("the key twice"));
 }

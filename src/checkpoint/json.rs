@@ -52,7 +52,7 @@ pub(super) fn shown(text: &str) -> String {
     }
 }
 
-struct Strict;
+pub(super) struct Strict;
 
 impl<'de> DeserializeSeed<'de> for Strict {
     type Value = Json;

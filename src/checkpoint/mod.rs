@@ -24,6 +24,9 @@
 //! each saved step of a run. The file system is a trait ([`Disk`]), so that tests can cut its power. [`StateDict::into_tree`](crate::StateDict::into_tree)
 //! and [`StateDict::from_tree`](crate::StateDict::from_tree) connect optimizers.
 //!
+//! A [`Tree`] is also serde's: in human-readable formats such as JSON it is the same structure with the tensors'
+//! numbers in it, in binary ones the bytes of its file.
+//!
 //! ```
 //! use roptim::checkpoint::{DataType, TensorData, Tree, load, save};
 //!
@@ -42,6 +45,7 @@ mod disk;
 mod json;
 mod path;
 mod read;
+mod serial;
 mod series;
 mod state;
 mod tree;

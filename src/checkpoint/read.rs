@@ -8,6 +8,7 @@ use std::path::Path as FilePath;
 use super::commit::{PORTION, Progress, failed, retried, silent};
 use super::disk::{Disk, OsDisk};
 use super::json::{Json, shown};
+use super::serial::inline_tensor;
 use super::tree::{Bytes, DataType, Key, TensorData, Tree, byte_count};
 use super::write::{Image, PLAIN_NAN, is_big_int, stored_size};
 use super::{
@@ -187,7 +188,7 @@ impl Reader<'_> {
             let error = self.error("the checksum", format!("{found} as the contents give"), &stated);
             error.with_remedy("the file is damaged, restore it from a copy")
         });
-        let tree = Growth { reader: self, entries }.finish(structure.tree);
+        let tree = Growth { reader: self, entries: Some(entries) }.finish(structure.tree);
         // What damage left of the data is no news.
         let tree = match (tree, damage) {
             (Err(_), Some(damage)) => return Err(damage),
@@ -385,13 +386,20 @@ fn foreign(start: &[u8]) -> Option<&'static str> {
 /// Builds the tree, taking each tensor once.
 struct Growth<'r> {
     reader: &'r Reader<'r>,
-    entries: HashMap<String, Entry>,
+    /// Tensors of the file by name; None where they stand in the tree itself.
+    entries: Option<HashMap<String, Entry>>,
+}
+
+/// The tree of JSON text that holds its tensors itself.
+pub(super) fn grown(json: Json) -> Result<Tree> {
+    let reader = Reader { path: FilePath::new("JSON"), place: "JSON" };
+    Growth { reader: &reader, entries: None }.finish(json)
 }
 
 impl Growth<'_> {
     fn finish(mut self, json: Json) -> Result<Tree> {
         let tree = self.tree(json, 0)?;
-        match self.entries.keys().min() {
+        match self.entries.iter().flat_map(HashMap::keys).min() {
             Some(name) => {
                 self.reader.refuse(format!("tensor {}", shown(name)), "part of the tree", "no reference to it")
             }
@@ -472,6 +480,14 @@ impl Growth<'_> {
                 Some(x) => Ok(Tree::Float(x)),
                 None => self.reader.refuse("$float", "inf, -inf, nan or the bits of a NaN", shown(&text)),
             },
+            ("$tensor", Json::Object(fields)) if self.entries.is_none() => Ok(Tree::Tensor(inline_tensor(fields)?)),
+            ("$scalar", Json::Object(fields)) if self.entries.is_none() => {
+                let tensor = inline_tensor(fields)?;
+                if !tensor.shape.is_empty() {
+                    return self.reader.refuse("$scalar", "without axes", format!("{:?}", tensor.shape));
+                }
+                Ok(Tree::Scalar(tensor))
+            }
             ("$tensor", Json::Str(name)) => Ok(Tree::Tensor(self.tensor(&name, second)?)),
             ("$scalar", Json::Str(name)) => {
                 let tensor = self.tensor(&name, second)?;
@@ -488,7 +504,9 @@ impl Growth<'_> {
 
     fn tensor(&mut self, name: &str, second: Option<(String, Json)>) -> Result<TensorData> {
         let place = format!("tensor {}", shown(name));
-        let Some(Entry { mut dtype, mut shape, bytes }) = self.entries.remove(name) else {
+        let Some(Entry { mut dtype, mut shape, bytes }) =
+            self.entries.as_mut().and_then(|entries| entries.remove(name))
+        else {
             return self.reader.refuse(place, "in the header and in the tree once", "a reference to nothing");
         };
         match second {
@@ -525,7 +543,7 @@ fn is_tag(key: &str) -> bool {
     key.strip_prefix('$').is_some_and(|rest| !rest.starts_with(['#', '$']))
 }
 
-fn special_float(text: &str) -> Option<f64> {
+pub(super) fn special_float(text: &str) -> Option<f64> {
     match text {
         "inf" => return Some(f64::INFINITY),
         "-inf" => return Some(f64::NEG_INFINITY),

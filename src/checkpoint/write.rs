@@ -1,5 +1,6 @@
 //! The writer: a tree to bytes, and bytes to disk.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path as FilePath;
 
@@ -215,11 +216,7 @@ impl<'t> Structure<'t, '_> {
             if i > 0 {
                 self.json.push(',');
             }
-            match key {
-                Key::Int(key) => push_str(&mut self.json, &format!("#{key}")),
-                Key::Str(key) if key.starts_with(['#', '$']) => push_str(&mut self.json, &format!("${key}")),
-                Key::Str(key) => push_str(&mut self.json, key),
-            }
+            push_str(&mut self.json, &key_text(key));
             self.json.push(':');
             self.push(&path, depth + 1, value)?;
         }
@@ -265,9 +262,18 @@ pub(super) fn is_big_int(text: &str) -> bool {
     canonical && beyond && (1..=MAX_INT_DIGITS).contains(&digits.len())
 }
 
+/// A key as JSON has it, where all keys are strings.
+pub(super) fn key_text(key: &Key) -> Cow<'_, str> {
+    match key {
+        Key::Int(key) => Cow::Owned(format!("#{key}")),
+        Key::Str(key) if key.starts_with(['#', '$']) => Cow::Owned(format!("${key}")),
+        Key::Str(key) => Cow::Borrowed(key),
+    }
+}
+
 /// What JSON has no number for. The NaN that arithmetic gives most often has a short text, others
 /// their bits.
-fn special_float(x: f64) -> String {
+pub(super) fn special_float(x: f64) -> String {
     match x {
         f64::INFINITY => "inf".into(),
         f64::NEG_INFINITY => "-inf".into(),

@@ -256,3 +256,97 @@ fn listed<'n>(names: impl IntoIterator<Item = &'n (impl AsRef<str> + 'n + ?Sized
     let shown = names[..names.len() - rest].join(", ");
     if rest > 0 { format!("{shown} and {rest} more") } else { shown }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(groups: &[&[&str]], first: usize) -> Vec<Members> {
+        let mut next = first;
+        let mut group = |names: &&[&str]| {
+            let params = (next..next + names.len()).collect();
+            next += names.len();
+            Members { params, names: Some(names.iter().map(|name| (*name).to_owned()).collect()) }
+        };
+        groups.iter().map(&mut group).collect()
+    }
+
+    fn unnamed(groups: Vec<Members>) -> Vec<Members> {
+        groups.into_iter().map(|group| Members { names: None, ..group }).collect()
+    }
+
+    fn gentle() -> LoadOptions {
+        LoadOptions { init_missing: true, drop_unexpected: true, ..LoadOptions::default() }
+    }
+
+    fn refusal(ours: &[Members], theirs: &[Members], options: &LoadOptions) -> String {
+        matched("load", ours, theirs, options).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn names_decide_whatever_the_order_of_parameters_and_groups() {
+        let ours = named(&[&["a", "b"], &["c"]], 0);
+        let theirs = named(&[&["c"], &["b", "a"]], 10);
+        let matching = matched("load", &ours, &theirs, &LoadOptions::default()).unwrap();
+        assert_eq!(matching.sources, BTreeMap::from([(0, 12), (1, 11), (2, 10)]));
+        assert_eq!(matching.groups, [Some(1), Some(0)]);
+    }
+
+    #[test]
+    fn differences_are_errors_unless_they_are_asked_for() {
+        let (ours, theirs) = (named(&[&["a", "new"]], 0), named(&[&["a", "old"]], 0));
+        assert_eq!(
+            refusal(&ours, &theirs, &LoadOptions::default()),
+            "load: parameters of the saved state must be named \"a\", \"new\", got none for \"new\" and a surplus \"old\"; \
+             missing=\"init\" begins anew there, unexpected=\"drop\" leaves them out, rename={\"old\": \"new\"} matches them"
+        );
+        let matching = matched("load", &ours, &theirs, &gentle()).unwrap();
+        assert_eq!((matching.initialised, matching.dropped), (vec![1], vec!["old".to_owned()]));
+        let rename =
+            |old: &str, new: &str| LoadOptions { rename: [(old.into(), new.into())].into(), ..LoadOptions::default() };
+        let matching = matched("load", &ours, &theirs, &rename("old", "new")).unwrap();
+        assert_eq!(matching.sources, BTreeMap::from([(0, 0), (1, 1)]));
+        assert!(
+            refusal(&ours, &theirs, &rename("x", "new"))
+                .contains("of names that the saved state has (\"a\", \"old\"), got \"x\"")
+        );
+        assert!(
+            refusal(&ours, &theirs, &rename("old", "x")).contains("to names of parameters (\"a\", \"new\"), got \"x\"")
+        );
+        assert!(refusal(&ours, &theirs, &rename("old", "a")).contains("must be different, got \"a\" twice"));
+    }
+
+    #[test]
+    fn groups_that_are_divided_otherwise_give_no_hyperparameters() {
+        let (joint, split) = (named(&[&["a", "b"]], 0), named(&[&["a"], &["b"]], 0));
+        assert!(refusal(&joint, &split, &gentle()).contains("got parameters of its groups 0, 1 together in group 0"));
+        assert!(
+            refusal(&split, &joint, &gentle()).contains("got parameters of its group 0 in several; hparams=\"keep\"")
+        );
+        let keep = LoadOptions { keep_hypers: true, ..LoadOptions::default() };
+        assert_eq!(matched("load", &joint, &split, &keep).unwrap().sources.len(), 2);
+        let grown = named(&[&["a"], &["new"]], 0);
+        assert_eq!(matched("load", &grown, &named(&[&["a"]], 0), &gentle()).unwrap().groups, [Some(0), None]);
+    }
+
+    #[test]
+    fn without_names_positions_decide() {
+        let ours = unnamed(named(&[&["", ""], &[""]], 0));
+        let matching =
+            matched("load", &ours, &unnamed(named(&[&["", ""], &[""]], 5)), &LoadOptions::default()).unwrap();
+        assert_eq!(matching.sources, BTreeMap::from([(0, 5), (1, 6), (2, 7)]));
+        let fewer = named(&[&["x"], &["y"]], 0);
+        assert!(
+            refusal(&ours, &fewer, &LoadOptions::default())
+                .contains("number of parameters in group 0 must be 2, got 1")
+        );
+        assert!(
+            refusal(&ours, &fewer[..1], &LoadOptions::default())
+                .contains("number of parameter groups must be 2, got 1")
+        );
+        let matching = matched("load", &ours, &fewer, &gentle()).unwrap();
+        assert_eq!((matching.sources, matching.initialised), (BTreeMap::from([(0, 0), (2, 1)]), vec![1]));
+        let rename = LoadOptions { rename: [("x".into(), "y".into())].into(), ..gentle() };
+        assert!(refusal(&ours, &fewer, &rename).contains("rename must be empty unless both sides have names"));
+    }
+}
