@@ -15,6 +15,7 @@ import numpy as np
 import roptim
 from roptim import schedules
 from roptim._gallery import UPDATES, examples, printable, text_plot
+from roptim._inspect import convert_file, inspect
 from roptim.optimizer import REGISTRY
 from roptim.schedules import Schedule
 
@@ -95,6 +96,18 @@ def _schedules(options: argparse.Namespace) -> None:
     print(f"values: of update 0 and at the end, or of update {UPDATES} where there is none")
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    lines, whole = inspect(options.path, options.all)
+    print("\n".join(printable(line, sys.stdout.encoding) for line in lines))
+    return 0 if whole else 1
+
+
+def _convert(options: argparse.Namespace) -> None:
+    names = None if options.names is None else options.names.split(",")
+    convert_file(options.source, options.target, names)
+    print(f"{options.target}: {os.path.getsize(options.target):,} bytes")
+
+
 def _whole_number(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if not 1 <= number < 2**64:
@@ -117,12 +130,24 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--json", metavar="TEXT", help="the text form of a schedule, as Schedule.to_json returns it")
     drawn.add_argument("--updates", type=_whole_number, metavar="N", help="how many updates the larger curves show")
     drawn.set_defaults(run=_schedules)
+    about = "what is in a checkpoint, or a directory of them: tree, shapes, bytes, hyperparameters, checksum"
+    seen = commands.add_parser("inspect", help=about, description=f"{about}. Exit code 1 if something is damaged.")
+    seen.add_argument("path", metavar="FILE", help="a checkpoint, or the directory of a Checkpointer")
+    seen.add_argument("--all", action="store_true", help="each array of each parameter's state, too")
+    seen.set_defaults(run=_inspect)
+    about = "a checkpoint in another format, each known by its suffix"
+    text = f"{about}: .json, .npz (arrays alone), .pt and .pth of torch; any other is a checkpoint of roptim."
+    other = commands.add_parser("convert", help=about, description=text)
+    other.add_argument("source", metavar="FROM", help="the file to read")
+    other.add_argument("target", metavar="TO", help="the file to write")
+    other.add_argument("--names", metavar="A,B,…", help="names of the parameters in a file of torch, in its order")
+    other.set_defaults(run=_convert)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Papers have names that not every terminal has letters for.
         sys.stdout.reconfigure(errors="replace")
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except roptim.RoptimError as error:
         parser.error(str(error))
@@ -130,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader has seen enough (| head). What is left goes nowhere, or Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -89,8 +89,7 @@ class Rules:
             return not strict if given is None else given == gentle
 
         rename = {} if rename is None else rename
-        texts = isinstance(rename, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in rename.items())
-        if not texts:
+        if not isinstance(rename, Mapping) or not all(isinstance(n, str) for pair in rename.items() for n in pair):
             raise refuse(RoptimTypeError, place, "rename", "a dict of names", repr(rename))
         if not isinstance(hparams, Mapping) and hparams not in ("file", "keep"):
             raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', repr(hparams))
@@ -277,9 +276,8 @@ class _OfEngine(_Load):
                 raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", repr(saved))
             for index, origin in enumerate(origins):
                 mine = optimizer._scheduled.get(index, {})
-                values = dict(mine) if origin is None else self.decoded(index, origin, mine, saved.get(origin, {}), given)
-                if values:
-                    loaded[index] = values
+                forms = saved.get(origin, {})
+                loaded[index] = dict(mine) if origin is None else self.decoded(index, origin, mine, forms, given)
         for index in range(len(optimizer.param_groups)):
             each = {key: value for key, value in loaded.pop(index, {}).items() if key not in given}
             each |= {key: value for key, value in given.items() if is_scheduled(value)}
@@ -363,8 +361,8 @@ class _OfPython(_Load):
         members: list[tuple[list[int], list[str] | None]] = []
         for i, group in enumerate(groups):
             params, names = group.get("params"), group.get("param_names")
-            whole = isinstance(params, (list, tuple)) and all(isinstance(k, (int, np.integer)) and k >= 0 for k in params)
-            if not whole:
+            counted = isinstance(params, (list, tuple)) and all(isinstance(k, (int, np.integer)) for k in params)
+            if not counted or min(params or [0]) < 0:
                 raise refuse(RoptimTypeError, self.place, f"params of group {i}", "a list of indices", repr(params))
             if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
                 raise refuse(RoptimTypeError, self.place, f"param_names of group {i}", "a list of strings", repr(names))

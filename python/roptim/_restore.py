@@ -18,6 +18,8 @@ from roptim._parameter import Parameter
 from roptim.optimizer import Optimizer
 
 _PLACE = "roptim.restore"
+_ARRAYS = (np.ndarray, Parameter, _roptim.DeviceArray)
+_GENERATORS = (np.random.Generator, np.random.BitGenerator, np.random.RandomState)
 
 
 def restore(
@@ -70,7 +72,7 @@ def restore(
         If something does not fit; nothing has changed then.
     """
     rules = Rules.of(_PLACE, strict, missing, unexpected, rename, hparams)
-    saved = load(source, progress=progress) if isinstance(source, (str, bytes, os.PathLike)) else source
+    saved = load(source, progress=progress) if isinstance(source, (str, os.PathLike)) else source
     return restore_tree(saved, into, rules)
 
 
@@ -85,13 +87,6 @@ def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -
     return LoadReport(
         tuple(plan.loaded), tuple(plan.initialised), tuple(plan.dropped), hparams, converted_from=converted, step=step
     )
-
-
-class _Absent:
-    """Stands for what a file lacks."""
-
-
-_ABSENT = _Absent()
 
 
 class _Plan:
@@ -116,9 +111,9 @@ class _Plan:
         name = place or "the whole"
         if isinstance(target, Optimizer):
             self.optimizer(saved, target, name)
-        elif isinstance(target, (np.ndarray, Parameter, _roptim.DeviceArray)):
+        elif isinstance(target, _ARRAYS):
             self.array(saved, target, name)
-        elif isinstance(target, (np.random.Generator, np.random.BitGenerator, np.random.RandomState)):
+        elif isinstance(target, _GENERATORS):
             self.generator(saved, target, name)
         elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
             self.objects.append((target, saved))
@@ -198,8 +193,10 @@ class _Plan:
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
         found = {self.renamed_key(key, place): value for key, value in saved.items()}
         if len(found) != len(saved):
-            raise refuse(RoptimValueError, _PLACE, "rename", "to different names", f"one name twice in {place or 'the whole'}")
-        self.differences([str(key) for key in target if key not in found], [str(key) for key in found if key not in target], place)
+            got = f"one name twice in {place or 'the whole'}"
+            raise refuse(RoptimValueError, _PLACE, "rename", "to different names", got)
+        surplus = [str(key) for key in found if key not in target]
+        self.differences([str(key) for key in target if key not in found], surplus, place)
         for key, value in target.items():
             inner = f"{place}.{key}" if place else str(key)
             if key in found:
@@ -207,7 +204,7 @@ class _Plan:
                 self.through(found[key], value, inner, assign)
             else:
                 self.initialised.append(inner)
-        self.dropped += [f"{place}.{key}" if place else str(key) for key in found if key not in target]
+        self.dropped += [f"{place}.{key}" if place else key for key in surplus]
 
     def renamed_key(self, key: Any, place: str) -> Any:
         """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
@@ -294,8 +291,5 @@ def _holds_objects(target: Any) -> bool:
         return any(map(_holds_objects, target.values()))
     if isinstance(target, (list, tuple)):
         return any(map(_holds_objects, target))
-    return (
-        isinstance(target, (np.ndarray, Parameter, _roptim.DeviceArray))
-        or isinstance(target, (np.random.Generator, np.random.BitGenerator, np.random.RandomState))
-        or (callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type))
-    )
+    loads = callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type)
+    return loads or isinstance(target, (*_ARRAYS, *_GENERATORS))

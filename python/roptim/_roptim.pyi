@@ -27,6 +27,7 @@ __all__ = [
     "devices",
     "dumps",
     "examine",
+    "from_json",
     "half_cosine",
     "load",
     "loads",
@@ -38,6 +39,7 @@ __all__ = [
     "registry",
     "save",
     "synchronize",
+    "to_json",
     "triangle",
 ]
 
@@ -64,6 +66,12 @@ def load(path: str | PathLike[str], progress: Callable[[int, int], Any] | None) 
 
 def examine(path: str) -> tuple[Any, str, str, int]:
     """What is in a file, the checksum it states, the one its contents give, and its bytes."""
+
+def to_json(object: Any, place: str) -> str:
+    """A tree of values as JSON text, with its exact types."""
+
+def from_json(text: str, place: str) -> Any:
+    """The tree of such a text."""
 
 @final
 class Snapshot:

@@ -1,4 +1,4 @@
-"""States of other libraries' optimizers: from torch and optax, and to torch.
+"""States of other libraries' optimizers: from torch and optax, and to torch; and trees of values as JSON.
 
 Neither library is imported to read its states: tensors and states are known by the names of their classes, fields
 and keys. The values of the parameters are no part of it.
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from roptim import _tree
+from roptim import _roptim, _tree
 from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import SWITCHES, settled
 from roptim.optimizer import REGISTRY
 
-__all__ = ["from_optax", "from_torch", "to_torch"]
+__all__ = ["from_json", "from_optax", "from_torch", "to_json", "to_torch"]
 
 #: Classes of torch.optim that keep the state of the registry's class of that name.
 _TORCHS = frozenset(
@@ -282,6 +282,62 @@ def from_optax(opt_state: Any, params: Any, *, optimizer: str = "Adam", lr: floa
 
 
 # ---- what both directions of torch share ----------------------------------------------------------------------------
+
+
+def to_json(obj: Any) -> str:
+    """A tree of values as JSON text: the same types and bits as in a file of :func:`roptim.save`, to be read by people.
+
+    An array is ``{"$tensor": {"dtype": "float32", "shape": [2], "data": [0.5, 1.0]}}``; the other forms are those of
+    the checkpoint format.
+
+    Parameters
+    ----------
+    obj
+        What :func:`roptim.save` takes.
+
+    Raises
+    ------
+    RoptimTypeError
+        If something in the tree is of another type; the message names its place.
+    """
+    return _roptim.to_json(obj, "convert.to_json")
+
+
+def from_json(text: str) -> Any:
+    """The tree of a text of :func:`to_json`.
+
+    Raises
+    ------
+    CheckpointError
+        If the text is something else.
+    """
+    if not isinstance(text, str):
+        raise refuse(RoptimTypeError, "convert.from_json", "text", "a str", f"an object of type {_type(text)}")
+    return _roptim.from_json(text, "convert.from_json")
+
+
+def _from_torch_tree(place: str, value: Any, names: Any = None) -> Any:
+    """What torch.load returned: tensors as arrays, states of optimizers as :func:`from_torch` has them."""
+    if _is_state_dict(value):
+        return from_torch(value, names)
+    if isinstance(value, Mapping):
+        return {key: _from_torch_tree(place, item, names) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_from_torch_tree(place, item, names) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return _array(place, "a tensor", value) if _is_tensor(value) else value
+
+
+def _to_torch_tree(place: str, value: Any) -> Any:
+    """A tree with tensors in place of arrays, states of optimizers as :func:`to_torch` has them."""
+    if _is_state_dict(value):
+        return to_torch(value, tensors=True)
+    if isinstance(value, dict):
+        return {key: _to_torch_tree(place, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_to_torch_tree(place, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return _tensors(place, value) if isinstance(value, np.ndarray) else settled(value)
 
 
 def _type(value: object) -> str:

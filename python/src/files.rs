@@ -261,3 +261,19 @@ pub(crate) fn loads<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, P
     let tree = py.detach(|| guarded("roptim", || checkpoint::from_bytes(bytes))).or_raise(py)?;
     from_tree(py, tree)
 }
+
+/// A tree of values as JSON text, with its exact types.
+#[pyfunction]
+pub(crate) fn to_json(py: Python<'_>, object: &Bound<'_, PyAny>, place: &str) -> PyResult<String> {
+    let tree = to_tree(object, place, "obj", 0)?;
+    let text = || serde_json::to_string(&tree).map_err(|e| Error::plain(ErrorKind::Value, format!("{place}: {e}")));
+    py.detach(|| guarded(place, text)).or_raise(py)
+}
+
+/// The tree of such a text.
+#[pyfunction]
+pub(crate) fn from_json<'py>(py: Python<'py>, text: &str, place: &str) -> PyResult<Bound<'py, PyAny>> {
+    let read =
+        || serde_json::from_str::<Tree>(text).map_err(|e| Error::plain(ErrorKind::File, format!("{place}: {e}")));
+    from_tree(py, py.detach(|| guarded(place, read)).or_raise(py)?)
+}
