@@ -44,7 +44,7 @@ pub struct Series<D: Disk = OsDisk> {
 pub struct Saved {
     /// Damaged files of later steps, renamed out of the way.
     pub set_aside: Vec<PathBuf>,
-    /// Old checkpoints that could not be removed.
+    /// Why old checkpoints are still there: each that could not be removed, or that none could be looked for.
     pub kept: Vec<Error>,
 }
 
