@@ -80,6 +80,11 @@ pub(super) fn replace<'a, D: Disk>(
             return Err(Error::refuse(ErrorKind::Io, path.display(), "the target", "a regular file or absent", got));
         }
     };
+    if target.file_name().and_then(|name| name.to_str()).is_some_and(is_temporary) {
+        let allowed = format!("named other than {TEMPORARY_PREFIX}…{TEMPORARY_SUFFIX}, which later saves remove");
+        let got = target.display();
+        return Err(Error::refuse(ErrorKind::Io, path.display(), "the target", allowed, got));
+    }
     let directory = parent(&target);
     // Opened before anything is written, so that a directory that cannot be opened leaves the old file.
     let flushed = retried(|| disk.directory(directory)).map_err(failed("the directory could not be opened"))?;
@@ -110,11 +115,14 @@ pub(super) fn replace<'a, D: Disk>(
         .map_err(failed("the file is in place, but flushing its directory to disk failed"))
 }
 
+fn is_temporary(name: &str) -> bool {
+    name.starts_with(TEMPORARY_PREFIX) && name.ends_with(TEMPORARY_SUFFIX)
+}
+
 /// Removes what crashed saves left in a directory; what cannot be removed harms nobody.
 fn sweep<D: Disk>(disk: &D, directory: &Path) {
-    let ours = |name: &String| name.starts_with(TEMPORARY_PREFIX) && name.ends_with(TEMPORARY_SUFFIX);
-    for name in retried(|| disk.list(directory)).unwrap_or_default().into_iter().filter(ours) {
-        let _ = retried(|| disk.remove_abandoned(&directory.join(&name)));
+    for name in retried(|| disk.list(directory)).unwrap_or_default().iter().filter(|name| is_temporary(name)) {
+        let _ = retried(|| disk.remove_abandoned(&directory.join(name)));
     }
 }
 

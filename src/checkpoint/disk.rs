@@ -126,7 +126,10 @@ impl Disk for OsDisk {
             return Ok(());
         }
         let parent = parent(path);
-        self.create_directory(parent)?;
+        // A root, the empty path and a working directory that is gone have nothing above them.
+        if parent != path {
+            self.create_directory(parent)?;
+        }
         match fs::create_dir(path) {
             // Somebody else was faster.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
@@ -221,11 +224,12 @@ impl Disk for OsDisk {
             return Ok(());
         }
         let mut options = fs::OpenOptions::new();
-        options.write(true);
         // What somebody may have put there since it was looked at is neither followed nor waited for.
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        let file = options.open(path)?;
+        // For writing, as network file systems ask of whoever locks; what was to replace a read-only file opens for
+        // reading alone.
+        let file = options.write(true).open(path).or_else(|_| options.write(false).read(true).open(path))?;
         // The lock is kept until the name is gone.
         if file.try_lock().is_ok() { fs::remove_file(path) } else { Ok(()) }
     }

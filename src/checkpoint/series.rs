@@ -44,7 +44,7 @@ pub struct Series<D: Disk = OsDisk> {
 pub struct Saved {
     /// Damaged files of later steps, renamed out of the way.
     pub set_aside: Vec<PathBuf>,
-    /// Old checkpoints that could not be removed.
+    /// Why old checkpoints are still there: each that could not be removed, or that none could be looked for.
     pub kept: Vec<Error>,
 }
 
@@ -94,7 +94,9 @@ impl<D: Disk> Series<D> {
                 }
                 Err(error) if is_absent(&error) => {}
                 Err(error) if unreadable(&error) => {
-                    let aside = path.with_added_extension(&DAMAGED[1..]);
+                    let mut aside = path.clone().into_os_string();
+                    aside.push(DAMAGED);
+                    let aside = PathBuf::from(aside);
                     retried(|| self.disk.rename(&path, &aside))
                         .map_err(failed(&path, "the damaged file could not be renamed"))?;
                     saved.set_aside.push(aside);
@@ -104,11 +106,15 @@ impl<D: Disk> Series<D> {
         }
         save_to(&self.disk, &self.path(step), tree, progress)?;
         if let Some(keep) = self.keep {
-            let mut old = self.steps()?;
-            old.retain(|&old| old < step);
-            old.truncate((old.len() + 1).saturating_sub(keep.get()));
-            let removed = old.into_iter().map(|old| self.remove(old));
-            saved.kept = removed.filter_map(Result::err).collect();
+            // The step is saved; what goes wrong with the old ones does not make that untrue.
+            saved.kept = match self.steps() {
+                Ok(mut old) => {
+                    old.retain(|&old| old < step);
+                    old.truncate((old.len() + 1).saturating_sub(keep.get()));
+                    old.into_iter().filter_map(|old| self.remove(old).err()).collect()
+                }
+                Err(error) => vec![error],
+            };
         }
         Ok(saved)
     }
@@ -123,14 +129,17 @@ impl<D: Disk> Series<D> {
     /// `damaged` is told of each newer one that cannot. If none can, that is an error: to begin anew then
     /// would lose the run.
     pub fn latest(&self, progress: Progress<'_>, damaged: &mut dyn FnMut(Error)) -> Result<Option<(u64, Tree)>> {
-        // Again where another process removed all that was there meanwhile.
+        // Again where another process removed all that was there meanwhile. What is listed a second time and cannot
+        // be found is no such thing but damage: a link to nothing.
+        let mut before = Vec::new();
         loop {
             let steps = self.steps()?;
+            let again = steps == before;
             let mut last = None;
             for &step in steps.iter().rev() {
                 match self.load(step, progress) {
                     Ok(tree) => return Ok(Some((step, tree))),
-                    Err(error) if is_absent(&error) => {}
+                    Err(error) if is_absent(&error) && !again => {}
                     Err(error) if unreadable(&error) => {
                         last = Some(error.to_string());
                         damaged(error);
@@ -140,7 +149,7 @@ impl<D: Disk> Series<D> {
             }
             match last {
                 None if steps.is_empty() => return Ok(None),
-                None => {}
+                None => before = steps,
                 Some(last) => {
                     let place = self.directory.display();
                     let error = Error::refuse(ErrorKind::File, place, "a checkpoint", "readable", "none that is");
@@ -155,9 +164,17 @@ impl<D: Disk> Series<D> {
     pub fn discard_after(&self, step: u64) -> Result<Vec<u64>> {
         let mut later = self.steps()?;
         later.retain(|&later| later > step);
-        // The newest first: whatever is left after a crash is a series without holes.
+        // The newest first: whatever a killed process leaves is a series without holes.
         later.reverse();
         later.iter().try_for_each(|&later| self.remove(later))?;
+        // Without this a power cut could bring them back, and the newest again be one that was discarded. Also where
+        // there was nothing to remove: the call before may have failed here.
+        retried(|| self.disk.directory(&self.directory))
+            .and_then(|directory| retried(|| self.disk.sync_directory(&directory)))
+            .map_err(failed(
+                &self.directory,
+                "the checkpoints are removed, but flushing their directory to disk failed",
+            ))?;
         Ok(later)
     }
 
