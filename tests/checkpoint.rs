@@ -823,3 +823,27 @@ fn json_is_readable_and_refused_where_it_is_no_tree() {
     let twice = Tree::Dict(vec![("a".into(), Tree::None), ("a".into(), Tree::None)]);
     assert!(serde_json::to_string(&twice).unwrap_err().to_string().contains("the key twice"));
 }
+
+/// Files of every version so far; `tests/checkpoints/README.md` says what they are.
+#[test]
+fn checkpoints_that_were_kept_are_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/checkpoints");
+    let mut read = 0;
+    for version in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        for path in fs::read_dir(version).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.extension().is_some_and(|extension| extension == "json") {
+                let twin: Tree = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+                assert_eq!(twin, load(path.with_extension("safetensors")).unwrap());
+                continue;
+            }
+            let tree = load(&path).unwrap();
+            assert_eq!(to_bytes(&tree).unwrap(), fs::read(&path).unwrap(), "{}", path.display());
+            if let Some(state) = tree.get("run").and_then(|run| run.get("optimizer")) {
+                let state = StateDict::from_tree(state.clone(), None).unwrap();
+                assert!(state.update_count > 0 && state.parameters.len() == 2, "{}", path.display());
+            }
+            read += 1;
+        }
+    }
+    assert!(read >= 10, "{read} files");
+}

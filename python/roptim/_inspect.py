@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from roptim import _roptim, convert
-from roptim._errors import CheckpointIOError, RoptimError, RoptimValueError, refuse
+from roptim._errors import CheckpointError, CheckpointIOError, RoptimError, RoptimValueError, refuse
 from roptim._files import load, save
 
 _WIDTH = 72
@@ -95,11 +95,16 @@ def _tree(value: Any, indent: str, leaves: bool) -> Iterator[str]:
         name = f"[{key}]" if not isinstance(key, str) else _text(key)
         if _is_array(item):
             yield f"{indent}{name}: {_described(item)}"
-        elif isinstance(item, (dict, list, tuple)) and (_array_bytes(item) or _is_optimizer(item)):
+        elif isinstance(item, (dict, list, tuple)) and (_array_bytes(item) or _is_optimizer(item) or _is_wide(item)):
             yield f"{indent}{name}:{_of_class(item)}"
             yield from _tree(item, indent + "  ", leaves)
         else:
             yield f"{indent}{name}: {_short(item)}"
+
+
+def _is_wide(value: Any) -> bool:
+    """Whether a dict needs more than a line; a list of numbers is cut."""
+    return isinstance(value, dict) and len(repr(value)) > _WIDTH
 
 
 def _is_array(value: Any) -> bool:
@@ -154,14 +159,15 @@ def convert_file(source: str, target: str, names: list[str] | None) -> None:
     place = "roptim convert"
     kind_in, kind_out = (FORMATS.get(Path(path).suffix.lower(), "checkpoint") for path in (source, target))
     if kind_in == "torch":
-        tree = convert._from_torch_tree(place, _torch(place).load(source, map_location="cpu", weights_only=True), names)
+        # Weights alone: torch's own way to load without running what a file says.
+        read = _read(source, lambda: _torch(place).load(source, map_location="cpu", weights_only=True))
+        tree = convert._from_torch_tree(place, read, names)
     elif kind_in == "JSON":
-        tree = convert.from_json(_read_text(source))
+        tree = convert.from_json(_read(source, lambda: Path(source).read_text(encoding="utf-8")))
     elif kind_in == "checkpoint":
         tree = load(source)
     else:
-        with np.load(source, allow_pickle=False) as arrays:
-            tree = {name: arrays[name] for name in arrays.files}
+        tree = _read(source, lambda: dict(np.load(source, allow_pickle=False)))
     if names is not None and kind_in != "torch":
         raise refuse(RoptimValueError, place, "--names", "given with a file of torch", f"one of {kind_in}")
     if kind_out == "checkpoint":
@@ -196,14 +202,19 @@ def _torch(place: str) -> Any:
         raise refuse(RoptimValueError, place, "torch", allowed, "none", remedy) from None
 
 
-def _read_text(path: str) -> str:
+def _read(path: str, read: Callable[[], Any]) -> Any:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read()
+    except RoptimError:
+        raise
+    except OSError as error:
         raise CheckpointIOError(f"{path}: the file could not be read: {error}") from error
+    except Exception as error:  # what readers of other libraries raise, of which each has its own
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: the file could not be read as its suffix says: {first}") from error
 
 
-def _write(path: str, fill: Any) -> None:
+def _write(path: str, fill: Callable[[Any], Any]) -> None:
     """A file of another format, in place once it is written."""
     temporary = f"{path}.tmp"
     try:

@@ -44,7 +44,8 @@ DTYPES += ["float64", "complex64", "complex128"]
 arrays = st.sampled_from(DTYPES).flatmap(
     lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
 )
-numbers = st.integers(-(2**63), 2**64 - 1) | st.integers(-(2**4096) + 1, 2**4096 - 1) | st.floats() | st.booleans() | st.none() | st.text(max_size=8)
+integers = st.integers(-(2**63), 2**64 - 1) | st.integers(-(2**4096) + 1, 2**4096 - 1)
+numbers = integers | st.floats() | st.booleans() | st.none() | st.text(max_size=8)
 scalars = arrays.filter(lambda a: a.size).map(lambda a: a.reshape(-1)[0])
 keys = st.text(max_size=6) | st.integers(-(2**63), 2**63 - 1)
 trees = st.recursive(

@@ -459,7 +459,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
             opt.load_state_dict(nonsense)  # type: ignore[arg-type]
 
 
-
 def test_a_dict_from_torch_loads_if_it_fits() -> None:
     switches = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
     group = {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0, "amsgrad": False, "maximize": False}
