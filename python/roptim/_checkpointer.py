@@ -131,7 +131,7 @@ class Checkpointer:
         if not (force or self._is_due(step)):
             return False
         self.wait()
-        snapshot = _roptim.Snapshot(state, place)
+        snapshot = _roptim.Snapshot(state, place, self._background)
         writing = _Writing(self._series, step, snapshot, self._progress)
         self._last_save = time.monotonic()
         if self._background:

@@ -75,9 +75,9 @@ def from_json(text: str, place: str) -> Any:
 
 @final
 class Snapshot:
-    """A copy of a tree of values."""
+    """A tree of values; copied, what happens to the arrays later does not change it."""
 
-    def __new__(cls, object: Any, place: str) -> Snapshot: ...
+    def __new__(cls, object: Any, place: str, copied: bool) -> Snapshot: ...
 
 @final
 class Series:

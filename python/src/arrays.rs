@@ -16,6 +16,7 @@ use numpy::{
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use roptim::checkpoint::Bytes;
 use roptim::tensor::{Buffer, RawTensor, Strides};
 use roptim::{Dtype, Error, ErrorKind};
 
@@ -336,19 +337,48 @@ pub(crate) fn of_bytes<'py>(
     PyArray1::from_vec(py, bytes).call_method1("view", (dtype,))?.call_method1("reshape", (shape.to_vec(),))
 }
 
+/// The memory of an array in C order, lent for the time of a save.
+struct Lent {
+    /// Keeps the memory where it is: NumPy moves none that somebody else holds.
+    _array: Py<PyArray1<u8>>,
+    address: usize,
+    len: usize,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the array has these bytes, initialized, for as long as it is held, which is as long as `self`.
+        // Whoever writes to it meanwhile, as Python could in another thread, is noticed by what the bytes are for.
+        unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(self.address), self.len) }
+    }
+}
+
+/// What becomes of the memory of arrays that are to be saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Taking {
+    /// It is read where it is.
+    Lent,
+    /// It is copied, and may change.
+    Copied,
+}
+
 /// The bytes of any array in C order.
-pub(crate) fn to_bytes(array: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    let flat =
-        array.py().import("numpy")?.call_method1("ascontiguousarray", (array,))?.call_method1("reshape", (-1,))?;
+pub(crate) fn bytes(array: &Bound<'_, PyAny>, taking: Taking) -> PyResult<Bytes> {
+    let py = array.py();
+    let flat = py.import("numpy")?.call_method1("ascontiguousarray", (array,))?.call_method1("reshape", (-1,))?;
     let flat = flat.call_method1("view", ("uint8",))?.cast_into::<PyArray1<u8>>();
     let flat = flat.map_err(|e| PyTypeError::new_err(e.to_string()))?;
-    let bytes = flat.try_readonly()?;
-    let bytes = bytes.as_slice()?;
-    let mut copy = Vec::new();
-    if copy.try_reserve_exact(bytes.len()).is_err() {
-        let sentence = format!("roptim: {} bytes for the copy of an array could not be allocated", bytes.len());
-        return Err(raise(array.py(), &Error::plain(ErrorKind::OutOfMemory, sentence)));
+    let readable = flat.try_readonly()?;
+    let slice = readable.as_slice()?;
+    if taking == Taking::Lent {
+        let (address, len) = (slice.as_ptr().expose_provenance(), slice.len());
+        return Ok(Bytes::lent(Arc::new(Lent { _array: flat.clone().unbind(), address, len })));
     }
-    copy.extend_from_slice(bytes);
-    Ok(copy)
+    let mut copy = Vec::new();
+    if copy.try_reserve_exact(slice.len()).is_err() {
+        let sentence = format!("roptim: {} bytes for the copy of an array could not be allocated", slice.len());
+        return Err(raise(py, &Error::plain(ErrorKind::OutOfMemory, sentence)));
+    }
+    copy.extend_from_slice(slice);
+    Ok(copy.into())
 }

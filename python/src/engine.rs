@@ -17,7 +17,7 @@ use roptim::{
     Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value,
 };
 
-use crate::arrays::{self, Access, Context, Seen, as_array, look, share_memory};
+use crate::arrays::{self, Access, Context, Seen, Taking, as_array, look, share_memory};
 use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
@@ -670,7 +670,7 @@ impl Engine {
         hypers: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Loading> {
         let place = format!("{}.load_state_dict", self.name());
-        let tree = files::to_tree(saved, &place, "state_dict", 0)?;
+        let tree = files::to_tree(saved, &place, "state_dict", Taking::Lent)?;
         let known = self.shared.try_use().or_raise(py)?.preset().hypers();
         let hypers = hypers.map_or(Ok(Vec::new()), |given| values::hypers(given, &known, &place))?;
         let options = LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers };

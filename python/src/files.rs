@@ -7,7 +7,7 @@ use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyT
 use roptim::checkpoint::{self, DataType, Key, MAX_DEPTH, OsDisk, TensorData, Tree};
 use roptim::{Error, ErrorKind};
 
-use crate::arrays;
+use crate::arrays::{self, Taking};
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::parameter::ParameterBase;
 
@@ -22,7 +22,7 @@ fn described(object: &Bound<'_, PyAny>) -> String {
     format!("an object of type {}", name.map_or_else(|_| "unknown".into(), |n| n.to_string()))
 }
 
-fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<TensorData> {
+fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str, taking: Taking) -> PyResult<TensorData> {
     let py = object.py();
     let dtype = object.getattr("dtype")?;
     let dtype_name: String = dtype.getattr("name")?.extract()?;
@@ -36,7 +36,7 @@ fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<Tensor
         object.clone()
     };
     let shape: Vec<usize> = object.getattr("shape")?.extract()?;
-    TensorData::new(data_type, shape, arrays::to_bytes(&native)?).or_raise(py)
+    TensorData::new(data_type, shape, arrays::bytes(&native, taking)?).or_raise(py)
 }
 
 /// Text, unless it has surrogates, which no file holds.
@@ -49,8 +49,12 @@ fn text(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<String> 
     })
 }
 
-/// A Python value as a tree. `name` is its place in the whole, for messages.
-pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth: usize) -> PyResult<Tree> {
+/// A Python value as a tree. `place` starts messages, which call the value `name`.
+pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, taking: Taking) -> PyResult<Tree> {
+    grown(object, place, name, taking, 0)
+}
+
+fn grown(object: &Bound<'_, PyAny>, place: &str, name: &str, taking: Taking, depth: usize) -> PyResult<Tree> {
     let py = object.py();
     if depth > MAX_DEPTH {
         let allowed = format!("within {MAX_DEPTH} containers");
@@ -79,13 +83,13 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
     } else if let Ok(list) = object.cast_exact::<PyList>() {
         let items = list.iter().enumerate();
         items
-            .map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1))
+            .map(|(i, x)| grown(&x, place, &format!("{name}[{i}]"), taking, depth + 1))
             .collect::<PyResult<_>>()
             .map(Tree::List)
     } else if let Ok(tuple) = object.cast_exact::<PyTuple>() {
         let items = tuple.iter().enumerate();
         items
-            .map(|(i, x)| to_tree(&x, place, &format!("{name}[{i}]"), depth + 1))
+            .map(|(i, x)| grown(&x, place, &format!("{name}[{i}]"), taking, depth + 1))
             .collect::<PyResult<_>>()
             .map(Tree::Tuple)
     } else if let Ok(dict) = object.cast_exact::<PyDict>() {
@@ -108,21 +112,21 @@ pub(crate) fn to_tree(object: &Bound<'_, PyAny>, place: &str, name: &str, depth:
                     None,
                 ));
             };
-            items.push((key, to_tree(&value, place, &inner, depth + 1)?));
+            items.push((key, grown(&value, place, &inner, taking, depth + 1)?));
         }
         Ok(Tree::Dict(items))
     } else if let Ok(parameter) = object.cast::<ParameterBase>() {
         parameter.get().bring_home(py)?;
-        tensor(parameter.get().host(py).as_any(), place, name).map(Tree::Tensor)
+        tensor(parameter.get().host(py).as_any(), place, name, taking).map(Tree::Tensor)
     } else {
         let numpy = py.import("numpy")?;
         let kind = object.get_type();
         if object.is_instance(&numpy.getattr("generic")?)? {
-            tensor(object, place, name).map(Tree::Scalar)
+            tensor(object, place, name, taking).map(Tree::Scalar)
         } else if kind.is(&numpy.getattr("ndarray")?) || kind.is(&numpy.getattr("memmap")?) {
-            tensor(object, place, name).map(Tree::Tensor)
+            tensor(object, place, name, taking).map(Tree::Tensor)
         } else if let Some((state, suffix)) = state_of(object)? {
-            to_tree(&state, place, &format!("{name}{suffix}"), depth + 1)
+            grown(&state, place, &format!("{name}{suffix}"), taking, depth + 1)
         } else {
             Err(refuse(py, ErrorKind::Type, place, name, ALLOWED, described(object), None))
         }
@@ -225,7 +229,7 @@ pub(crate) fn save(
     path: PathBuf,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<()> {
-    let tree = to_tree(object, "roptim.save", "obj", 0)?;
+    let tree = to_tree(object, "roptim.save", "obj", Taking::Lent)?;
     let mut reporter = Reporter::new(progress);
     let saved = py.detach(|| {
         guarded("roptim.save", || {
@@ -250,7 +254,7 @@ pub(crate) fn load(py: Python<'_>, path: PathBuf, progress: Option<Py<PyAny>>) -
 /// The bytes of the file that [`save`] would write.
 #[pyfunction]
 pub(crate) fn dumps<'py>(py: Python<'py>, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
-    let tree = to_tree(object, "roptim", "obj", 0)?;
+    let tree = to_tree(object, "roptim", "obj", Taking::Lent)?;
     let bytes = py.detach(|| guarded("roptim", || checkpoint::to_bytes(&tree))).or_raise(py)?;
     Ok(PyBytes::new(py, &bytes))
 }
@@ -265,7 +269,7 @@ pub(crate) fn loads<'py>(py: Python<'py>, bytes: &[u8]) -> PyResult<Bound<'py, P
 /// A tree of values as JSON text, with its exact types.
 #[pyfunction]
 pub(crate) fn to_json(py: Python<'_>, object: &Bound<'_, PyAny>, place: &str) -> PyResult<String> {
-    let tree = to_tree(object, place, "obj", 0)?;
+    let tree = to_tree(object, place, "obj", Taking::Lent)?;
     let text = || serde_json::to_string(&tree).map_err(|e| Error::plain(ErrorKind::Value, format!("{place}: {e}")));
     py.detach(|| guarded(place, text)).or_raise(py)
 }

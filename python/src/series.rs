@@ -7,10 +7,11 @@ use pyo3::prelude::*;
 use roptim::Error;
 use roptim::checkpoint::{OsDisk, Tree};
 
+use crate::arrays::Taking;
 use crate::errors::{OrRaise, guarded, raise};
 use crate::files::{Reporter, from_tree, to_tree};
 
-/// A copy of a tree of values, which what happens to the arrays later does not change.
+/// A tree of values; copied, what happens to the arrays later does not change it.
 #[pyclass(frozen, module = "roptim._roptim")]
 pub(crate) struct Snapshot {
     pub(crate) tree: Tree,
@@ -19,8 +20,9 @@ pub(crate) struct Snapshot {
 #[pymethods]
 impl Snapshot {
     #[new]
-    fn new(object: &Bound<'_, PyAny>, place: &str) -> PyResult<Self> {
-        Ok(Self { tree: to_tree(object, place, "obj", 0)? })
+    fn new(object: &Bound<'_, PyAny>, place: &str, copied: bool) -> PyResult<Self> {
+        let taking = if copied { Taking::Copied } else { Taking::Lent };
+        Ok(Self { tree: to_tree(object, place, "obj", taking)? })
     }
 }
 

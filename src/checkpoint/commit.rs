@@ -53,20 +53,53 @@ impl<D: Disk> Drop for Temporary<'_, D> {
     }
 }
 
-/// Replaces a file by these parts, durably.
+/// A new file while it is filled.
+pub(super) struct Sink<'s, D: Disk> {
+    disk: &'s D,
+    path: &'s Path,
+    file: D::File,
+    done: u64,
+    total: u64,
+    progress: Progress<'s>,
+}
+
+impl<D: Disk> Sink<'_, D> {
+    /// Appends all of these bytes.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        for portion in bytes.chunks(PORTION) {
+            let mut left = portion;
+            while !left.is_empty() {
+                let written = match retried(|| self.disk.write(&mut self.file, left)) {
+                    Ok(0) => Err(io::Error::from(io::ErrorKind::WriteZero)),
+                    outcome => outcome,
+                };
+                left = &left[written.map_err(failed(self.path, "writing failed"))?..];
+            }
+            let before = self.done / PORTION as u64;
+            self.done += portion.len() as u64;
+            if self.done == self.total || self.done / PORTION as u64 > before {
+                (self.progress)(self.done, self.total)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Replaces a file by the `total` bytes that `fill` writes, durably.
 ///
 /// ```text
 /// remove what dead processes left    .roptim-*.tmp without a lock
 /// create                             .roptim-*.tmp, locked
-/// write every part, flush            each write checked
+/// fill, flush                        each write checked
 /// rename over the target
 /// flush the directory
 /// ```
-pub(super) fn replace<'a, D: Disk>(
+pub(super) fn replace<D: Disk>(
     disk: &D,
     path: &Path,
-    parts: impl Iterator<Item = &'a [u8]> + Clone,
+    total: u64,
     progress: Progress<'_>,
+    fill: impl FnOnce(&mut Sink<'_, D>) -> Result<()>,
 ) -> Result<()> {
     let failed = |what| failed(path, what);
     let target = follow_links(disk, path).map_err(failed("the path could not be followed"))?;
@@ -89,26 +122,13 @@ pub(super) fn replace<'a, D: Disk>(
     // Opened before anything is written, so that a directory that cannot be opened leaves the old file.
     let flushed = retried(|| disk.directory(directory)).map_err(failed("the directory could not be opened"))?;
     sweep(disk, directory);
-    let (mut file, temporary) =
-        retried(|| disk.create(directory, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, existing.clone()))
-            .map_err(failed("a temporary file could not be made beside it"))?;
+    let (file, temporary) = retried(|| disk.create(directory, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, existing.clone()))
+        .map_err(failed("a temporary file could not be made beside it"))?;
     let mut temporary = Temporary { disk, path: temporary, finished: false };
-    let total = parts.clone().map(|part| part.len() as u64).sum();
-    let mut done = 0;
-    for portion in parts.flat_map(|part| part.chunks(PORTION)) {
-        let mut left = portion;
-        while !left.is_empty() {
-            let written = match retried(|| disk.write(&mut file, left)) {
-                Ok(0) => Err(io::Error::from(io::ErrorKind::WriteZero)),
-                outcome => outcome,
-            };
-            left = &left[written.map_err(failed("writing failed"))?..];
-        }
-        done += portion.len() as u64;
-        progress(done, total)?;
-    }
+    let mut sink = Sink { disk, path, file, done: 0, total, progress };
+    fill(&mut sink)?;
     // An error here is final: the system may have dropped what it could not write.
-    retried(|| disk.sync(&mut file)).map_err(failed("flushing to disk failed"))?;
+    retried(|| disk.sync(&mut sink.file)).map_err(failed("flushing to disk failed"))?;
     retried(|| disk.rename(&temporary.path, &target)).map_err(failed("the finished file could not be renamed"))?;
     temporary.finished = true;
     retried(|| disk.sync_directory(&flushed))

@@ -60,8 +60,14 @@ pub struct TensorData {
 }
 
 /// Immutable bytes, shared by their clones.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Bytes(Arc<Vec<u8>>);
+#[derive(Clone)]
+pub struct Bytes(Memory);
+
+#[derive(Clone)]
+enum Memory {
+    Own(Arc<Vec<u8>>),
+    Lent(Arc<dyn AsRef<[u8]> + Send + Sync>),
+}
 
 /// Element type of an array in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -224,9 +230,22 @@ impl TensorData {
 }
 
 impl Bytes {
+    /// Memory of somebody else, who should leave it alone while it is used. A save notices if it changes.
+    pub fn lent(memory: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        Self(Memory::Lent(memory))
+    }
+
+    /// Whether somebody else could change them.
+    pub fn are_lent(&self) -> bool {
+        matches!(self.0, Memory::Lent(_))
+    }
+
     /// The bytes alone; without a copy where nobody shares them.
     pub fn into_vec(self) -> Vec<u8> {
-        Arc::try_unwrap(self.0).unwrap_or_else(|shared| shared.to_vec())
+        match self.0 {
+            Memory::Own(owner) => Arc::try_unwrap(owner).unwrap_or_else(|shared| shared.to_vec()),
+            Memory::Lent(memory) => (*memory).as_ref().to_vec(),
+        }
     }
 }
 
@@ -234,13 +253,24 @@ impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        match &self.0 {
+            Memory::Own(owner) => owner,
+            Memory::Lent(memory) => (**memory).as_ref(),
+        }
     }
 }
 
+impl PartialEq for Bytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Bytes {}
+
 impl From<Vec<u8>> for Bytes {
     fn from(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(bytes))
+        Self(Memory::Own(Arc::new(bytes)))
     }
 }
 

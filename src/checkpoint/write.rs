@@ -45,9 +45,35 @@ pub fn save(path: impl AsRef<FilePath>, tree: &Tree) -> Result<()> {
 
 /// [`save`] on any file system, with reports of progress.
 pub fn save_to<D: Disk>(disk: &D, path: &FilePath, tree: &Tree, progress: Progress<'_>) -> Result<()> {
-    let image = Image::sealed(tree, &path.display().to_string())?;
-    replace(disk, path, std::iter::once(&*image.head).chain(image.data()), progress)
+    let place = path.display().to_string();
+    let image = Image::sealed(tree, &place)?;
+    let total = image.tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum::<u64>() + image.head.len() as u64;
+    replace(disk, path, total, progress, |sink| {
+        sink.write(&image.head)?;
+        if image.tensors.iter().all(|tensor| !tensor.bytes.are_lent()) {
+            return image.data().try_for_each(|data| sink.write(data));
+        }
+        // Somebody else may write to lent memory. What goes to the disk is what was looked at last, and is whole
+        // if nothing changed since the checksum.
+        let mut written = Checksum::of_head(&image.head);
+        let mut looked_at = Vec::with_capacity(STAGED);
+        for portion in image.data().flat_map(|data| data.chunks(STAGED)) {
+            looked_at.clear();
+            looked_at.extend_from_slice(portion);
+            written.update(&looked_at);
+            sink.write(&looked_at)?;
+        }
+        if written.digits().as_bytes() != &image.head[CHECKSUM_AT] {
+            let allowed = "left alone while they are saved";
+            let error = Error::refuse(ErrorKind::Value, &place, "the arrays", allowed, "a change by another thread");
+            return Err(error.with_remedy("stop it meanwhile, or save copies"));
+        }
+        Ok(())
+    })
 }
+
+/// Bytes of lent memory that are copied and looked at together: they stay in the cache.
+const STAGED: usize = 1 << 20;
 
 /// Everything of a file before the data, and the tensors in order.
 pub(super) struct Image<'t> {
