@@ -1149,7 +1149,9 @@ fn paddings() -> Vec<Case> {
     cases
 }
 
-const THEMES: &[(&str, fn() -> Vec<Case>)] = &[
+type Theme = (&'static str, fn() -> Vec<Case>);
+
+const THEMES: &[Theme] = &[
     ("foreign files", foreign_files),
     ("header lengths", header_lengths),
     ("JSON", json),
