@@ -41,7 +41,8 @@ demo: $(STAMP)-build $(STAMP)-examples  ## train on handwritten digits, resume, 
 
 test: test-rust test-python  ## run both test suites
 
-test-full: test-rust $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks and hostile numbers
+test-full: $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks, hostile numbers and hostile files
+	ROPTIM_FULL_TESTS=1 $(CARGO_TEST)
 	ROPTIM_FULL_TESTS=1 $(BIN)/python -m pytest
 
 test-rust:
