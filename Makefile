@@ -42,7 +42,7 @@ demo: $(STAMP)-build $(STAMP)-examples  ## train on handwritten digits, resume, 
 test: test-rust test-python  ## run both test suites
 
 test-full: export ROPTIM_FULL_TESTS = 1
-test-full: test-rust $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks and hostile numbers
+test-full: test-rust $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks, power cuts and hostile files
 	$(BIN)/python -m pytest
 
 test-rust:

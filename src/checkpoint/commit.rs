@@ -10,12 +10,35 @@ use crate::error::{Error, ErrorKind, Result};
 const TEMPORARY_PREFIX: &str = ".roptim-";
 const TEMPORARY_SUFFIX: &str = ".tmp";
 
-/// Bytes that are written or read between two calls of a [`Progress`].
+/// Bytes that are written or read between two calls of a [`Progress`], and at most at once.
 pub(super) const PORTION: usize = 8 << 20;
 
 /// Called with the bytes done and the bytes in all, after each portion of a file and at its end. An error
 /// ends the work; what was there before is untouched then.
 pub type Progress<'p> = &'p mut dyn FnMut(u64, u64) -> Result<()>;
+
+/// Counts bytes, and reports them now and then.
+pub(super) struct Meter<'p> {
+    done: u64,
+    total: u64,
+    progress: Progress<'p>,
+}
+
+impl<'p> Meter<'p> {
+    pub(super) fn new(total: u64, progress: Progress<'p>) -> Self {
+        Self { done: 0, total, progress }
+    }
+
+    /// So many more are done.
+    pub(super) fn advance(&mut self, len: usize) -> Result<()> {
+        let before = self.done / PORTION as u64;
+        self.done += len as u64;
+        if self.done == self.total || self.done / PORTION as u64 > before {
+            (self.progress)(self.done, self.total)?;
+        }
+        Ok(())
+    }
+}
 
 /// No report of progress.
 pub(super) fn silent(_: u64, _: u64) -> Result<()> {
@@ -58,9 +81,7 @@ pub(super) struct Sink<'s, D: Disk> {
     disk: &'s D,
     path: &'s Path,
     file: D::File,
-    done: u64,
-    total: u64,
-    progress: Progress<'s>,
+    meter: Meter<'s>,
 }
 
 impl<D: Disk> Sink<'_, D> {
@@ -75,11 +96,7 @@ impl<D: Disk> Sink<'_, D> {
                 };
                 left = &left[written.map_err(failed(self.path, "writing failed"))?..];
             }
-            let before = self.done / PORTION as u64;
-            self.done += portion.len() as u64;
-            if self.done == self.total || self.done / PORTION as u64 > before {
-                (self.progress)(self.done, self.total)?;
-            }
+            self.meter.advance(portion.len())?;
         }
         Ok(())
     }
@@ -125,7 +142,7 @@ pub(super) fn replace<D: Disk>(
     let (file, temporary) = retried(|| disk.create(directory, TEMPORARY_PREFIX, TEMPORARY_SUFFIX, existing.clone()))
         .map_err(failed("a temporary file could not be made beside it"))?;
     let mut temporary = Temporary { disk, path: temporary, finished: false };
-    let mut sink = Sink { disk, path, file, done: 0, total, progress };
+    let mut sink = Sink { disk, path, file, meter: Meter::new(total, progress) };
     fill(&mut sink)?;
     // An error here is final: the system may have dropped what it could not write.
     retried(|| disk.sync(&mut sink.file)).map_err(failed("flushing to disk failed"))?;

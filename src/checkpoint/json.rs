@@ -102,6 +102,8 @@ impl<'de> Visitor<'de> for Strict {
         while let Some(item) = items.next_element_seed(Strict)? {
             list.push(item);
         }
+        // A list of one item has room for four: in nested lists that would be most of the memory.
+        list.shrink_to_fit();
         Ok(Json::List(list))
     }
 
@@ -114,6 +116,7 @@ impl<'de> Visitor<'de> for Strict {
             }
             object.push((key, items.next_value_seed(Strict)?));
         }
+        object.shrink_to_fit();
         Ok(Json::Object(object))
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io::Read;
 use std::path::Path as FilePath;
 
-use super::commit::{PORTION, Progress, failed, retried, silent};
+use super::commit::{Meter, PORTION, Progress, failed, retried, silent};
 use super::disk::{Disk, OsDisk};
 use super::json::{Json, shown};
 use super::serial::inline_tensor;
@@ -161,7 +161,8 @@ impl Reader<'_> {
             return self.refuse("the header's opening", "in canonical form", "another form of the same JSON");
         }
         let mut checksum = Checksum::of_head(&head);
-        let mut done = head.len() as u64;
+        let mut meter = Meter::new(len, progress);
+        meter.advance(head.len())?;
         let mut entries = HashMap::with_capacity(listed.len());
         for Listed { name, dtype, shape, range } in listed {
             let mut bytes = Vec::new();
@@ -172,17 +173,15 @@ impl Reader<'_> {
                 self.fill(&mut bytes, &mut source, portion)?;
                 self.refuse_shorter(bytes.len(), start + portion)?;
                 checksum.update(&bytes[start..]);
-                done += portion as u64;
-                progress(done, len)?;
+                meter.advance(portion)?;
             }
-            entries.insert(name, Entry { dtype, shape, bytes: bytes.into() });
+            entries.insert(name, Some(Entry { dtype, shape, bytes: bytes.into() }));
         }
         let mut beyond = Vec::new();
         self.fill(&mut beyond, &mut source, 1)?;
         if !beyond.is_empty() {
             return self.refuse("the data", format!("{} bytes long", len - head.len() as u64), "trailing bytes");
         }
-        progress(done, len)?;
         let (found, stated) = (checksum.digits(), structure.checksum);
         let damage = (stated != found).then(|| {
             let error = self.error("the checksum", format!("{found} as the contents give"), &stated);
@@ -202,8 +201,11 @@ impl Reader<'_> {
             Ok(image) => image.head,
             Err(error) => return Err(Error::plain(ErrorKind::File, error.to_string()).with_source(error)),
         };
-        match head.iter().zip(&canonical).position(|(a, b)| a != b) {
-            Some(at) => self.refuse("the header", "in canonical form", format!("another form at byte {at}")),
+        // The length behind the text, so that a difference in padding is called by its name.
+        match head.iter().zip(&canonical).skip(8).position(|(a, b)| a != b) {
+            Some(at) => {
+                self.refuse("the header", "in canonical form", format!("another form at byte {} of the file", at + 8))
+            }
             None if head.len() != canonical.len() => {
                 self.refuse("the header's length", canonical.len() - 8, head.len() - 8)
             }
@@ -215,38 +217,36 @@ impl Reader<'_> {
         let Json::Object(mut items) = metadata else {
             return self.refuse("__metadata__", "an object", metadata.describe());
         };
-        if !items.iter().any(|(key, _)| key == "roptim") {
-            return self.refuse(
-                "the file",
-                "one that roptim wrote",
-                "a safetensors file without the metadata of roptim",
-            );
-        }
-        if items.len() > 1 {
-            let other = items.iter().find(|(key, _)| key != "roptim").map_or_else(String::new, |(key, _)| shown(key));
-            return self.refuse("__metadata__", "of the one key \"roptim\"", other);
-        }
-        let text = match items.swap_remove(0).1 {
+        let Some(ours) = items.iter().position(|(key, _)| key == "roptim") else {
+            let got = "a safetensors file without the metadata of roptim";
+            return self.refuse("the file", "one that roptim wrote", got);
+        };
+        let text = match items.swap_remove(ours).1 {
             Json::Str(text) => text,
             other => return self.refuse("__metadata__.roptim", "a string", other.describe()),
         };
-        let items = match Json::parse(&text) {
-            Ok(Json::Object(items)) => items,
+        let fields = match Json::parse(&text) {
+            Ok(Json::Object(fields)) => fields,
             Ok(other) => return self.refuse("__metadata__.roptim", "an object", other.describe()),
             Err(error) => return self.refuse("__metadata__.roptim", "strict JSON", error),
         };
-        // The version first: a later one may have other fields.
-        match items.iter().find(|(key, _)| key == "format").map(|(_, version)| version) {
-            Some(Json::Int(version)) if *version == i64::from(FORMAT) => {}
-            Some(Json::Int(version)) if *version > i64::from(FORMAT) => {
-                let error = self.error("the format version", format!("at most {FORMAT}"), version);
+        const OURS: i64 = FORMAT as i64;
+        const LATER: i64 = OURS + 1;
+        // The version first: a later one may have other fields, here and beside.
+        match fields.iter().find(|(key, _)| key == "format").map(|(_, version)| version) {
+            Some(Json::Int(OURS)) => {}
+            Some(version @ (Json::Int(LATER..) | Json::UInt(_))) => {
+                let error = self.error("the format version", format!("at most {FORMAT}"), version.describe());
                 return Err(error.with_remedy("a later roptim wrote the file, install that one to read it"));
             }
             Some(other) => return self.refuse("the format version", FORMAT, other.describe()),
             None => return self.refuse("the format version", "present", "none"),
         }
+        if let Some((other, _)) = items.first() {
+            return self.refuse("__metadata__", "of the one key \"roptim\"", shown(other));
+        }
         let (mut digits, mut tree) = (None, None);
-        for (key, value) in items {
+        for (key, value) in fields {
             match (key.as_str(), value) {
                 ("format", _) => {}
                 ("checksum", Json::Str(text)) => digits = Some(text),
@@ -308,7 +308,7 @@ impl Reader<'_> {
             match (field.as_str(), value) {
                 ("dtype", Json::Str(name)) => match DataType::from_container_name(&name) {
                     Some(known) => dtype = Some(known),
-                    None => return self.refuse(format!("dtype of {place}"), "one that NumPy has", shown(&name)),
+                    None => return self.refuse(format!("dtype of {place}"), dtypes(), shown(&name)),
                 },
                 ("shape", Json::List(axes)) => shape = Some(axes),
                 ("data_offsets", Json::List(ends)) => offsets = Some(ends),
@@ -376,18 +376,31 @@ struct Listed {
 /// What a file of another kind is called, by its first bytes.
 fn foreign(start: &[u8]) -> Option<&'static str> {
     match start {
-        [b'P', b'K', 3, 4, ..] => Some("a zip archive, as torch.save and numpy.savez write"),
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some("a zip archive, as torch.save and numpy.savez write"),
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("an array file of numpy.save"),
+        // A third byte, because the length of another tool's header may start with the first two.
         [0x80, 2..=5, b'c' | b'}' | b']' | b'(' | 0x95 | 0x8a, ..] => Some("a pickle"),
+        [0x89, b'H', b'D', b'F', b'\r', b'\n', 0x1a, b'\n'] => Some("an HDF5 file"),
+        [0x1f, 0x8b, 8, ..] => Some("a gzip file"),
+        // No length either: it would be above 2^56.
+        [_, _, _, _, _, _, _, _] if start.iter().all(|c| matches!(c, b' '..=b'~' | b'\t' | b'\n' | b'\r')) => {
+            Some("a text file")
+        }
         _ => None,
     }
 }
 
-/// Builds the tree, taking each tensor once.
+/// What a header may call the type of a tensor.
+fn dtypes() -> String {
+    let own = DataType::ALL.into_iter().filter(|&dtype| dtype != DataType::Complex128);
+    own.map(DataType::container_name).fold("one of".into(), |all, name| all + " " + name)
+}
+
+/// Builds the tree, taking each tensor once: what was taken leaves its name.
 struct Growth<'r> {
     reader: &'r Reader<'r>,
     /// Tensors of the file by name; None where they stand in the tree itself.
-    entries: Option<HashMap<String, Entry>>,
+    entries: Option<HashMap<String, Option<Entry>>>,
 }
 
 /// The tree of JSON text that holds its tensors itself.
@@ -399,7 +412,8 @@ pub(super) fn grown(json: Json) -> Result<Tree> {
 impl Growth<'_> {
     fn finish(mut self, json: Json) -> Result<Tree> {
         let tree = self.tree(json, 0)?;
-        match self.entries.iter().flat_map(HashMap::keys).min() {
+        let left = self.entries.iter().flatten().filter(|(_, entry)| entry.is_some());
+        match left.map(|(name, _)| name).min() {
             Some(name) => {
                 self.reader.refuse(format!("tensor {}", shown(name)), "part of the tree", "no reference to it")
             }
@@ -432,7 +446,11 @@ impl Growth<'_> {
 
     fn items(&mut self, items: Vec<Json>, depth: usize) -> Result<Vec<Tree>> {
         self.enter(depth)?;
-        items.into_iter().map(|item| self.tree(item, depth + 1)).collect()
+        let mut list = Vec::with_capacity(items.len());
+        for item in items {
+            list.push(self.tree(item, depth + 1)?);
+        }
+        Ok(list)
     }
 
     fn dict(&mut self, items: Vec<(String, Json)>, depth: usize) -> Result<Tree> {
@@ -449,7 +467,10 @@ impl Growth<'_> {
         if let Some(digits) = key.strip_prefix('#') {
             return match digits.parse::<i64>() {
                 Ok(number) if number.to_string() == digits => Ok(Key::Int(number)),
-                _ => self.reader.refuse("a key that starts with #", "an integer of 64 bits", shown(digits)),
+                _ => {
+                    let allowed = "the shortest form of an integer of 64 bits with sign";
+                    self.reader.refuse("what follows the # of a key", allowed, shown(digits))
+                }
             };
         }
         match key.strip_prefix('$') {
@@ -488,6 +509,9 @@ impl Growth<'_> {
                 }
                 Ok(Tree::Scalar(tensor))
             }
+            ("$tensor" | "$scalar", other) if self.entries.is_none() => {
+                self.reader.refuse(tag, "an object", other.describe())
+            }
             ("$tensor", Json::Str(name)) => Ok(Tree::Tensor(self.tensor(&name, second)?)),
             ("$scalar", Json::Str(name)) => {
                 let tensor = self.tensor(&name, second)?;
@@ -504,10 +528,11 @@ impl Growth<'_> {
 
     fn tensor(&mut self, name: &str, second: Option<(String, Json)>) -> Result<TensorData> {
         let place = format!("tensor {}", shown(name));
-        let Some(Entry { mut dtype, mut shape, bytes }) =
-            self.entries.as_mut().and_then(|entries| entries.remove(name))
-        else {
-            return self.reader.refuse(place, "in the header and in the tree once", "a reference to nothing");
+        let entry = self.entries.as_mut().and_then(|entries| entries.get_mut(name)).map(Option::take);
+        let Entry { mut dtype, mut shape, bytes } = match entry {
+            Some(Some(entry)) => entry,
+            Some(None) => return self.reader.refuse(place, "in the tree once", "a second reference to it"),
+            None => return self.reader.refuse(place, "in the header", "a reference to nothing"),
         };
         match second {
             None => {}
