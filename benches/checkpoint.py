@@ -120,10 +120,13 @@ def main() -> None:
         all_entrants = entrants(state, folder)
         rounds: dict[str, dict[str, list[float]]] = {name: {"save": [], "load": []} for name in all_entrants}
         limit = []
+        turns: list[tuple[str, Any]] = list(all_entrants.items())
         for each in range(options.rounds + 1):
-            # The first round makes the files and warms up.
+            # The first round makes the files and warms up. Each round begins with another entrant: a disk that was just
+            # written to is slower.
             limit.append(write_speed(folder, options.mib))
-            for name, (save, load) in all_entrants.items():
+            turns = [*turns[1:], turns[0]]
+            for name, (save, load) in turns:
                 # What others left to the operating system is not written in this one's time.
                 os.sync()
                 taken = {"save": timed(save), "load": timed(load)}
