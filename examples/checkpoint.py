@@ -1,11 +1,12 @@
 """Checkpoints: a run is killed, resumes in a fresh process, and ends on the same bits as if nothing had happened.
 
-What a run consists of goes into one file: the parameters, the state of the optimizer and of the scheduler, the
-state of the random generator, the history and the number of epochs done. ``roptim.save`` replaces the file in one
-go, so a run that dies while it saves still has the checkpoint before.
+What makes the run is one dict: the parameters, the optimizer, the scheduler, the random generator, the losses so far.
+``Checkpointer.save`` writes all of it to one file, ``restore`` brings all of it back into the same objects of a fresh
+process. The files are safetensors with a checksum; the newest three stay.
 
-Three runs: one without interruption; one that dies in the middle of an epoch; one that takes up the last checkpoint
-of the dead one. The first and the last end with the same file, byte for byte.
+Three runs: one without interruption; one that is killed (``kill -9``, at no particular moment) again and again until it
+gets to the end; both end with the same checkpoint, byte for byte. At last the newest checkpoint of the killed run is
+damaged, and the run is taken up from the one before.
 
 Run ``python examples/checkpoint.py``. Exit code: 0 if the files are the same, else 1.
 """
@@ -13,10 +14,12 @@ Run ``python examples/checkpoint.py``. Exit code: 0 if the files are the same, e
 from __future__ import annotations
 
 import argparse
-import os
+import random
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,102 +27,96 @@ import numpy as np
 
 import roptim
 
-EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 40, 25, 8
-KILLED = 9  # exit code of the run that dies
-
-Array = np.ndarray
+STEPS, SAVE_EVERY = 1000, 20
 
 
-class Run:
+def new_run() -> dict[str, Any]:
     """A regression on random batches, from the beginning."""
-
-    def __init__(self) -> None:
-        # SFC64 keeps its state in an array of 64-bit integers. The state of NumPy's default, PCG64, has integers
-        # of 128 bits, which a checkpoint does not hold.
-        self.rng = np.random.Generator(np.random.SFC64(0))
-        self.params = {"W": np.zeros((20, 3), np.float32), "b": np.zeros(3, np.float32)}
-        self.optimizer = roptim.Adam(self.params, lr=0.05)
-        self.scheduler = roptim.lr_scheduler.StepLR(self.optimizer, step_size=10, gamma=0.5)
-        self.history: list[float] = []  # one loss per epoch done
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it as a tree of dicts, lists, numbers and arrays."""
-        return {
-            "rng": self.rng.bit_generator.state,
-            "params": self.params,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "history": self.history,
-        }
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes up a saved state. Parameters are copied into the arrays that the optimizer holds."""
-        self.rng.bit_generator.state = saved["rng"]
-        for name, array in self.params.items():
-            array[...] = saved["params"][name]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        self.history = saved["history"]
-
-    def train(self, path: Path, die_in: int | None = None) -> None:
-        """Trains to the end and saves every few epochs and at the end; ``die_in`` counts epochs from 1."""
-        target = np.arange(60, dtype=np.float32).reshape(20, 3) / 60
-        while len(self.history) < EPOCHS:
-            losses = []
-            for step in range(STEPS_PER_EPOCH):
-                x = self.rng.standard_normal((16, 20), np.float32)
-                noise = self.rng.standard_normal((16, 3), np.float32)
-                error = x @ (self.params["W"] - target) + self.params["b"] - 0.1 * noise
-                self.optimizer.step({"W": x.T @ error / 16, "b": error.mean(axis=0)})
-                losses.append(0.5 * float(np.mean(error**2)))
-                if len(self.history) + 1 == die_in and step == STEPS_PER_EPOCH // 2:
-                    os._exit(KILLED)  # at once: nothing is cleaned up, nothing is saved
-            self.scheduler.step()
-            self.history.append(sum(losses) / len(losses))
-            if len(self.history) % SAVE_EVERY == 0 or len(self.history) == EPOCHS:
-                roptim.save(self.state_dict(), path)
+    params = {"W": np.zeros((20, 3), np.float32), "b": np.zeros(3, np.float32)}
+    optimizer = roptim.Adam(params, lr=0.05)
+    return {
+        "params": params,
+        "optimizer": optimizer,
+        "scheduler": roptim.lr_scheduler.StepLR(optimizer, step_size=250, gamma=0.5),
+        "rng": np.random.default_rng(0),
+        "losses": [],
+    }
 
 
-def start_process(path: Path, *options: str) -> int:
-    """Runs this script on one checkpoint; returns the exit code."""
-    return subprocess.run([sys.executable, __file__, "--checkpoint", str(path), *options]).returncode
+def train(folder: Path, pause: float = 0.0) -> dict[str, Any]:
+    """Trains to the end, from the newest checkpoint in the folder if there is one."""
+    run = new_run()
+    checkpoints = roptim.Checkpointer(folder, keep=3, every=SAVE_EVERY)
+    found = checkpoints.restore(run)
+    target = np.arange(60, dtype=np.float32).reshape(20, 3) / 60
+    params, rng = run["params"], run["rng"]
+    for step in range(found.step + 1 if found else 1, STEPS + 1):
+        x = rng.standard_normal((16, 20), np.float32)
+        error = x @ (params["W"] - target) + params["b"] - 0.1 * rng.standard_normal((16, 3), np.float32)
+        run["optimizer"].step({"W": x.T @ error / 16, "b": error.mean(axis=0)})
+        run["scheduler"].step()
+        run["losses"].append(0.5 * float(np.mean(error**2)))
+        checkpoints.save(step, run)
+        time.sleep(pause)
+    return run
+
+
+def train_and_be_killed(folder: Path, moments: random.Random) -> int:
+    """Starts a process that trains, kills it, and starts it again, until it gets to the end; returns the kills."""
+    for kills in range(100):
+        child = subprocess.Popen([sys.executable, __file__, "--folder", str(folder)], stdout=subprocess.PIPE)
+        with child:
+            assert child.stdout is not None
+            child.stdout.readline()  # it has begun
+            try:
+                if child.wait(timeout=moments.uniform(0.2, 1.2)) != 0:
+                    raise SystemExit("the process did not end as it should")
+                return kills
+            except subprocess.TimeoutExpired:
+                child.kill()
+            steps = roptim.Checkpointer(folder).steps()
+            print(f"killed; checkpoints of steps {steps}", flush=True)
+    raise SystemExit("killed 100 times and still not at the end")
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def compare(folder: Path) -> int:
-    """The three runs."""
-    uninterrupted, interrupted = folder / "uninterrupted.safetensors", folder / "interrupted.safetensors"
-    run = Run()
-    run.train(uninterrupted)
-    print(f"uninterrupted: {EPOCHS} epochs, loss {run.history[0]:.4f} -> {run.history[-1]:.4f}", flush=True)
+    """The runs."""
+    uninterrupted, interrupted = folder / "uninterrupted", folder / "interrupted"
+    losses = train(uninterrupted)["losses"]
+    print(f"uninterrupted: {STEPS} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
 
-    code = start_process(interrupted, "--die-in", str(EPOCHS // 2 + 1))
-    saved = len(roptim.load(interrupted)["history"])
-    print(f"killed in the middle of epoch {EPOCHS // 2 + 1}: the last checkpoint holds {saved} epochs", flush=True)
-    if code != KILLED or start_process(interrupted) != 0:
-        print("one of the processes did not end as it should")
-        return 1
+    kills = train_and_be_killed(interrupted, random.Random(1))
+    ends = [roptim.Checkpointer(each).path(STEPS) for each in (uninterrupted, interrupted)]
+    same = ends[0].read_bytes() == ends[1].read_bytes()
+    print(f"killed {kills} times: {'same bits' if same else 'DIFFERENT BITS'} at the end")
 
-    same = uninterrupted.read_bytes() == interrupted.read_bytes()
-    print("same bits" if same else "DIFFERENT BITS", "in the resumed run and the uninterrupted one")
-    return 0 if same else 1
+    damage(ends[1])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = roptim.Checkpointer(interrupted).restore(new_run())
+    print(f"one bit of the newest checkpoint flipped: resumed from step {report.step if report else None}")
+    print(f"  {said[0].message}" if said else "  without a warning")
+    return 0 if same and report is not None and report.step == STEPS - SAVE_EVERY else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compares the runs; with ``--checkpoint`` it is one of them."""
+    """Compares the runs; with ``--folder`` it is the one that is killed."""
     parser = argparse.ArgumentParser(description="Kill a run, resume it in a fresh process, compare the bits.")
-    parser.add_argument("--checkpoint", type=Path, help="run once, from this file if it exists")
-    parser.add_argument("--die-in", type=int, metavar="EPOCH", help="die in the middle of this epoch")
+    parser.add_argument("--folder", type=Path, help="train once, slowly, with checkpoints in this folder")
     options = parser.parse_args(arguments)
-    if options.checkpoint is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return compare(Path(folder))
-
-    run = Run()
-    if options.checkpoint.exists():
-        run.load_state_dict(roptim.load(options.checkpoint))
-        print(f"resumed after {len(run.history)} epochs")
-    run.train(options.checkpoint, options.die_in)
-    return 0
+    if options.folder is not None:
+        print("training", flush=True)
+        train(options.folder, pause=0.002)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(Path(folder))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +197,145 @@ def test_what_is_no_schedule_is_refused(capsys: Output) -> None:
     assert "not allowed with" in refused(capsys, "schedules", "cosine", "--json", "{}")
     for number in ("0", "-1", "x", "1.5", "", str(2**64)):
         assert "--updates: must be a whole number >= 1" in refused(capsys, "schedules", "cosine", f"--updates={number}")
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory with checkpoints of a run that has every kind of thing in it."""
+    params = {"layer": {"W": np.ones((3, 2), np.float32)}, "b": np.zeros(2, np.float32)}
+    groups = [{"params": {"W": params["layer"]["W"]}}, {"params": {"b": params["b"]}, "weight_decay": 0.0}]
+    opt = roptim.AdamW(groups, lr=schedules.cosine(100))
+    opt.step([{"W": np.ones((3, 2), np.float32)}, {"b": None}])
+    run = {"params": params, "optimizer": opt, "epoch": 7, "note": "a\x1b[31m", "nested": [(1, np.float64(2.5))]}
+    checkpoints = roptim.Checkpointer(tmp_path / "run", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, run)
+    return tmp_path / "run"
+
+
+def test_inspect_shows_a_checkpoint(saved: Path, capsys: Output) -> None:
+    path = saved / "step-00000003.safetensors"
+    name, about, checksum, *tree = run(capsys, "inspect", str(path)).splitlines()
+    assert name == str(path)
+    assert about == f"{path.stat().st_size:,} bytes, 88 of them in arrays"
+    digits = path.read_bytes()[64:96].decode()
+    assert checksum == f"checksum {digits}, as the file states"
+    options = "betas=(0.9, 0.999), eps=1e-08, {}amsgrad=False, maximize=False, decoupled_weight_decay=True"
+    assert tree == [
+        "params:",
+        "  layer:",
+        "    W: float32 array (3, 2), 24 bytes",
+        "  b: float32 array (2,), 8 bytes",
+        "optimizer: AdamW, 1 updates, 0 left out",
+        f"  group 0: lr=0.9997532801828658, {options.format('weight_decay=0.01, ')}",
+        '    lr is a schedule: \'{"cosine":{"peak":1.0,"floor":0.0,"steps":100}}\'',
+        "    W float32 (3, 2): step 1, exp_avg, exp_avg_sq; 48 bytes",
+        f"  group 1: weight_decay=0.0, lr=0.9997532801828658, {options.format('')}",
+        '    lr is a schedule: \'{"cosine":{"peak":1.0,"floor":0.0,"steps":100}}\'',
+        "    b float32 (2,): no state",
+        "epoch: 7",
+        r"note: 'a\x1b[31m'",
+        "nested:",
+        "  [0]:",
+        "    [0]: 1",
+        "    [1]: float64 scalar (), 8 bytes",
+    ]
+    more = run(capsys, "inspect", str(path), "--all").splitlines()
+    assert "      exp_avg_sq: float32 array (3, 2), 24 bytes" in more
+    assert len(more) == 3 + len(tree) + 2
+
+
+def test_inspect_shows_damage_and_says_so_in_its_exit_code(saved: Path, capsys: Output) -> None:
+    path = saved / "step-00000003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(["inspect", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "DAMAGED: the file states the checksum " in said
+    assert "    W float32 (3, 2): step 1" in said, "what can be read is shown"
+    (saved / "step-00000002.safetensors").write_bytes(b"PK\x03\x04 and more")
+    roptim.save(1, saved / "step-00000001.safetensors")
+    assert main(["inspect", str(saved)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(saved)
+    assert lines[1].startswith("step-00000001.safetensors ")
+    assert lines[1].endswith(" bytes  whole")
+    assert "the file must be one that roptim wrote, got a zip archive" in lines[2]
+    assert lines[3].endswith("DAMAGED: its checksum is wrong")
+
+
+def test_inspect_of_what_is_no_checkpoint(tmp_path: Path, capsys: Output) -> None:
+    assert "no checkpoints" in run(capsys, "inspect", str(tmp_path))
+    assert "No such file" in refused(capsys, "inspect", str(tmp_path / "missing"))
+    (tmp_path / "text").write_text("hello")
+    assert "the file must be" in refused(capsys, "inspect", str(tmp_path / "text"))
+
+
+def test_convert_goes_there_and_back(saved: Path, tmp_path: Path, capsys: Output) -> None:
+    path = saved / "step-00000003.safetensors"
+    text, back, arrays = tmp_path / "x.json", tmp_path / "back.ckpt", tmp_path / "x.npz"
+    said = run(capsys, "convert", str(path), str(text))
+    assert said == f"{text}: {text.stat().st_size:,} bytes\n"
+    run(capsys, "convert", str(text), str(back))
+    assert back.read_bytes() == path.read_bytes()
+    run(capsys, "convert", str(path), str(arrays))
+    with np.load(arrays) as found:
+        assert set(found.files) == {
+            *("params.layer.W", "params.b", "nested.0.1"),
+            *("optimizer.state.0.exp_avg", "optimizer.state.0.exp_avg_sq"),
+        }
+    run(capsys, "convert", str(arrays), str(back))
+    assert roptim.load(back)["params.b"].tolist() == [0, 0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back.ckpt", "run", "x.json", "x.npz"]
+
+
+def test_convert_refuses_and_leaves_the_target(saved: Path, tmp_path: Path, capsys: Output) -> None:
+    target = tmp_path / "target.json"
+    target.write_text("old")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"a": 1, "a": 2}')
+    assert 'the key "a" twice' in refused(capsys, "convert", str(broken), str(target))
+    assert "No such file" in refused(capsys, "convert", str(tmp_path / "none.json"), str(target))
+    assert "--names must be given with a file of torch" in refused(
+        capsys, "convert", str(saved / "step-00000003.safetensors"), str(target), "--names", "a,b"
+    )
+    (tmp_path / "x.npz").write_bytes(b"nonsense")
+    assert "could not be read as its suffix says" in refused(capsys, "convert", str(tmp_path / "x.npz"), str(target))
+    assert target.read_text() == "old"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_convert_reads_and_writes_torch(
+    saved: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch is replaced by what stands for it: the tests do without."""
+    kept: dict[str, Any] = {}
+
+    class Torch(ModuleType):
+        @staticmethod
+        def load(path: str, map_location: str, weights_only: bool) -> Any:
+            assert weights_only, "nothing in the file is run"
+            assert map_location == "cpu"
+            return kept[Path(path).read_text()]
+
+    monkeypatch.setitem(sys.modules, "torch", Torch("torch"))
+    kept["one"] = {
+        "optimizer": {
+            "state": {0: {"step": 3.0, "exp_avg": np.ones(2), "exp_avg_sq": np.ones(2)}},
+            "param_groups": [{"lr": 0.1, "fused": None, "params": [0]}],
+        },
+        "epoch": 3,
+    }
+    (tmp_path / "one.pt").write_text("one")
+    run(capsys, "convert", str(tmp_path / "one.pt"), str(tmp_path / "one.ckpt"), "--names", "W")
+    found = roptim.load(tmp_path / "one.ckpt")
+    assert found["epoch"] == 3
+    assert found["optimizer"]["param_groups"] == [{"lr": 0.1, "params": [0], "param_names": ["W"]}]
+    roptim.Adam({"W": np.zeros(2)}).load_state_dict(found["optimizer"])
 
 
 # ---- outputs of other kinds ---------------------------------------------------------------------------------

@@ -360,27 +360,24 @@ def test_plateau_gradients_agree_with_difference_quotients(load: Load) -> None:
 def test_checkpoint_resumes_a_killed_run_on_the_same_bits(load: Load, capsys: Output) -> None:
     assert load("checkpoint").main([]) == 0
     said = capsys.readouterr().out
-    assert "killed in the middle of epoch 21: the last checkpoint holds 16 epochs" in said
-    assert "same bits" in said
+    assert "killed; checkpoints of steps [" in said
+    assert "times: same bits at the end" in said
+    assert "resumed from step 980" in said
+    assert "the file is damaged" in said
 
 
 def test_checkpoint_fails_on_different_bits(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     example = load("checkpoint")
 
-    def tampered(path: Path, *options: str) -> int:
-        run = example.Run()
-        if options:
-            roptim.save(run.state_dict(), path)
-            return example.KILLED
-        run.params["b"] += np.float32(1e-3)
-        run.train(path)
+    def other(folder: Path, moments: Any) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(example.np.random, "default_rng", lambda seed: np.random.Generator(np.random.PCG64(1)))
+            example.train(folder)
         return 0
 
-    monkeypatch.setattr(example, "start_process", tampered)
+    monkeypatch.setattr(example, "train_and_be_killed", other)
     assert example.main([]) == 1
     assert "DIFFERENT BITS" in capsys.readouterr().out
-    monkeypatch.setattr(example, "start_process", lambda path, *options: roptim.save({"history": []}, path) or 1)
-    assert example.main([]) == 1
 
 
 @pytest.mark.parametrize("part", ["rng", "params", "optimizer", "scheduler", None])
@@ -388,19 +385,18 @@ def test_checkpoint_needs_all_that_it_saves(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str | None
 ) -> None:
     example = load("checkpoint")
-    halfway, end = tmp_path / "halfway", tmp_path / "end"
-    uninterrupted, first_half = example.Run(), example.Run()
-    uninterrupted.train(end)
+    example.train(tmp_path / "end")
     with monkeypatch.context() as patch:
-        patch.setattr(example, "EPOCHS", example.SAVE_EVERY)
-        first_half.train(halfway)
-    saved = roptim.load(halfway)
+        patch.setattr(example, "STEPS", example.STEPS // 2)
+        example.train(tmp_path / "halfway")
+    series = roptim.Checkpointer(tmp_path / "halfway", keep=None)
+    step, _, saved = series.latest()
     if part is not None:
-        saved[part] = example.Run().state_dict()[part]
-    resumed = example.Run()
-    resumed.load_state_dict(saved)
-    resumed.train(halfway)
-    assert (halfway.read_bytes() == end.read_bytes()) == (part is None)
+        roptim.save({part: example.new_run()[part]}, tmp_path / "fresh")
+        series.save(step, {**saved, **roptim.load(tmp_path / "fresh")})
+    example.train(tmp_path / "halfway")
+    ends = [(tmp_path / name / series.path(example.STEPS).name).read_bytes() for name in ("halfway", "end")]
+    assert (ends[0] == ends[1]) == (part is None)
 
 
 # ---- trajectories.py ----------------------------------------------------------------------------------------
