@@ -72,6 +72,11 @@ class Rules:
     keep_hparams: bool
     hparams: dict[str, Any]
 
+    @property
+    def matching(self) -> tuple[bool, bool, dict[str, str], bool]:
+        """What the engine's matching of parameters goes by."""
+        return self.init_missing, self.drop_unexpected, self.rename, self.keep_hparams
+
     @staticmethod
     def of(
         place: str,
@@ -183,10 +188,7 @@ class _OfEngine(_Load):
         given = {key: settled(value) for key, value in rules.hparams.items()}
         loading = engine.prepare_load(
             self.engine_dict(),
-            rules.init_missing,
-            rules.drop_unexpected,
-            rules.rename,
-            rules.keep_hparams,
+            rules.matching,
             {key: plain(value_at(value, self.count)) for key, value in given.items()},
         )
         schedules = self.schedules(loading.groups, given)
@@ -327,7 +329,7 @@ class _OfPython(_Load):
             place,
             self.members(optimizer._numbered_groups()),
             self.members(self.saved["param_groups"]),
-            (rules.init_missing, rules.drop_unexpected, rules.rename, rules.keep_hparams),
+            rules.matching,
         )
         known = {i for group in self.saved["param_groups"] for i in group["params"]}
         for key, entry in self.saved["state"].items():

@@ -111,7 +111,7 @@ def match_parameters(
     place: str,
     ours: list[tuple[list[int], list[str] | None]],
     theirs: list[tuple[list[int], list[str] | None]],
-    options: tuple[bool, bool, dict[str, str], bool],
+    rules: tuple[bool, bool, dict[str, str], bool],
 ) -> tuple[dict[int, int], list[int], list[str], list[int | None]]:
     """Which parameter of a saved state goes to which here; what begins anew; what is left out; groups."""
 
@@ -255,10 +255,7 @@ class Engine:
     def prepare_load(
         self,
         saved: dict[str, Any],
-        init_missing: bool = False,
-        drop_unexpected: bool = False,
-        rename: dict[str, str] = ...,
-        keep_hypers: bool = False,
+        rules: tuple[bool, bool, dict[str, str], bool] = ...,
         hypers: dict[str, Any] | None = None,
     ) -> Loading: ...
     def load(self, loading: Loading) -> None: ...

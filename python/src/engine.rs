@@ -1,6 +1,5 @@
 //! The engine's optimizer as Python sees it: arrays in, steps, state out.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
@@ -10,7 +9,6 @@ use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
 use roptim::error::shape_text;
-use roptim::optimizer::matching::LoadOptions;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{
@@ -21,7 +19,7 @@ use crate::arrays::{self, Access, Context, Seen, Taking, as_array, look, share_m
 use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
-use crate::load::Loading;
+use crate::load::{self, Loading};
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
 use crate::shared::{Haste, Home, Shared};
@@ -657,23 +655,19 @@ impl Engine {
     }
 
     /// Reads a saved state in torch's layout and makes every check of a load, which has changed nothing yet.
-    #[pyo3(signature = (saved, init_missing=false, drop_unexpected=false, rename=BTreeMap::new(), keep_hypers=false, hypers=None))]
-    #[allow(clippy::too_many_arguments, reason = "one for each way in which a saved state may differ")]
+    #[pyo3(signature = (saved, rules=load::Rules::default(), hypers=None))]
     fn prepare_load(
         &self,
         py: Python<'_>,
         saved: &Bound<'_, PyDict>,
-        init_missing: bool,
-        drop_unexpected: bool,
-        rename: BTreeMap<String, String>,
-        keep_hypers: bool,
+        rules: load::Rules,
         hypers: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Loading> {
         let place = format!("{}.load_state_dict", self.name());
         let tree = files::to_tree(saved, &place, "state_dict", Taking::Lent)?;
         let known = self.shared.try_use().or_raise(py)?.preset().hypers();
         let hypers = hypers.map_or(Ok(Vec::new()), |given| values::hypers(given, &known, &place))?;
-        let options = LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers };
+        let options = load::options(rules, hypers);
         let prepare = || {
             let mut optimizer = self.shared.try_use()?;
             let declared = optimizer.preset().declaration().hypers;

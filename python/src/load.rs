@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use roptim::StateDict;
 use roptim::optimizer::matching::{LoadOptions, LoadReport, Members, matched};
+use roptim::{StateDict, Value};
 
 use crate::errors::OrRaise;
 use crate::values;
@@ -17,6 +17,9 @@ pub(crate) struct Loading {
     pub(crate) options: LoadOptions,
     pub(crate) report: LoadReport,
 }
+
+/// Index of a group, and dicts of one hyperparameter before and after.
+type Changed<'py> = (usize, Bound<'py, PyDict>, Bound<'py, PyDict>);
 
 #[pymethods]
 impl Loading {
@@ -45,11 +48,24 @@ impl Loading {
     }
 
     /// For each changed hyperparameter its group, and dicts of it before and after.
-    fn changed<'py>(&self, py: Python<'py>) -> PyResult<Vec<(usize, Bound<'py, PyDict>, Bound<'py, PyDict>)>> {
+    fn changed<'py>(&self, py: Python<'py>) -> PyResult<Vec<Changed<'py>>> {
         let one = |name, value| values::to_dict(py, std::iter::once((name, value)));
         self.report.changed.iter().map(|c| Ok((c.group, one(c.name, c.old)?, one(c.name, c.new)?))).collect()
     }
 }
+
+/// What may differ: whether missing parameters are initialised, whether unexpected ones are dropped, new names by
+/// saved ones, whether hyperparameters are kept.
+pub(crate) type Rules = (bool, bool, BTreeMap<String, String>, bool);
+
+/// The engine's options of such rules.
+pub(crate) fn options(rules: Rules, hypers: Vec<(String, Value)>) -> LoadOptions {
+    let (init_missing, drop_unexpected, rename, keep_hypers) = rules;
+    LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers }
+}
+
+/// What a matching found: indices here and in the saved state, what begins anew, what is left out, groups.
+type Found = (BTreeMap<usize, usize>, Vec<usize>, Vec<String>, Vec<Option<usize>>);
 
 /// A group of parameters: indices, and names where there are some.
 type Group = (Vec<usize>, Option<Vec<String>>);
@@ -66,10 +82,8 @@ pub(crate) fn match_parameters(
     place: &str,
     ours: Vec<Group>,
     theirs: Vec<Group>,
-    options: (bool, bool, BTreeMap<String, String>, bool),
-) -> PyResult<(BTreeMap<usize, usize>, Vec<usize>, Vec<String>, Vec<Option<usize>>)> {
-    let (init_missing, drop_unexpected, rename, keep_hypers) = options;
-    let options = LoadOptions { init_missing, drop_unexpected, rename, keep_hypers, hypers: Vec::new() };
-    let matching = matched(place, &members(ours), &members(theirs), &options).or_raise(py)?;
+    rules: Rules,
+) -> PyResult<Found> {
+    let matching = matched(place, &members(ours), &members(theirs), &options(rules, Vec::new())).or_raise(py)?;
     Ok((matching.sources, matching.initialised, matching.dropped, matching.groups))
 }

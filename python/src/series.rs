@@ -26,6 +26,9 @@ impl Snapshot {
     }
 }
 
+/// A step and what was saved at it.
+type Found<'py> = Option<(u64, Bound<'py, PyAny>)>;
+
 /// A directory of checkpoints by step.
 #[pyclass(frozen, module = "roptim._roptim")]
 pub(crate) struct Series {
@@ -79,12 +82,7 @@ impl Series {
     }
 
     /// Step and values of the newest readable checkpoint, and the errors of newer ones that are not.
-    #[allow(clippy::type_complexity, reason = "a tuple for one caller")]
-    fn latest<'py>(
-        &self,
-        py: Python<'py>,
-        progress: Option<Py<PyAny>>,
-    ) -> PyResult<(Option<(u64, Bound<'py, PyAny>)>, Vec<String>)> {
+    fn latest<'py>(&self, py: Python<'py>, progress: Option<Py<PyAny>>) -> PyResult<(Found<'py>, Vec<String>)> {
         let mut reporter = Reporter::new(progress);
         let mut damaged = Vec::new();
         let found = py.detach(|| {
