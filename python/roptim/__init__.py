@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from roptim import schedules, utils
-from roptim._checkpointer import Checkpoint, Checkpointer
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,
@@ -37,7 +36,6 @@ from roptim._groups import ParamGroup
 from roptim._hooks import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from roptim._loading import LoadReport
 from roptim._parameter import Parameter
-from roptim._restore import restore
 from roptim._roptim import __version__
 from roptim._sparse import SparseGrad
 from roptim.optimizer import Optimizer
@@ -63,6 +61,8 @@ from roptim.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm
 
 if TYPE_CHECKING:
     from roptim import convert, gpu, lr_finder, lr_scheduler, swa_utils
+    from roptim._checkpointer import Checkpoint, Checkpointer
+    from roptim._restore import restore
 
 __all__ = [
     "ASGD",
@@ -127,13 +127,19 @@ __all__ = [
 
 #: Modules that are loaded when they are first asked for, so that importing the package stays fast.
 _LATER = ("convert", "gpu", "lr_finder", "lr_scheduler", "swa_utils")
+#: Names that are in such modules.
+_IN_LATER = {"Checkpoint": "_checkpointer", "Checkpointer": "_checkpointer", "restore": "_restore"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return importlib.import_module(f"roptim.{name}")
+    if name in _IN_LATER:
+        value = getattr(importlib.import_module(f"roptim.{_IN_LATER[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'roptim' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_IN_LATER})
