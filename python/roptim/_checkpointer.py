@@ -157,7 +157,7 @@ class Checkpointer:
                 writing.conclude()
         return True
 
-    def _alone(self) -> threading._RLock:
+    def _alone(self) -> threading.RLock:
         """Held by the thread that begins a save or waits for one; a signal handler may save in between."""
         if self._process != os.getpid():
             # In a forked child the thread that held it may be gone.

@@ -399,7 +399,11 @@ BAD: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "roptim.Checkpointer: path must be the name of a file, got 'a\\x00b'",
     ),
     *(
-        (f"step {step!r}", lambda c, d, step=step: c.save(step, 1), f"roptim.Checkpointer.save: step must be {A_STEP} {step!r}")  # type: ignore[misc]
+        (
+            f"step {step!r}",
+            lambda c, d, step=step: c.save(step, 1),
+            f"roptim.Checkpointer.save: step must be {A_STEP} {step!r}",
+        )  # type: ignore[misc]
         for step in (-1, 2**63, 1.0, True, None, "7", np.float64(3))
     ),
     ("path", lambda c, d: c.path(-1), f"roptim.Checkpointer.path: step must be {A_STEP} -1"),
