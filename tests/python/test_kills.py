@@ -311,7 +311,9 @@ def test_a_kill_at_every_system_call(tmp_path: Path, calls: Counter[str]) -> Non
         left += bool(leftovers(directory))
         Checkpointer(directory).save(3, 3)
         assert not leftovers(directory), (name, k)
-    print(f"{seen.total()} kills at system calls: {seen[1]} left the old state, {seen[2]} the new one; {left} leftovers")
+    print(
+        f"{seen.total()} kills at system calls: {seen[1]} left the old state, {seen[2]} the new one; {left} leftovers"
+    )
     assert min(seen[1], seen[2], left) >= 2
 
 
