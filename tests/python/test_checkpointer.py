@@ -708,6 +708,108 @@ def test_saves_from_many_threads_through_one_checkpointer(tmp_path: Path) -> Non
     assert not leftovers(tmp_path)
 
 
+class Slow:
+    """A part of a run that takes as long to copy as it is told to."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def state_dict(self) -> int:
+        self.reached.set()
+        assert self.opened.wait(60)
+        return 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_thread_waits_while_another_begins_a_save(tmp_path: Path, background: bool) -> None:
+    checkpoints = Checkpointer(tmp_path, background=background)
+    slow = Slow()
+    first = threading.Thread(target=checkpoints.save, args=(1, slow))
+    first.start()
+    assert slow.reached.wait(60)
+    second = threading.Thread(target=checkpoints.save, args=(2, 2))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    assert names(tmp_path) == []
+    slow.opened.set()
+    first.join()
+    second.join()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_fork_while_another_thread_begins_a_save(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, threading, warnings, roptim
+warnings.simplefilter("ignore", DeprecationWarning)
+reached, opened = threading.Event(), threading.Event()
+class Slow:
+    def state_dict(self):
+        reached.set()
+        assert opened.wait(60)
+        return 1
+checkpoints = roptim.Checkpointer(sys.argv[1], background=True)
+thread = threading.Thread(target=checkpoints.save, args=(1, Slow()))
+thread.start()
+assert reached.wait(60)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    checkpoints.save(0, "the child's")
+    checkpoints.wait()
+    assert checkpoints.steps() == [0]
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+opened.set()
+thread.join()
+print(checkpoints.steps())
+"""
+    assert run(code, tmp_path) == "[0, 1]\n"
+
+
+def test_a_report_of_progress_cannot_wait_for_its_own_save(tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        if steps:
+            steps.pop()
+            checkpoints.steps()
+
+    steps = [1]
+    checkpoints = Checkpointer(tmp_path, background=True, progress=progress)
+    checkpoints.save(1, 1)
+    with pytest.raises(roptim.RoptimError, match="must not ask for the end of the save it reports"):
+        checkpoints.wait()
+    assert names(tmp_path) == []
+    checkpoints.save(1, 1)
+    assert checkpoints.steps() == [1]
+
+
+def test_a_signal_handler_saves_while_a_save_is_under_way(tmp_path: Path) -> None:
+    """The usual way to go when the machine is about to be taken away."""
+    code = """
+import os, signal, sys, numpy as np, roptim
+def progress(done, total):
+    if saved == 0 and total > 1000:
+        os.kill(os.getpid(), signal.SIGTERM)
+def last_words(number, frame):
+    global saved
+    saved += 1
+    checkpoints.save(2, "last", force=True)
+    checkpoints.wait()
+saved = 0
+signal.signal(signal.SIGTERM, last_words)
+background = sys.argv[2] == "True"
+checkpoints = roptim.Checkpointer(sys.argv[1], keep=None, every=100, background=background, progress=progress)
+checkpoints.save(1, np.ones(20 << 20, np.uint8), force=True)
+signal.alarm(30)
+while saved == 0:
+    pass
+print(saved, checkpoints.steps(), checkpoints.load(2).state)
+"""
+    for background in (False, True):
+        # What is under way goes on; the later step is there in the end.
+        assert run(code, tmp_path / str(background), background) == "1 [1, 2] last\n"
+
+
 @pytest.mark.parametrize("collect", ["save", "not due", "wait", "steps", "latest", "with"])
 def test_an_error_in_the_background_is_raised_once(tmp_path: Path, collect: str) -> None:
     directory, away = tmp_path / "run", tmp_path / "away"
