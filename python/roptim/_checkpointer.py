@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import threading
 import time
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
 from roptim._files import Progress, path_text
 from roptim._loading import LoadReport, Missing, Rules, Unexpected
 from roptim._restore import restore_tree
@@ -36,6 +37,14 @@ def _whole(place: str, name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
         raise refuse(RoptimValueError, place, name, f"a whole number from {least} to 2^63 - 1", repr(value))
     return int(value)
+
+
+def _warn(sentence: str) -> None:
+    """Warns at the line outside of this file that the call came from."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{_PLACE}: {sentence}", stacklevel=level)
 
 
 class Checkpointer:
@@ -98,6 +107,7 @@ class Checkpointer:
         self._series = _roptim.Series(self.directory, keep)
         self._last_save = -float("inf")
         self._writing: _Writing | None = None
+        self._lock, self._process = threading.RLock(), os.getpid()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.directory)!r})"
@@ -130,17 +140,29 @@ class Checkpointer:
             self._raise_finished()
         if not (force or self._is_due(step)):
             return False
-        self.wait()
-        snapshot = _roptim.Snapshot(state, place, self._background)
-        writing = _Writing(self._series, step, snapshot, self._progress)
-        self._last_save = time.monotonic()
-        if self._background:
-            self._writing = writing
-            writing.start()
-        else:
-            writing.run()
-            writing.conclude()
+        with self._alone():
+            self.wait()
+            snapshot = _roptim.Snapshot(state, place, self._background)
+            writing = _Writing(self._series, step, snapshot, self._progress)
+            self._last_save = time.monotonic()
+            if self._background:
+                self._writing = writing
+                try:
+                    writing.start()
+                except RuntimeError:  # the system has no thread to give
+                    self._writing = None
+                    raise
+            else:
+                writing.run()
+                writing.conclude()
         return True
+
+    def _alone(self) -> threading.RLock:
+        """Held by the thread that begins a save or waits for one; a signal handler may save in between."""
+        if self._process != os.getpid():
+            # In a forked child the thread that held it may be gone.
+            self._lock, self._process = threading.RLock(), os.getpid()
+        return self._lock
 
     def _is_due(self, step: int) -> bool:
         if isinstance(self._every, datetime.timedelta):
@@ -153,10 +175,17 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits for a save in the background, and raises what went wrong in it."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.join()
-            writing.conclude()
+        if self._writing is None:
+            return
+        if self._writing.is_own_thread:
+            raise RoptimRuntimeError(f"{_PLACE}: progress must not ask for the end of the save it reports, got a wait")
+        with self._alone():
+            writing = self._writing
+            if writing is not None:
+                writing.join()
+                # Only now: what interrupts the wait leaves it to the next call.
+                self._writing = None
+                writing.conclude()
 
     def steps(self) -> list[int]:
         """Steps that have a file, in ascending order; whether it can be read is seen when it is."""
@@ -180,7 +209,7 @@ class Checkpointer:
         self.wait()
         found, damaged = self._series.latest(self._progress)
         for sentence in damaged:
-            warnings.warn(f"{_PLACE}: {sentence}; an older checkpoint is taken", stacklevel=2)
+            _warn(f"{sentence}; an older checkpoint is taken")
         return None if found is None else Checkpoint(found[0], self.path(found[0]), found[1])
 
     def load(self, step: int) -> Checkpoint:
@@ -243,6 +272,7 @@ class _Writing:
         self._saved: tuple[list[Path], list[str]] = ([], [])
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._done = threading.Event()
         self._process = os.getpid()
 
     def start(self) -> None:
@@ -258,15 +288,22 @@ class _Writing:
             self._error = error
         finally:
             self._snapshot = None
+            self._done.set()
 
     @property
     def under_way(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        # A forked child has the parent's object but not its thread, and nothing to wait for.
+        return self._process == os.getpid() and not self._done.is_set()
+
+    @property
+    def is_own_thread(self) -> bool:
+        return self._thread is threading.current_thread()
 
     def join(self) -> None:
-        # A forked child has the parent's object but not its thread, and nothing to wait for.
-        if self._thread is not None and self._process == os.getpid():
-            self._thread.join()
+        # Not Thread.join: interrupted, before Python 3.13 it takes the thread for ended, and the interpreter does not
+        # wait for it at exit.
+        if self.under_way:
+            self._done.wait()
 
     def conclude(self) -> None:
         """Raises what went wrong, and warns of what went otherwise than it should."""
@@ -275,9 +312,9 @@ class _Writing:
             raise error
         set_aside, kept = self._saved
         for path in set_aside:
-            warnings.warn(f"{_PLACE}: a damaged checkpoint was in the way and is now called {path}", stacklevel=4)
+            _warn(f"a damaged checkpoint was in the way and is now called {path}")
         for sentence in kept:
-            warnings.warn(f"{_PLACE}: {sentence}", stacklevel=4)
+            _warn(sentence)
 
     def __del__(self) -> None:
         if self._error is not None and self._process == os.getpid():
