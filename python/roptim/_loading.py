@@ -14,7 +14,7 @@ from roptim import _roptim
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
-from roptim._scheduled import decoded, is_scheduled, value_at, values_at
+from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
 
 if TYPE_CHECKING:
     from roptim.optimizer import Optimizer
@@ -331,6 +331,8 @@ class _OfPython(_Load):
             self.members(self.saved["param_groups"]),
             (rules.init_missing, rules.drop_unexpected, rules.rename, rules.keep_hparams),
         )
+        if isinstance(about, Mapping):
+            self.check_facts(sources, about.get("parameters", {}))
         known = {i for group in self.saved["param_groups"] for i in group["params"]}
         for key, entry in self.saved["state"].items():
             if key not in known or not isinstance(entry, Mapping):
@@ -342,6 +344,12 @@ class _OfPython(_Load):
             if there in self.saved["state"]
         }
         keys = self.keys_of_groups(origins)
+        for key in rules.hparams:
+            # Keys of one's own are free, but for what a group refuses to be given.
+            refuse_misspelling(place, key, optimizer.defaults)
+            if key in self.fixed:
+                raise refuse(RoptimKeyError, place, "hparams", "of options of the groups", repr(key))
+        refuse_schedules(place, rules.hparams)
         changed = {}
         for index, (group, new) in enumerate(zip(optimizer.param_groups, keys, strict=True)):
             for name, value in {**(new or {}), **rules.hparams}.items():
@@ -358,6 +366,20 @@ class _OfPython(_Load):
             optimizer._resumed = any("initial_lr" in group for group in optimizer.param_groups)
 
         return Prepared(report, commit)
+
+    def check_facts(self, sources: Mapping[int, int], facts: Any) -> None:
+        """Refuses parameters of other shapes and dtypes, as the engine does."""
+        for here, there in sources.items():
+            saved = facts.get(there) if isinstance(facts, Mapping) else None
+            if not isinstance(saved, Mapping):
+                continue
+            of = f"{self.labels([here])[0]} in the saved state"
+            own = self.optimizer._facts()[here]
+            shape, dtype = saved.get("shape"), saved.get("dtype")
+            if not isinstance(shape, (list, tuple)) or tuple(shape) != own["shape"]:
+                raise refuse(RoptimValueError, self.place, f"shape of {of}", str(own["shape"]), str(shape))
+            if dtype != own["dtype"]:
+                raise refuse(RoptimTypeError, self.place, f"dtype of {of}", own["dtype"], str(dtype))
 
     def members(self, groups: Iterable[Mapping[str, Any]]) -> list[tuple[list[int], list[str] | None]]:
         members: list[tuple[list[int], list[str] | None]] = []

@@ -698,7 +698,7 @@ class Optimizer:
                 }
             return {"state": saved["state"], "param_groups": groups, "roptim": about}
         state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
-        about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0}
+        about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0, "parameters": self._facts()}
         return {"state": state, "param_groups": groups, "roptim": about}
 
     def load_state_dict(
@@ -759,6 +759,10 @@ class Optimizer:
         for hook in list(hooks.load_state_dict_post.values()):
             hook(self)
         return prepared.report
+
+    def _facts(self) -> dict[int, dict[str, Any]]:
+        """What a saved state has to fit, by parameter; the engine writes the same."""
+        return {i: {"shape": p.shape, "dtype": p.dtype.name} for i, p in enumerate(self._state._objects)}
 
     def _numbered_groups(self) -> list[dict[str, Any]]:
         """The groups with indices in place of the parameters."""

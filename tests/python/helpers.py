@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import roptim
+from roptim import _roptim
 from roptim.optimizer import REGISTRY
 
 #: What `laid_out` takes.
@@ -166,3 +167,24 @@ def step(opt: Any, gradients: list[Any] | None = None) -> None:
         opt.step(rows)
     else:
         opt.step(gradients)
+
+
+def fingerprint(tree: Any) -> bytes:
+    """Every byte that a file of this tree would have: types, dtypes, the order of keys and the sign of NaN included.
+
+    Optimizers, schedulers and generators in it stand for their states, Parameters for their values.
+    """
+    return _roptim.dumps(_settled(tree))
+
+
+def _settled(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _settled(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_settled(item) for item in tree]
+    if isinstance(tree, roptim.Optimizer):
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in tree.param_groups]
+        return [_settled(tree.state_dict()), _settled(groups), _settled(tree.defaults), tree.update_count]
+    if isinstance(tree, roptim.schedules.Schedule):
+        return tree.to_json()
+    return f"function {id(tree)}" if callable(tree) and not hasattr(tree, "__dict__") else tree
