@@ -345,10 +345,9 @@ class _OfPython(_Load):
         }
         keys = self.keys_of_groups(origins)
         for key in rules.hparams:
-            # Keys of one's own are free, but for what a group refuses to be given.
-            refuse_misspelling(place, key, optimizer.defaults)
-            if key in self.fixed:
-                raise refuse(RoptimKeyError, place, "hparams", "of options of the groups", repr(key))
+            if key not in optimizer.defaults or key in self.fixed:
+                allowed = f"of hyperparameters ({', '.join(sorted(optimizer.defaults))})"
+                raise refuse(RoptimKeyError, place, "hparams", allowed, repr(key))
         refuse_schedules(place, rules.hparams)
         changed = {}
         for index, (group, new) in enumerate(zip(optimizer.param_groups, keys, strict=True)):
@@ -373,7 +372,9 @@ class _OfPython(_Load):
             saved = facts.get(there) if isinstance(facts, Mapping) else None
             if not isinstance(saved, Mapping):
                 continue
-            of = f"{self.labels([here])[0]} in the saved state"
+            name = self.optimizer._state._names[here]
+            label = here if name is None else f'"{name}"'
+            of = f"parameter {label} in the saved state"
             own = self.optimizer._facts()[here]
             shape, dtype = saved.get("shape"), saved.get("dtype")
             if not isinstance(shape, (list, tuple)) or tuple(shape) != own["shape"]:

@@ -70,7 +70,7 @@ def restore(
         If something does not fit; nothing has changed then.
     """
     rules = Rules.of(_PLACE, strict, missing, unexpected, rename, hparams)
-    saved = load(source, progress=progress) if isinstance(source, (str, bytes, os.PathLike)) else source
+    saved = load(os.fsdecode(source), progress=progress) if isinstance(source, (str, bytes, os.PathLike)) else source
     return restore_tree(saved, into, rules)
 
 
@@ -108,31 +108,37 @@ class _Plan:
         self.renamed: set[str] = set()
         # In the order of writing: what may fail first, with what undoes it.
         self.objects: list[tuple[Any, Any]] = []
+        self.values: list[tuple[Callable[[Any], None], Any, Any]] = []
         self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
         self.writes: list[Callable[[], None]] = []
 
     def through(self, saved: Any, target: Any, place: str, assign: Callable[[Any], None] | None) -> None:
         """Plans one target. ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
-        if isinstance(target, Optimizer):
-            self.optimizer(saved, target, name)
+        if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
+            self.optimizer(self.hooked(target, saved), target, name)
         elif isinstance(target, (np.ndarray, Parameter, _roptim.DeviceArray)):
             self.array(saved, target, name)
         elif isinstance(target, (np.random.Generator, np.random.BitGenerator, np.random.RandomState)):
             self.generator(saved, target, name)
         elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
-            self.objects.append((target, saved))
+            # A copy: what keeps it must not share memory with the source.
+            self.objects.append((target, copy.deepcopy(saved)))
             self.loaded.append(name)
-        elif isinstance(target, Mapping) and _holds_objects(target):
+        elif isinstance(target, Mapping) and (not place or _holds_objects(target)):
             self.mapping(saved, target, place)
-        elif isinstance(target, (list, tuple)) and _holds_objects(target):
+        elif isinstance(target, (list, tuple)) and (not place or _holds_objects(target)):
             self.sequence(saved, target, place)
         elif assign is not None:
-            self.writes.append(lambda: assign(copy.deepcopy(saved)))
+            self.values.append((assign, target, copy.deepcopy(saved)))
             self.loaded.append(name)
         else:
             allowed = "an array, an object with load_state_dict, or a value in a list or dict"
             raise refuse(RoptimTypeError, _PLACE, name, allowed, f"an object of type {type(target).__name__}")
+
+    def hooked(self, target: Optimizer, saved: Any) -> Any:
+        """What the optimizer's hooks make of its state; a copy, of which nothing of the source is changed."""
+        return target._before_load(copy.deepcopy(saved) if target._hooks is not None else saved)
 
     def optimizer(self, saved: Any, target: Optimizer, name: str) -> None:
         groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
@@ -262,11 +268,14 @@ class _Plan:
 
     def commit(self) -> None:
         with ExitStack() as undo:
-            for target, saved in self.objects:
-                before = copy.deepcopy(target.state_dict()) if hasattr(target, "state_dict") else None
-                if before is not None:
-                    undo.callback(target.load_state_dict, before)
+            # What cannot give its state back comes last.
+            for target, saved in sorted(self.objects, key=lambda each: not hasattr(each[0], "state_dict")):
+                if hasattr(target, "state_dict"):
+                    undo.callback(target.load_state_dict, copy.deepcopy(target.state_dict()))
                 target.load_state_dict(saved)
+            for assign, old, new in self.values:
+                undo.callback(assign, old)
+                assign(new)
             for target, load_prepared in self.optimizers:
                 # What was checked fails only with its device or memory; a copy is kept where another one went before.
                 if len(self.optimizers) > 1:
@@ -275,6 +284,8 @@ class _Plan:
             for write in self.writes:
                 write()
             undo.pop_all()
+        for target, _ in self.optimizers:
+            target._after_load()
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -748,17 +748,25 @@ class Optimizer:
         """
         place = f"{self._place}.load_state_dict"
         rules = Rules.of(place, strict, missing, unexpected, rename, hparams)
+        prepared = prepare(self, self._before_load(state_dict), rules, place)
+        prepared.commit()
+        self._after_load()
+        return prepared.report
+
+    def _before_load(self, state_dict: Any) -> Any:
+        """What is loaded after the hooks."""
         hooks = self._hooks or Hooks()
         if hooks.load_state_dict_pre and isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)
             for hook in list(hooks.load_state_dict_pre.values()):
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        prepared = prepare(self, state_dict, rules, place)
-        prepared.commit()
+        return state_dict
+
+    def _after_load(self) -> None:
+        hooks = self._hooks or Hooks()
         for hook in list(hooks.load_state_dict_post.values()):
             hook(self)
-        return prepared.report
 
     def _facts(self) -> dict[int, dict[str, Any]]:
         """What a saved state has to fit, by parameter; the engine writes the same."""
