@@ -77,7 +77,7 @@ def restore(
 def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -> LoadReport:
     """The same, of values, by checked rules."""
     plan = _Plan(rules)
-    plan.through(saved, into, "", None)
+    plan.through(saved, into, "", None, None)
     plan.check_renames()
     plan.commit()
     hparams = plan.hparams
@@ -112,8 +112,11 @@ class _Plan:
         self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
         self.writes: list[Callable[[], None]] = []
 
-    def through(self, saved: Any, target: Any, place: str, assign: Callable[[Any], None] | None) -> None:
-        """Plans one target. ``assign`` replaces it in its container, if it can be."""
+    def through(
+        self, saved: Any, target: Any, place: str, within: str | None, assign: Callable[[Any], None] | None
+    ) -> None:
+        """Plans one target. ``within`` is its name as optimizers name parameters, ``""`` for a part of the whole
+        and None for that; ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
         if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
             self.optimizer(self.hooked(target, saved), target, name)
@@ -126,9 +129,9 @@ class _Plan:
             self.objects.append((target, copy.deepcopy(saved)))
             self.loaded.append(name)
         elif isinstance(target, Mapping) and (not place or _holds_objects(target)):
-            self.mapping(saved, target, place)
+            self.mapping(saved, target, place, within)
         elif isinstance(target, (list, tuple)) and (not place or _holds_objects(target)):
-            self.sequence(saved, target, place)
+            self.sequence(saved, target, place, within)
         elif assign is not None:
             self.values.append((assign, target, copy.deepcopy(saved)))
             self.loaded.append(name)
@@ -198,11 +201,11 @@ class _Plan:
         self.writes.append(lambda: _set_generator(target, saved))
         self.loaded.append(name)
 
-    def mapping(self, saved: Any, target: Mapping[Any, Any], place: str) -> None:
+    def mapping(self, saved: Any, target: Mapping[Any, Any], place: str, within: str | None) -> None:
         if not isinstance(saved, Mapping):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
-        found = {self.renamed_key(key, place): value for key, value in saved.items()}
+        found = {self.renamed_key(key, place, within): value for key, value in saved.items()}
         if len(found) != len(saved):
             raise refuse(RoptimValueError, _PLACE, "rename", "to different names", f"one name twice in {place or 'the whole'}")
         self.differences([str(key) for key in target if key not in found], [str(key) for key in found if key not in target], place)
@@ -210,17 +213,16 @@ class _Plan:
             inner = f"{place}.{key}" if place else str(key)
             if key in found:
                 assign = _setter(target, key) if hasattr(target, "__setitem__") else None
-                self.through(found[key], value, inner, assign)
+                self.through(found[key], value, inner, _below(within, key), assign)
             else:
                 self.initialised.append(inner)
         self.dropped += [f"{place}.{key}" if place else str(key) for key in found if key not in target]
 
-    def renamed_key(self, key: Any, place: str) -> Any:
+    def renamed_key(self, key: Any, place: str, within: str | None) -> Any:
         """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
         if not isinstance(key, str):
             return key
-        below = place.partition(".")[2]
-        prefix = f"{below}." if below else ""
+        prefix = f"{within}." if within else ""
         old = f"{prefix}{key}"
         new = self.rules.rename.get(old)
         if new is None:
@@ -231,7 +233,7 @@ class _Plan:
         self.renamed.add(old)
         return new[len(prefix) :]
 
-    def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str) -> None:
+    def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str, within: str | None) -> None:
         if not isinstance(saved, (list, tuple)):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a list", got)
@@ -243,7 +245,7 @@ class _Plan:
         self.dropped += [f"{place}{item}" for item in surplus]
         for i in range(both):
             assign = _setter(target, i) if isinstance(target, list) else None
-            self.through(saved[i], target[i], f"{place}[{i}]", assign)
+            self.through(saved[i], target[i], f"{place}[{i}]", _below(within, i), assign)
 
     def differences(self, new: list[str], surplus: list[str], place: str) -> None:
         """Refuses what the rules do not allow."""
@@ -286,6 +288,11 @@ class _Plan:
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+def _below(within: str | None, key: Any) -> str:
+    """The name of what is in a container, as optimizers name parameters."""
+    return "" if within is None else f"{within}.{key}" if within else str(key)
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:
