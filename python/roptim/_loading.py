@@ -238,16 +238,19 @@ class _OfEngine(_Load):
         optimizer, saved = self.optimizer, self.saved
         known = self.fixed
         about = saved.get("roptim")
+        # Of another class they are not misspelled, and the engine names the class.
+        is_own = not isinstance(about, Mapping) or about.get("optimizer") == optimizer._engine_name
         groups = []
         for group in saved["param_groups"]:
             check_switches(self.place, **{key: group[key] for key in group if key in SWITCHES - known})
             for key in group:
-                refuse_misspelling(self.place, key, optimizer._hypers)
                 if "roptim" not in saved and key not in known and key not in SCHEDULER_KEYS:
                     others = classes_with(key)
                     if others:
                         got = f"a state with {key!r}, of {' or '.join(others)}"
                         raise refuse(RoptimValueError, self.place, "state_dict", f"of {optimizer._engine_name}", got)
+                if is_own:
+                    refuse_misspelling(self.place, key, optimizer._hypers)
             groups.append({key: plain(settled(value)) for key, value in group.items() if key in known})
         state = {
             index: {key: plain(value) for key, value in entry.items()} if isinstance(entry, Mapping) else entry

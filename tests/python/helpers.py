@@ -188,3 +188,25 @@ def _settled(tree: Any) -> Any:
     if isinstance(tree, roptim.schedules.Schedule):
         return tree.to_json()
     return f"function {id(tree)}" if callable(tree) and not hasattr(tree, "__dict__") else tree
+
+
+class Sign(roptim.Optimizer):
+    """Steps along the sign of a running gradient: an optimizer as torch users write them."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["count"] = 0
+                    state["sum"] = np.zeros_like(p.data)
+                state["count"] += 1
+                state["sum"] += p.grad
+                p.data -= group["lr"] * np.sign(state["sum"])
+        return loss
