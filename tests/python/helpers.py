@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -178,10 +178,10 @@ def fingerprint(tree: Any) -> bytes:
 
 
 def _settled(tree: Any) -> Any:
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {key: _settled(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_settled(item) for item in tree]
+        return type(tree)([_settled(item) for item in tree])
     if isinstance(tree, roptim.Optimizer):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in tree.param_groups]
         return [_settled(tree.state_dict()), _settled(groups), _settled(tree.defaults), tree.update_count]
