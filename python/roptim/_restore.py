@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._files import Progress, load, state_of
 from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
 from roptim._parameter import Parameter
@@ -107,7 +107,7 @@ class _Plan:
         #: Old names of ``rename`` that something was found under.
         self.renamed: set[str] = set()
         # In the order of writing: what may fail first, with what undoes it.
-        self.objects: list[tuple[Any, Any]] = []
+        self.objects: list[tuple[str, Any, Any]] = []
         self.values: list[tuple[Callable[[Any], None], Any, Any]] = []
         self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
         self.writes: list[Callable[[], None]] = []
@@ -126,7 +126,7 @@ class _Plan:
             self.generator(saved, target, name)
         elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
             # A copy: what keeps it must not share memory with the source.
-            self.objects.append((target, copy.deepcopy(saved)))
+            self.objects.append((name, target, copy.deepcopy(saved)))
             self.loaded.append(name)
         elif isinstance(target, Mapping) and (not place or _holds_objects(target)):
             self.mapping(saved, target, place, within)
@@ -150,7 +150,8 @@ class _Plan:
         rename = {old: new for old, new in self.rules.rename.items() if old in names}
         self.renamed |= rename.keys()
         rules = Rules(**{**vars(self.rules), "rename": rename})
-        prepared = prepare(target, saved, rules, f"{_PLACE}: {name}: {type(target).__name__}")
+        with _placed(name):
+            prepared = prepare(target, saved, rules, f"{type(target).__name__}.load_state_dict")
         report = prepared.report
         self.optimizers.append((target, prepared.commit))
         self.loaded += [f"{name}: {each}" for each in report.loaded]
@@ -271,10 +272,11 @@ class _Plan:
     def commit(self) -> None:
         with ExitStack() as undo:
             # What cannot give its state back comes last.
-            for target, saved in sorted(self.objects, key=lambda each: not hasattr(each[0], "state_dict")):
+            for name, target, saved in sorted(self.objects, key=lambda each: not hasattr(each[1], "state_dict")):
                 if hasattr(target, "state_dict"):
                     undo.callback(target.load_state_dict, copy.deepcopy(target.state_dict()))
-                target.load_state_dict(saved)
+                with _placed(name):
+                    target.load_state_dict(saved)
             for assign, old, new in self.values:
                 undo.callback(assign, old)
                 assign(new)
@@ -288,6 +290,18 @@ class _Plan:
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+@contextmanager
+def _placed(name: str) -> Iterator[None]:
+    """Says in errors which part of the whole they are of."""
+    try:
+        yield
+    except RoptimError as error:
+        raise type(error)(f"{_PLACE}: {name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"{_PLACE}: of {name}")
+        raise
 
 
 def _below(within: str | None, key: Any) -> str:
