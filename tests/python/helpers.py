@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -187,7 +188,7 @@ def _settled(tree: Any) -> Any:
         return [_settled(tree.state_dict()), _settled(groups), _settled(tree.defaults), tree.update_count]
     if isinstance(tree, roptim.schedules.Schedule):
         return tree.to_json()
-    return f"function {id(tree)}" if callable(tree) and not hasattr(tree, "__dict__") else tree
+    return "function" if isinstance(tree, types.FunctionType) else tree
 
 
 class Sign(roptim.Optimizer):
