@@ -297,7 +297,7 @@ class _OfEngine(_Load):
         optimizer, place = self.optimizer, self.place
         group = self.saved["param_groups"][origin]
         values = {}
-        for name in mine.keys() - forms.keys() - given.keys():
+        for name in (name for name in mine if name not in forms and name not in given):
             if name not in group:
                 # What is not given is kept, here as for numbers.
                 values[name] = mine[name]
@@ -307,7 +307,7 @@ class _OfEngine(_Load):
                 "assign the schedule again to go on with it",
                 stacklevel=6,
             )
-        for key in forms.keys() - given.keys():
+        for key in (key for key in forms if key not in given):
             name = f"{key} of group {index}"
             values[key] = decoded(place, name, forms[key], mine.get(key))
             if not is_scheduled(values[key]):

@@ -299,7 +299,7 @@ class Optimizer:
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
         index = len(self.param_groups)
-        scheduled = {key: options[key] for key in self._hypers if is_scheduled(options.get(key))}
+        scheduled = {key: value for key, value in options.items() if key in self._hypers and is_scheduled(value)}
         options.update(values_at(scheduled, self.update_count))
         if self._engine is None:
             refuse_schedules(place, options)
