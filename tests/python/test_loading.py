@@ -692,25 +692,27 @@ def shown(opt: Any) -> list[Any]:
         (COSINE, STEPS, {"lr": 0.125}, 0.125, (STEPS, 0.125)),
         (COSINE, STEPS, {"momentum": 0.125}, COSINE, (STEPS, COSINE)),
     ],
-    ids=str,
 )
 def test_schedules(theirs: Any, mine: Any, hparams: Any, want: Any, report: Any) -> None:
     source, params = SGD([f32(2)], lr=theirs, momentum=0.25), [f32(2)]
     for _ in range(3):
         source.step([f32(2)])
     opt = SGD(params, lr=mine, momentum=0.25)
+    for _ in range(3):
+        # The groups show values for this very count already.
+        opt.step([f32(2, value=0)])
     got = opt.load_state_dict(source.state_dict(), hparams=hparams).hparams.get("group 0: lr")
     assert repr(got) == repr(report)
     is_schedule = isinstance(want, schedules.Schedule)
     assert shown(opt) == [want(3) if is_schedule else want]
     assert scheduled(opt) == ({0: {"lr": want.to_json()}} if is_schedule else {})
     # The step that follows has it, bit for bit as an optimizer that always had.
-    twin = SGD([f32(2)], lr=want, momentum=opt.param_groups[0]["momentum"])
+    others = [p.copy() for p in params]
+    twin = SGD(others, lr=want, momentum=opt.param_groups[0]["momentum"])
     twin.load_state_dict(source.state_dict(), hparams="keep")
-    others = twin.param_groups[0]["params"]
     opt.step([f32(2)])
     twin.step([f32(2)])
-    assert fingerprint(params) == fingerprint(list(others))
+    assert fingerprint(params) == fingerprint(others)
     assert shown(opt) == [want(4) if is_schedule else want]
 
 
@@ -763,6 +765,48 @@ def test_schedules_go_with_their_parameters() -> None:
     assert shown(opt) == [0.5, STEPS(0), COSINE(0)]
     opt.param_groups[1]["lr"] = 0.25
     assert scheduled(opt) == {2: {"lr": COSINE.to_json()}}
+
+
+def test_a_schedule_stays_where_the_saved_group_says_nothing() -> None:
+    saved = SGD([f32(2)], lr=0.25).state_dict()
+    del saved["param_groups"][0]["lr"]
+    for state_dict in (saved, {key: value for key, value in saved.items() if key != "roptim"}):
+        opt = SGD([f32(2)], lr=COSINE)
+        assert opt.load_state_dict(state_dict).hparams == {}
+        assert scheduled(opt) == {0: {"lr": COSINE.to_json()}}
+
+
+def test_optimizers_written_in_python_take_no_schedules() -> None:
+    opt = Sign([f32(2)])
+    opt.param_groups[0]["mine"] = 1
+    saved = opt.state_dict()
+    saved["param_groups"][0]["mine"] = 2
+    before = fingerprint(opt)
+    with pytest.raises(TypeError, match=r"^Sign.load_state_dict: lr must be a value, got a schedule"):
+        opt.load_state_dict(saved, hparams={"lr": COSINE})
+    assert fingerprint(opt) == before
+
+
+def test_the_order_of_schedules_is_that_of_the_saved_run() -> None:
+    many = {"weight_decay": COSINE, "lr": STEPS, "momentum": schedules.constant(0.5), "dampening": COSINE}
+    source = SGD([f32(2)], **many)
+    opt = SGD([f32(2)], **dict(reversed(many.items())))
+    assert list(scheduled(source)[0]) == list(REGISTRY["SGD"]["defaults"])[:4]
+    opt.load_state_dict(source.state_dict())
+    assert list(scheduled(opt)[0]) == list(scheduled(source)[0])
+
+
+def test_indices_may_be_any() -> None:
+    opt, params = trained("Adam")
+    saved = opt.state_dict()
+    del saved["roptim"]
+    other = {7: 0, 3: 1, 5: 2}
+    saved["param_groups"][0]["params"], saved["param_groups"][1]["params"] = [7, 3], [5]
+    saved["state"] = {index: saved["state"][own] for index, own in other.items()}
+    again = Adam([{"params": [f32(3, 2), f32(2, 2)]}, {"params": f32(4, 3)}])
+    assert again.load_state_dict(saved).loaded == ("parameter 0", "parameter 1", "parameter 2")
+    assert state_bytes(again) == state_bytes(opt)
+    assert len(params) == 3
 
 
 @pytest.mark.parametrize(
