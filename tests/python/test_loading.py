@@ -545,6 +545,8 @@ def test_the_dtype_of_state_follows_no_parameter(there: str, here: str) -> None:
         ({"missing": "drop"}, ValueError, 'missing must be "error" or "init", got \'drop\''),
         ({"unexpected": "init"}, ValueError, 'unexpected must be "error" or "drop", got \'init\''),
         ({"missing": 3}, ValueError, 'missing must be "error" or "init", got 3'),
+        ({"missing": np.zeros(2)}, ValueError, 'missing must be "error" or "init", got array([0., 0.])'),
+        ({"hparams": np.zeros(2)}, ValueError, 'hparams must be "file", "keep" or a dict of values, got array('),
         ({"rename": ["a"]}, TypeError, "rename must be a dict of names, got"),
         ({"rename": {"a": 3}}, TypeError, "rename must be a dict of names, got"),
         ({"rename": {0: "a"}}, TypeError, "rename must be a dict of names, got"),

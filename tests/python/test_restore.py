@@ -315,6 +315,14 @@ FAILURES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
         path_set("optimizers", "others", 0, "state", 0, "momentum_buffer", to=f32(5)),
         r"^roptim.restore: optimizers.others\[0\]: SGD.load_state_dict: momentum_buffer of parameter 0 must",
     ),
+    "names": (
+        path_set("optimizers", "main", "param_groups", 0, "param_names", to=[["x"]]),
+        "^roptim.restore: optimizers.main: .*param_names",
+    ),
+    "no names": (
+        path_set("optimizers", "main", "param_groups", 0, "param_names", to=3),
+        "^roptim.restore: optimizers.main: .*param_names",
+    ),
     "no state": (
         path_set("optimizers", "main", to=3),
         "optimizers.main: AdamW.load_state_dict: state_dict must be a dict, got",
@@ -558,6 +566,21 @@ def test_hyperparameters_of_all_optimizers(tmp_path: Path) -> None:
     assert fingerprint(target) == before
     adam = {"a": SGD([f32(1)]), "b": Adam([f32(1)])}
     assert roptim.restore(path, adam).converted_from == "AdamW"
+
+
+def test_warnings_name_the_line_that_called(tmp_path: Path) -> None:
+    saved = {"opt": SGD([f32(1)], lr=0.25)}
+    series = roptim.Checkpointer(tmp_path / "series")
+    series.save(1, saved)
+    path = file_of(tmp_path, saved)
+    for call in (
+        lambda into: roptim.restore(path, into),
+        series.restore,
+        lambda into: into["opt"].load_state_dict(saved["opt"].state_dict()),
+    ):
+        with pytest.warns(UserWarning, match="lr of group 0 was no schedule in the saved run") as said:
+            call({"opt": SGD([f32(1)], lr=schedules.cosine(3))})
+        assert [warning.filename for warning in said] == [__file__]
 
 
 @pytest.mark.parametrize(
