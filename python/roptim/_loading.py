@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ class Rules:
         """The rules that arguments ask for; an explicit one overrides ``strict``."""
 
         def chosen(name: str, given: str | None, gentle: str) -> bool:
-            if given not in (None, "error", gentle):
+            if given is not None and not (isinstance(given, str) and given in ("error", gentle)):
                 raise refuse(RoptimValueError, place, name, f'"error" or "{gentle}"', repr(given))
             return not strict if given is None else given == gentle
 
@@ -92,15 +93,23 @@ class Rules:
         texts = isinstance(rename, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in rename.items())
         if not texts:
             raise refuse(RoptimTypeError, place, "rename", "a dict of names", repr(rename))
-        if not isinstance(hparams, Mapping) and hparams not in ("file", "keep"):
+        if not isinstance(hparams, Mapping) and not (isinstance(hparams, str) and hparams in ("file", "keep")):
             raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', repr(hparams))
         return Rules(
             init_missing=chosen("missing", missing, "init"),
             drop_unexpected=chosen("unexpected", unexpected, "drop"),
             rename=dict(rename),
-            keep_hparams=hparams == "keep",
+            keep_hparams=isinstance(hparams, str) and hparams == "keep",
             hparams=dict(hparams) if isinstance(hparams, Mapping) else {},
         )
+
+
+def _levels_outside() -> int:
+    """How far above the caller the code is that called this package."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "roptim":
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 @dataclass(frozen=True)
@@ -305,7 +314,7 @@ class _OfEngine(_Load):
             warnings.warn(
                 f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
                 "assign the schedule again to go on with it",
-                stacklevel=6,
+                stacklevel=_levels_outside(),
             )
         for key in (key for key in forms if key not in given):
             name = f"{key} of group {index}"

@@ -145,8 +145,10 @@ class _Plan:
 
     def optimizer(self, saved: Any, target: Optimizer, name: str) -> None:
         groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-        listed = groups if isinstance(groups, (list, tuple)) else []
-        names = {n for group in listed if isinstance(group, Mapping) for n in group.get("param_names") or ()}
+        listed = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, (list, tuple)) else []
+        # What is no list of names is refused with all else that is wrong in it.
+        lists = [names for group in listed if isinstance(names := group.get("param_names"), (list, tuple))]
+        names = {name for each in lists for name in each if isinstance(name, str)}
         rename = {old: new for old, new in self.rules.rename.items() if old in names}
         self.renamed |= rename.keys()
         rules = Rules(**{**vars(self.rules), "rename": rename})
