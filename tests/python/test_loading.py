@@ -583,9 +583,10 @@ def test_refused_arguments(make: Any, options: dict[str, Any], kind: type[Except
         ({"lr": 0.5, "eps": -1}, "eps must be a finite number >= 0, got -1"),
         ({"betas": (0.5, schedules.constant(3.0))}, "betas[1] must be a number in [0, 1), got 3.0"),
         ({"lr": schedules.constant(-1.0)}, "lr must be a finite number >= 0, got -1.0"),
+        # At the count that is loaded; at 0 it is one.
+        ({"lr": schedules.linear(0.5, -1.0, 3)}, "lr must be a finite number >= 0, got -1.0"),
         ({"amsgrad": lambda t: "yes"}, "amsgrad must be True or False, got"),
     ],
-    ids=str,
 )
 def test_refused_values_for_every_group(hparams: dict[str, Any], message: str) -> None:
     opt, params = trained("Adam")
