@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from roptim import _roptim
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
-from roptim._scheduled import decoded, is_scheduled, value_at, values_at
+from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
 
 if TYPE_CHECKING:
     from roptim.optimizer import Optimizer
@@ -89,22 +90,30 @@ class Rules:
         """The rules that arguments ask for; an explicit one overrides ``strict``."""
 
         def chosen(name: str, given: str | None, gentle: str) -> bool:
-            if given not in (None, "error", gentle):
+            if given is not None and not (isinstance(given, str) and given in ("error", gentle)):
                 raise refuse(RoptimValueError, place, name, f'"error" or "{gentle}"', repr(given))
             return not strict if given is None else given == gentle
 
         rename = {} if rename is None else rename
         if not isinstance(rename, Mapping) or not all(isinstance(n, str) for pair in rename.items() for n in pair):
             raise refuse(RoptimTypeError, place, "rename", "a dict of names", repr(rename))
-        if not isinstance(hparams, Mapping) and hparams not in ("file", "keep"):
+        if not isinstance(hparams, Mapping) and not (isinstance(hparams, str) and hparams in ("file", "keep")):
             raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', repr(hparams))
         return Rules(
             init_missing=chosen("missing", missing, "init"),
             drop_unexpected=chosen("unexpected", unexpected, "drop"),
             rename=dict(rename),
-            keep_hparams=hparams == "keep",
+            keep_hparams=isinstance(hparams, str) and hparams == "keep",
             hparams=dict(hparams) if isinstance(hparams, Mapping) else {},
         )
+
+
+def _levels_outside() -> int:
+    """How far above the caller the code is that called this package."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "roptim":
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 @dataclass(frozen=True)
@@ -239,16 +248,19 @@ class _OfEngine(_Load):
         optimizer, saved = self.optimizer, self.saved
         known = self.fixed
         about = saved.get("roptim")
+        # Of another class they are not misspelled, and the engine names the class.
+        is_own = not isinstance(about, Mapping) or about.get("optimizer") == optimizer._engine_name
         groups = []
         for group in saved["param_groups"]:
             check_switches(self.place, **{key: group[key] for key in group if key in SWITCHES - known})
             for key in group:
-                refuse_misspelling(self.place, key, optimizer._hypers)
                 if "roptim" not in saved and key not in known and key not in SCHEDULER_KEYS:
                     others = classes_with(key)
                     if others:
                         got = f"a state with {key!r}, of {' or '.join(others)}"
                         raise refuse(RoptimValueError, self.place, "state_dict", f"of {optimizer._engine_name}", got)
+                if is_own:
+                    refuse_misspelling(self.place, key, optimizer._hypers)
             groups.append({key: plain(settled(value)) for key, value in group.items() if key in known})
         state = {
             index: {key: plain(value) for key, value in entry.items()} if isinstance(entry, Mapping) else entry
@@ -294,7 +306,7 @@ class _OfEngine(_Load):
         optimizer, place = self.optimizer, self.place
         group = self.saved["param_groups"][origin]
         values = {}
-        for name in mine.keys() - forms.keys() - given.keys():
+        for name in (name for name in mine if name not in forms and name not in given):
             if name not in group:
                 # What is not given is kept, here as for numbers.
                 values[name] = mine[name]
@@ -302,9 +314,9 @@ class _OfEngine(_Load):
             warnings.warn(
                 f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
                 "assign the schedule again to go on with it",
-                stacklevel=6,
+                stacklevel=_levels_outside(),
             )
-        for key in forms.keys() - given.keys():
+        for key in (key for key in forms if key not in given):
             name = f"{key} of group {index}"
             values[key] = decoded(place, name, forms[key], mine.get(key))
             if not is_scheduled(values[key]):
@@ -331,6 +343,8 @@ class _OfPython(_Load):
             self.members(self.saved["param_groups"]),
             rules.matching,
         )
+        if isinstance(about, Mapping):
+            self.check_facts(sources, about.get("parameters", {}))
         known = {i for group in self.saved["param_groups"] for i in group["params"]}
         for key, entry in self.saved["state"].items():
             if key not in known or not isinstance(entry, Mapping):
@@ -342,6 +356,11 @@ class _OfPython(_Load):
             if there in self.saved["state"]
         }
         keys = self.keys_of_groups(origins)
+        for key in rules.hparams:
+            if key not in optimizer.defaults or key in self.fixed:
+                allowed = f"of hyperparameters ({', '.join(sorted(optimizer.defaults))})"
+                raise refuse(RoptimKeyError, place, "hparams", allowed, repr(key))
+        refuse_schedules(place, rules.hparams)
         changed = {}
         for index, (group, new) in enumerate(zip(optimizer.param_groups, keys, strict=True)):
             for name, value in {**(new or {}), **rules.hparams}.items():
@@ -358,6 +377,22 @@ class _OfPython(_Load):
             optimizer._resumed = any("initial_lr" in group for group in optimizer.param_groups)
 
         return Prepared(report, commit)
+
+    def check_facts(self, sources: Mapping[int, int], facts: Any) -> None:
+        """Refuses parameters of other shapes and dtypes, as the engine does."""
+        for here, there in sources.items():
+            saved = facts.get(there) if isinstance(facts, Mapping) else None
+            if not isinstance(saved, Mapping):
+                continue
+            name = self.optimizer._state._names[here]
+            label = here if name is None else f'"{name}"'
+            of = f"parameter {label} in the saved state"
+            own = self.optimizer._facts()[here]
+            shape, dtype = saved.get("shape"), saved.get("dtype")
+            if not isinstance(shape, (list, tuple)) or tuple(shape) != own["shape"]:
+                raise refuse(RoptimValueError, self.place, f"shape of {of}", str(own["shape"]), str(shape))
+            if dtype != own["dtype"]:
+                raise refuse(RoptimTypeError, self.place, f"dtype of {of}", own["dtype"], str(dtype))
 
     def members(self, groups: Iterable[Mapping[str, Any]]) -> list[tuple[list[int], list[str] | None]]:
         members: list[tuple[list[int], list[str] | None]] = []

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 from roptim._files import Progress, load, state_of
 from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
 from roptim._parameter import Parameter
@@ -72,14 +72,14 @@ def restore(
         If something does not fit; nothing has changed then.
     """
     rules = Rules.of(_PLACE, strict, missing, unexpected, rename, hparams)
-    saved = load(source, progress=progress) if isinstance(source, (str, os.PathLike)) else source
+    saved = load(os.fsdecode(source), progress=progress) if isinstance(source, (str, bytes, os.PathLike)) else source
     return restore_tree(saved, into, rules)
 
 
 def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -> LoadReport:
     """The same, of values, by checked rules."""
     plan = _Plan(rules)
-    plan.through(saved, into, "", None)
+    plan.through(saved, into, "", None, None)
     plan.check_renames()
     plan.commit()
     hparams = plan.hparams
@@ -102,41 +102,53 @@ class _Plan:
         #: Old names of ``rename`` that something was found under.
         self.renamed: set[str] = set()
         # In the order of writing: what may fail first, with what undoes it.
-        self.objects: list[tuple[Any, Any]] = []
+        self.objects: list[tuple[str, Any, Any]] = []
+        self.values: list[tuple[Callable[[Any], None], Any, Any]] = []
         self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
         self.writes: list[Callable[[], None]] = []
 
-    def through(self, saved: Any, target: Any, place: str, assign: Callable[[Any], None] | None) -> None:
-        """Plans one target. ``assign`` replaces it in its container, if it can be."""
+    def through(
+        self, saved: Any, target: Any, place: str, within: str | None, assign: Callable[[Any], None] | None
+    ) -> None:
+        """Plans one target. ``within`` is its name as optimizers name parameters, ``""`` for a part of the whole
+        and None for that; ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
-        if isinstance(target, Optimizer):
-            self.optimizer(saved, target, name)
+        if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
+            self.optimizer(self.hooked(target, saved), target, name)
         elif isinstance(target, _ARRAYS):
             self.array(saved, target, name)
         elif isinstance(target, _GENERATORS):
             self.generator(saved, target, name)
         elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
-            self.objects.append((target, saved))
+            # A copy: what keeps it must not share memory with the source.
+            self.objects.append((name, target, copy.deepcopy(saved)))
             self.loaded.append(name)
-        elif isinstance(target, Mapping) and _holds_objects(target):
-            self.mapping(saved, target, place)
-        elif isinstance(target, (list, tuple)) and _holds_objects(target):
-            self.sequence(saved, target, place)
+        elif isinstance(target, Mapping) and (not place or _holds_objects(target)):
+            self.mapping(saved, target, place, within)
+        elif isinstance(target, (list, tuple)) and (not place or _holds_objects(target)):
+            self.sequence(saved, target, place, within)
         elif assign is not None:
-            self.writes.append(lambda: assign(copy.deepcopy(saved)))
+            self.values.append((assign, target, copy.deepcopy(saved)))
             self.loaded.append(name)
         else:
             allowed = "an array, an object with load_state_dict, or a value in a list or dict"
             raise refuse(RoptimTypeError, _PLACE, name, allowed, f"an object of type {type(target).__name__}")
 
+    def hooked(self, target: Optimizer, saved: Any) -> Any:
+        """What the optimizer's hooks make of its state; a copy, of which nothing of the source is changed."""
+        return target._before_load(copy.deepcopy(saved) if target._hooks is not None else saved)
+
     def optimizer(self, saved: Any, target: Optimizer, name: str) -> None:
         groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-        listed = groups if isinstance(groups, (list, tuple)) else []
-        names = {n for group in listed if isinstance(group, Mapping) for n in group.get("param_names") or ()}
+        listed = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, (list, tuple)) else []
+        # What is no list of names is refused with all else that is wrong in it.
+        lists = [names for group in listed if isinstance(names := group.get("param_names"), (list, tuple))]
+        names = {name for each in lists for name in each if isinstance(name, str)}
         rename = {old: new for old, new in self.rules.rename.items() if old in names}
         self.renamed |= rename.keys()
         rules = Rules(**{**vars(self.rules), "rename": rename})
-        prepared = prepare(target, saved, rules, f"{_PLACE}: {name}: {type(target).__name__}")
+        with _placed(name):
+            prepared = prepare(target, saved, rules, f"{type(target).__name__}.load_state_dict")
         report = prepared.report
         self.optimizers.append((target, prepared.commit))
         self.loaded += [f"{name}: {each}" for each in report.loaded]
@@ -187,11 +199,11 @@ class _Plan:
         self.writes.append(lambda: _set_generator(target, saved))
         self.loaded.append(name)
 
-    def mapping(self, saved: Any, target: Mapping[Any, Any], place: str) -> None:
+    def mapping(self, saved: Any, target: Mapping[Any, Any], place: str, within: str | None) -> None:
         if not isinstance(saved, Mapping):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
-        found = {self.renamed_key(key, place): value for key, value in saved.items()}
+        found = {self.renamed_key(key, place, within): value for key, value in saved.items()}
         if len(found) != len(saved):
             got = f"one name twice in {place or 'the whole'}"
             raise refuse(RoptimValueError, _PLACE, "rename", "to different names", got)
@@ -201,17 +213,16 @@ class _Plan:
             inner = f"{place}.{key}" if place else str(key)
             if key in found:
                 assign = _setter(target, key) if hasattr(target, "__setitem__") else None
-                self.through(found[key], value, inner, assign)
+                self.through(found[key], value, inner, _below(within, key), assign)
             else:
                 self.initialised.append(inner)
         self.dropped += [f"{place}.{key}" if place else key for key in surplus]
 
-    def renamed_key(self, key: Any, place: str) -> Any:
+    def renamed_key(self, key: Any, place: str, within: str | None) -> Any:
         """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
         if not isinstance(key, str):
             return key
-        below = place.partition(".")[2]
-        prefix = f"{below}." if below else ""
+        prefix = f"{within}." if within else ""
         old = f"{prefix}{key}"
         new = self.rules.rename.get(old)
         if new is None:
@@ -222,7 +233,7 @@ class _Plan:
         self.renamed.add(old)
         return new[len(prefix) :]
 
-    def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str) -> None:
+    def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str, within: str | None) -> None:
         if not isinstance(saved, (list, tuple)):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a list", got)
@@ -234,7 +245,7 @@ class _Plan:
         self.dropped += [f"{place}{item}" for item in surplus]
         for i in range(both):
             assign = _setter(target, i) if isinstance(target, list) else None
-            self.through(saved[i], target[i], f"{place}[{i}]", assign)
+            self.through(saved[i], target[i], f"{place}[{i}]", _below(within, i), assign)
 
     def differences(self, new: list[str], surplus: list[str], place: str) -> None:
         """Refuses what the rules do not allow."""
@@ -259,11 +270,15 @@ class _Plan:
 
     def commit(self) -> None:
         with ExitStack() as undo:
-            for target, saved in self.objects:
-                before = copy.deepcopy(target.state_dict()) if hasattr(target, "state_dict") else None
-                if before is not None:
-                    undo.callback(target.load_state_dict, before)
-                target.load_state_dict(saved)
+            # What cannot give its state back comes last.
+            for name, target, saved in sorted(self.objects, key=lambda each: not hasattr(each[1], "state_dict")):
+                if hasattr(target, "state_dict"):
+                    undo.callback(target.load_state_dict, copy.deepcopy(target.state_dict()))
+                with _placed(name):
+                    target.load_state_dict(saved)
+            for assign, old, new in self.values:
+                undo.callback(assign, old)
+                assign(new)
             for target, load_prepared in self.optimizers:
                 # What was checked fails only with its device or memory; a copy is kept where another one went before.
                 if len(self.optimizers) > 1:
@@ -272,6 +287,25 @@ class _Plan:
             for write in self.writes:
                 write()
             undo.pop_all()
+        for target, _ in self.optimizers:
+            target._after_load()
+
+
+@contextmanager
+def _placed(name: str) -> Iterator[None]:
+    """Says in errors which part of the whole they are of."""
+    try:
+        yield
+    except RoptimError as error:
+        raise type(error)(f"{_PLACE}: {name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"{_PLACE}: of {name}")
+        raise
+
+
+def _below(within: str | None, key: Any) -> str:
+    """The name of what is in a container, as optimizers name parameters."""
+    return "" if within is None else f"{within}.{key}" if within else str(key)
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

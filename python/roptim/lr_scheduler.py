@@ -482,7 +482,9 @@ class LRScheduler:
             if key in self._functions:
                 changes[key] = _checked_functions(place, key, known[key], value)
             elif key in self._fields:
-                changes[key] = self._fields[key].check(place, key, value)
+                number = self._fields[key].check(place, key, value)
+                # A whole number stays one, so that a resumed run has the bits of one that never stopped.
+                changes[key] = value if type(value) is int else number
             else:
                 changes[key] = _alike(place, key, known.get(key), value)
         for key, choices in self._choices().items():

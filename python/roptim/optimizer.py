@@ -299,7 +299,7 @@ class Optimizer:
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
         index = len(self.param_groups)
-        scheduled = {key: options[key] for key in self._hypers if is_scheduled(options.get(key))}
+        scheduled = {key: value for key, value in options.items() if key in self._hypers and is_scheduled(value)}
         options.update(values_at(scheduled, self.update_count))
         if self._engine is None:
             refuse_schedules(place, options)
@@ -698,7 +698,7 @@ class Optimizer:
                 }
             return {"state": saved["state"], "param_groups": groups, "roptim": about}
         state = {i: copy.deepcopy(entry) for i, entry in self._state._own.items() if entry}
-        about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0}
+        about = {"optimizer": type(self).__name__, "format": _FORMAT, "update_count": 0, "parameters": self._facts()}
         return {"state": state, "param_groups": groups, "roptim": about}
 
     def load_state_dict(
@@ -748,17 +748,29 @@ class Optimizer:
         """
         place = f"{self._place}.load_state_dict"
         rules = Rules.of(place, strict, missing, unexpected, rename, hparams)
+        prepared = prepare(self, self._before_load(state_dict), rules, place)
+        prepared.commit()
+        self._after_load()
+        return prepared.report
+
+    def _before_load(self, state_dict: Any) -> Any:
+        """What is loaded after the hooks."""
         hooks = self._hooks or Hooks()
         if hooks.load_state_dict_pre and isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)
             for hook in list(hooks.load_state_dict_pre.values()):
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        prepared = prepare(self, state_dict, rules, place)
-        prepared.commit()
+        return state_dict
+
+    def _after_load(self) -> None:
+        hooks = self._hooks or Hooks()
         for hook in list(hooks.load_state_dict_post.values()):
             hook(self)
-        return prepared.report
+
+    def _facts(self) -> dict[int, dict[str, Any]]:
+        """What a saved state has to fit, by parameter; the engine writes the same."""
+        return {i: {"shape": p.shape, "dtype": p.dtype.name} for i, p in enumerate(self._state._objects)}
 
     def _numbered_groups(self) -> list[dict[str, Any]]:
         """The groups with indices in place of the parameters."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import roptim
+from roptim import _roptim
 from roptim.optimizer import REGISTRY
 
 #: What `laid_out` takes.
@@ -166,3 +168,46 @@ def step(opt: Any, gradients: list[Any] | None = None) -> None:
         opt.step(rows)
     else:
         opt.step(gradients)
+
+
+def fingerprint(tree: Any) -> bytes:
+    """Every byte that a file of this tree would have: types, dtypes, the order of keys and the sign of NaN included.
+
+    Optimizers, schedulers and generators in it stand for their states, Parameters for their values.
+    """
+    return _roptim.dumps(_settled(tree))
+
+
+def _settled(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _settled(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_settled(item) for item in tree])
+    if isinstance(tree, roptim.Optimizer):
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in tree.param_groups]
+        return [_settled(tree.state_dict()), _settled(groups), _settled(tree.defaults), tree.update_count]
+    if isinstance(tree, roptim.schedules.Schedule):
+        return tree.to_json()
+    return "function" if isinstance(tree, types.FunctionType) else tree
+
+
+class Sign(roptim.Optimizer):
+    """Steps along the sign of a running gradient: an optimizer as torch users write them."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["count"] = 0
+                    state["sum"] = np.zeros_like(p.data)
+                state["count"] += 1
+                state["sum"] += p.grad
+                p.data -= group["lr"] * np.sign(state["sum"])
+        return loss

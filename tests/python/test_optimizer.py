@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import step
+from helpers import Sign, step
 
 import roptim
 from roptim import SGD, Adam, AdamW, Optimizer, Parameter
@@ -510,28 +510,6 @@ def test_a_pickled_optimizer_carries_its_state_in_the_projects_own_format() -> N
 
 
 # ---- subclasses ---------------------------------------------------------------------------------------------
-
-
-class Sign(Optimizer):
-    """Steps along the sign of a running gradient: an optimizer as torch users write them."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["count"] = 0
-                    state["sum"] = np.zeros_like(p.data)
-                state["count"] += 1
-                state["sum"] += p.grad
-                p.data -= group["lr"] * np.sign(state["sum"])
-        return loss
 
 
 def test_an_optimizer_written_in_python() -> None:
