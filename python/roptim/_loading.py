@@ -37,6 +37,8 @@ class LoadReport:
         Hyperparameters that are different now, as ``{"group 0: lr": (old, new)}``.
     converted_from : str or None
         The class whose state was converted, where it is another one.
+    kept : tuple of str
+        Hyperparameters that a conversion leaves as they are, since they mean something else in that class.
     step : int or None
         Of the checkpoint, where a :class:`~roptim.Checkpointer` found one.
     """
@@ -47,6 +49,7 @@ class LoadReport:
     hparams: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     converted_from: str | None = None
     step: int | None = None
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [] if self.step is None else [f"step {self.step}"]
@@ -59,6 +62,8 @@ class LoadReport:
                 lines.append(f"{title}: {', '.join(names)}")
         if self.converted_from is not None:
             lines.append(f"converted from {self.converted_from}")
+        if self.kept:
+            lines.append(f"kept (something else there): {', '.join(self.kept)}")
         lines += [f"{name}: {old!r} -> {new!r}" for name, (old, new) in self.hparams.items()]
         return "\n".join(lines) or "nothing to load"
 
@@ -200,6 +205,7 @@ class _OfEngine(_Load):
             rules.matching,
             {key: plain(value_at(value, self.count)) for key, value in given.items()},
         )
+        self.kept = loading.kept
         schedules = self.schedules(loading.groups, given)
         keys = self.keys_of_groups(loading.groups)
         loaded, initialised = loading.loaded
@@ -222,6 +228,7 @@ class _OfEngine(_Load):
             self.dropped(loading.dropped),
             changed,
             loading.converted_from,
+            kept=tuple(self.kept),
         )
 
         def commit() -> None:
@@ -304,7 +311,9 @@ class _OfEngine(_Load):
     ) -> dict[str, Any]:
         """The schedules of one saved group."""
         optimizer, place = self.optimizer, self.place
-        group = self.saved["param_groups"][origin]
+        # What means something else in another class is not given.
+        group = {key: value for key, value in self.saved["param_groups"][origin].items() if key not in self.kept}
+        forms = {key: form for key, form in forms.items() if key not in self.kept}
         values = {}
         for name in (name for name in mine if name not in forms and name not in given):
             if name not in group:
@@ -323,7 +332,8 @@ class _OfEngine(_Load):
                 raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
         if values:
             # What the loaded group will have, with every check of a group.
-            numbers = {key: group.get(key, optimizer.defaults[key]) for key in optimizer._hypers}
+            own = optimizer.param_groups[index]
+            numbers = {key: group.get(key, own[key]) for key in optimizer._hypers}
             optimizer._check_group({**numbers, **values_at(values, self.count)})
         return values
 

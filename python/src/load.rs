@@ -47,6 +47,12 @@ impl Loading {
         self.report.converted_from.clone()
     }
 
+    /// Hyperparameters that stay as they are in a conversion.
+    #[getter]
+    fn kept(&self) -> Vec<&'static str> {
+        self.report.kept.clone()
+    }
+
     /// For each changed hyperparameter its group, and dicts of it before and after.
     fn changed<'py>(&self, py: Python<'py>) -> PyResult<Vec<Changed<'py>>> {
         let one = |name, value| values::to_dict(py, std::iter::once((name, value)));

@@ -35,6 +35,8 @@ pub struct LoadReport {
     pub changed: Vec<HyperChange>,
     /// The class whose state was converted, if it is another one.
     pub converted_from: Option<String>,
+    /// Hyperparameters that stay as they are, since they mean something else there.
+    pub kept: Vec<&'static str>,
 }
 
 /// A hyperparameter before and after a load.

@@ -197,6 +197,7 @@ impl Optimizer {
             groups: origins,
             changed: changes.collect(),
             converted_from: conversion.map(|c| c.from.to_owned()),
+            kept: conversion.map_or(Vec::new(), |c| c.keeps.to_vec()),
         };
         // In the order of the parameters.
         Ok(Planned { groups, states, sources: sources.into_values().collect(), report })

@@ -280,7 +280,6 @@ def test_an_older_step_is_refused_behind_a_damaged_one(tmp_path: Path) -> None:
     assert checkpoints.steps() == [1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="latest() lists and loads without end")
 def test_links_to_nowhere(tmp_path: Path) -> None:
     """Where nothing else is there; past them, it goes to what is whole."""
     code = """
@@ -1178,11 +1177,12 @@ def test_a_living_saver_keeps_its_temporary_file(tmp_path: Path, background: boo
     """Though it is stopped while others save; a dead one's is removed."""
     code = """
 import os, signal, sys, numpy as np, roptim
+stops = [signal.SIGSTOP]
 def progress(done, total):
-    if done < total:
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if done < total and stops:
+        os.kill(os.getpid(), stops.pop())
 checkpoints = roptim.Checkpointer(sys.argv[1], keep=None, background=sys.argv[2] == "True", progress=progress)
-checkpoints.save(1, np.ones(4 << 20, np.uint8))
+checkpoints.save(1, np.ones(20 << 20, np.uint8))
 checkpoints.wait()
 """
     with start(code, tmp_path, background) as process:
@@ -1201,7 +1201,7 @@ checkpoints.wait()
             process.send_signal(signal.SIGCONT)
         assert process.wait(60) == 0
     assert names(tmp_path) == ["one", *files(1)]
-    assert other.load(1).state.nbytes == 4 * MIB
+    assert other.load(1).state.nbytes == 20 * MIB
 
 
 # ---- permissions --------------------------------------------------------------------------------------------
@@ -1274,7 +1274,8 @@ def test_a_linked_target_is_replaced_where_it_is(tmp_path: Path) -> None:
 UNPRIVILEGED = """
 import os, stat, sys, numpy as np, roptim
 directory = sys.argv[1]
-roptim.load(directory + "/one")
+# What is loaded later may lie where only root reads.
+roptim.Checkpointer, roptim.load(directory + "/one")
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
@@ -1337,7 +1338,6 @@ print("passed")
     assert run(UNPRIVILEGED + code, open_directory) == "passed\n"
 
 
-@pytest.mark.xfail(strict=True, reason="the sweep opens for writing what has kept a mode without it")
 def test_a_dead_saver_of_a_file_closed_to_writing(open_directory: Path) -> None:
     code = """
 os.chmod(directory + "/one", 0o444)

@@ -113,7 +113,6 @@ def test_a_conversion_takes_the_moments_and_leaves_weight_decay(source: str, nam
     assert fingerprint(params) == fingerprint(others)
 
 
-@pytest.mark.xfail(strict=True, reason="a conversion does not know of schedules which hyperparameters stay")
 @pytest.mark.parametrize(("source", "name"), [("Adam", "AdamW"), ("AdamW", "Adam")])
 @pytest.mark.parametrize(
     ("given", "own"),
@@ -139,9 +138,7 @@ def test_a_conversion_leaves_a_schedule_of_weight_decay(source: str, name: str, 
     "name",
     [
         "Adam",
-        pytest.param(
-            "AdamW", marks=pytest.mark.xfail(strict=True, reason="refused for a decoupled_weight_decay that stays")
-        ),
+        "AdamW",
     ],
 )
 def test_a_conversion_takes_schedules_of_the_rest(name: str) -> None:
