@@ -13,6 +13,22 @@ pub fn shape_text(shape: &[usize]) -> String {
     if axes.len() == 1 { format!("({},)", axes[0]) } else { format!("({})", axes.join(", ")) }
 }
 
+/// A sentence whose parts may come from anywhere, without what a terminal would obey.
+fn printable(sentence: String) -> String {
+    let obeyed = |c: char| c.is_control() && c != '\n';
+    if !sentence.contains(obeyed) {
+        return sentence;
+    }
+    sentence.chars().fold(String::new(), |mut text, c| {
+        if obeyed(c) {
+            text.extend(c.escape_default())
+        } else {
+            text.push(c)
+        }
+        text
+    })
+}
+
 /// Result of the engine's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -44,6 +60,8 @@ pub enum ErrorKind {
     OutOfMemory,
     /// A file that is damaged, hostile or of another format.
     File,
+    /// A file of a later version of the format.
+    Newer,
     /// The operating system refused a file operation.
     Io,
     /// A defect of this library.
@@ -69,12 +87,12 @@ impl Error {
         allowed: impl fmt::Display,
         got: impl fmt::Display,
     ) -> Self {
-        Self { kind, sentence: format!("{place}: {name} must be {allowed}, got {got}"), source: None }
+        Self::plain(kind, format!("{place}: {name} must be {allowed}, got {got}"))
     }
 
     /// A sentence for what does not fit the form (a device that failed, a file the system refused).
     pub fn plain(kind: ErrorKind, sentence: impl Into<String>) -> Self {
-        Self { kind, sentence: sentence.into(), source: None }
+        Self { kind, sentence: printable(sentence.into()), source: None }
     }
 
     /// Appends `; remedy`.
@@ -95,5 +113,16 @@ impl Error {
     /// What a caller may branch on.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sentences_hold_nothing_that_a_terminal_obeys() {
+        let error = Error::refuse(ErrorKind::Value, "file", "name", "plain", "\u{1b}[2Jä\u{7}\u{9b}");
+        assert_eq!(error.to_string(), "file: name must be plain, got \\u{1b}[2Jä\\u{7}\\u{9b}");
     }
 }

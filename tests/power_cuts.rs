@@ -891,6 +891,7 @@ mod real {
             let (copy, shown) = (PathBuf::from(&path), Path::new(&path).display().to_string());
             let error = in_time(move || save(copy, &CHECKPOINTS[1])).expect_err(&shown);
             assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+            let shown = shown.replace('\0', "\\u{0}");
             assert!(error.to_string().starts_with(&format!("{shown}: ")), "{error}");
             assert!(error.to_string().contains(part), "want {part:?}, got {error}");
             assert!(everything(directory.path()) == before, "a save to {path:?} did something");

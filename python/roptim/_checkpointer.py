@@ -33,9 +33,11 @@ class Checkpoint(NamedTuple):
     state: Any
 
 
-def _whole(place: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
-        raise refuse(RoptimValueError, place, name, f"a whole number from {least} to 2^63 - 1", repr(value))
+def _whole(place: str, name: str, value: Any, least: int, alternative: str = "") -> int:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    if not is_int or not least <= value < 2**63:
+        allowed = f"a whole number from {least} to 2^63 - 1{alternative}"
+        raise refuse(RoptimValueError, place, name, allowed, repr(value))
     return int(value)
 
 
@@ -58,19 +60,20 @@ class Checkpointer:
             checkpoints.save(step, run)          # every hundredth is saved
 
     A kill or a power cut at any moment leaves the checkpoints that were there, or these and the new one: each is a
-    file of its own, ``step-00000100.safetensors``, written by :func:`save`, and never written to again.
+    file of its own, ``step-00000100.safetensors``, written by :func:`save`, and never written to again. One object is
+    for one thread at a time that trains; several processes may have one directory.
 
     Parameters
     ----------
     directory
         Where; made if it is absent.
     keep : int or None
-        How many of the newest stay; None keeps all.
+        How many of the newest stay; None keeps all. Damaged ones do not count.
     every : int or datetime.timedelta
         Which calls of :meth:`save` save: those whose step is a multiple, or those this long after the last save.
     background : bool
         Write in a thread of its own. Everything is copied before ``save`` returns, so that the next step changes
-        nothing in it; the next save waits for the one before, so there is at most one copy. What went wrong is
+        nothing in it; the next save waits for the one before, so there is one such copy at a time. What went wrong is
         raised by the next call, :meth:`wait` or the end of a ``with`` block. The interpreter waits for the thread
         before it exits.
     progress : callable, optional
@@ -96,11 +99,12 @@ class Checkpointer:
             if every < datetime.timedelta(0):
                 raise refuse(RoptimValueError, _PLACE, "every", ">= 0", repr(every))
         else:
-            every = _whole(_PLACE, "every", every, 1)
+            every = _whole(_PLACE, "every", every, 1, " or a datetime.timedelta")
         if progress is not None and not callable(progress):
             got = f"an object of type {type(progress).__name__}"
             raise refuse(RoptimTypeError, _PLACE, "progress", "callable or None", got)
-        self.directory = Path(path_text(directory, _PLACE))
+        # The working directory may change.
+        self.directory = Path(os.path.abspath(path_text(directory, _PLACE)))
         self._every = every
         self._background = bool(background)
         self._progress = progress
@@ -154,8 +158,16 @@ class Checkpointer:
                     raise
             else:
                 writing.run()
-                writing.conclude()
+                self._conclude(writing)
         return True
+
+    def _conclude(self, writing: _Writing) -> None:
+        try:
+            writing.conclude()
+        except BaseException:
+            # What was not saved is due again.
+            self._last_save = -float("inf")
+            raise
 
     def _alone(self) -> threading.RLock:
         """Held by the thread that begins a save or waits for one; a signal handler may save in between."""
@@ -185,7 +197,7 @@ class Checkpointer:
                 writing.join()
                 # Only now: what interrupts the wait leaves it to the next call.
                 self._writing = None
-                writing.conclude()
+                self._conclude(writing)
 
     def steps(self) -> list[int]:
         """Steps that have a file, in ascending order; whether it can be read is seen when it is."""

@@ -73,8 +73,13 @@ class InternalError(RoptimRuntimeError):
     """A defect of roptim."""
 
 
+def printable(text: str) -> str:
+    """A text of any origin without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def refuse(
     kind: type[RoptimError], place: str, name: str, allowed: str, got: str, remedy: str | None = None
 ) -> RoptimError:
     """The exception in the one sentence form: ``place: name must be allowed, got value; remedy``."""
-    return kind(f"{place}: {name} must be {allowed}, got {got}" + (f"; {remedy}" if remedy else ""))
+    return kind(printable(f"{place}: {name} must be {allowed}, got {got}" + (f"; {remedy}" if remedy else "")))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from roptim import _roptim, convert
-from roptim._errors import CheckpointError, CheckpointIOError, RoptimError, RoptimValueError, refuse
+from roptim._errors import (
+    CheckpointError,
+    CheckpointIOError,
+    RoptimError,
+    RoptimTypeError,
+    RoptimValueError,
+    printable,
+    refuse,
+)
 from roptim._files import load, save
 
 _WIDTH = 72
@@ -28,7 +38,9 @@ def inspect(path: str, leaves: bool) -> tuple[list[str], bool]:
         lines.append(f"checksum {found}, as the file states")
     else:
         lines.append(f"DAMAGED: the file states the checksum {stated}, its contents give {found}")
-    return [*lines, *_tree(state, "", leaves)], whole
+    view = _View(leaves)
+    view.value(state, 0)
+    return [printable(line).replace("\n", "\\n") for line in [*lines, *view.lines]], whole
 
 
 def _directory(path: str) -> tuple[list[str], bool]:
@@ -46,7 +58,7 @@ def _directory(path: str) -> tuple[list[str], bool]:
         lines.append(f"{file.name}  {text}")
     if len(lines) == 1:
         lines.append("no checkpoints")
-    return lines, whole
+    return [printable(line).replace("\n", "\\n") for line in lines], whole
 
 
 def _array_bytes(value: Any) -> int:
@@ -57,13 +69,8 @@ def _array_bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, (np.ndarray, np.generic)) else 0
 
 
-def _text(value: Any) -> str:
-    """A key or name of unknown origin: as it is where that is harmless in a terminal."""
-    text = str(value)
-    return text if isinstance(value, int) or (text.isprintable() and text) else repr(text)
-
-
 def _short(value: Any) -> str:
+    """A value in one line, as Python writes it."""
     text = repr(value)
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
 
@@ -73,81 +80,102 @@ def _described(array: Any) -> str:
     return f"{array.dtype} {kind} {array.shape}, {array.nbytes:,} bytes"
 
 
-def _is_optimizer(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("state"), dict)
-        and isinstance(value.get("param_groups"), list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in value["param_groups"])
-    )
-
-
-def _tree(value: Any, indent: str, leaves: bool) -> Iterator[str]:
-    """Lines of a value's contents."""
-    if _is_optimizer(value):
-        yield from _optimizer(value, indent, leaves)
-        return
-    if not isinstance(value, (dict, list, tuple)):
-        yield f"{indent}{_described(value) if _is_array(value) else _short(value)}"
-        return
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items:
-        name = f"[{key}]" if not isinstance(key, str) else _text(key)
-        if _is_array(item):
-            yield f"{indent}{name}: {_described(item)}"
-        elif isinstance(item, (dict, list, tuple)) and (_array_bytes(item) or _is_optimizer(item) or _is_wide(item)):
-            yield f"{indent}{name}:{_of_class(item)}"
-            yield from _tree(item, indent + "  ", leaves)
-        else:
-            yield f"{indent}{name}: {_short(item)}"
-
-
-def _is_wide(value: Any) -> bool:
-    """Whether a dict needs more than a line; a list of numbers is cut."""
-    return isinstance(value, dict) and len(repr(value)) > _WIDTH
-
-
 def _is_array(value: Any) -> bool:
     return isinstance(value, (np.ndarray, np.generic))
 
 
-def _of_class(value: Any) -> str:
+class _View:
+    """The lines that show a value. What it holds may come from anywhere, so nothing is taken for granted; whoever
+    prints the lines makes them harmless."""
+
+    def __init__(self, leaves: bool) -> None:
+        self.leaves = leaves
+        self.lines: list[str] = []
+
+    def add(self, depth: int, text: str) -> None:
+        self.lines.append("  " * depth + text)
+
+    def value(self, value: Any, depth: int) -> None:
+        """What is in a container, or a value by itself."""
+        if not isinstance(value, (dict, list, tuple)):
+            self.add(depth, _described(value) if _is_array(value) else _short(value))
+        elif _is_optimizer(value):
+            self.optimizer(value, depth)
+        else:
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                self.item(key if isinstance(key, str) else f"[{key}]", item, depth)
+
+    def item(self, name: str, value: Any, depth: int) -> None:
+        if _is_array(value):
+            self.add(depth, f"{name}: {_described(value)}")
+        elif not isinstance(value, (dict, list, tuple)) or _fits_a_line(value):
+            self.add(depth, f"{name}: {_short(value)}")
+        else:
+            self.add(depth, f"{name}:{_class_of(value)}")
+            self.value(value, depth + 1)
+
+    def optimizer(self, value: Any, depth: int) -> None:
+        """Groups with their hyperparameters, and what is kept for each parameter."""
+        about = _dict(value.get("roptim"))
+        facts, schedules = _dict(about.get("parameters")), _dict(about.get("schedules"))
+        for g, group in enumerate(value["param_groups"]):
+            options = (f"{key}={_short(x)}" for key, x in group.items() if key not in ("params", "param_names"))
+            self.add(depth, f"group {g}: {', '.join(options)}")
+            for name, form in _dict(schedules.get(g)).items():
+                self.add(depth + 1, f"{name} is a schedule: {_short(form)}")
+            names = group.get("param_names")
+            for k, i in enumerate(group["params"]):
+                named = isinstance(names, list) and k < len(names)
+                self.parameter(
+                    names[k] if named else f"parameter {i}", _at(facts, i), _at(value["state"], i), depth + 1
+                )
+
+    def parameter(self, name: Any, fact: Any, state: Any, depth: int) -> None:
+        of = f" {fact.get('dtype')} {fact.get('shape')}" if isinstance(fact, dict) else ""
+        if not isinstance(state, dict):
+            self.add(depth, f"{name}{of}: no state")
+            return
+        keys = (f"{key} {x}" if isinstance(x, (int, float)) else str(key) for key, x in state.items())
+        self.add(depth, f"{name}{of}: {', '.join(keys)}; {_array_bytes(state):,} bytes")
+        for key, item in state.items() if self.leaves else ():
+            if _is_array(item):
+                self.add(depth + 1, f"{key}: {_described(item)}")
+
+
+def _is_optimizer(value: Any) -> bool:
+    groups = value.get("param_groups") if isinstance(value, dict) else None
+    return (
+        isinstance(groups, list)
+        and isinstance(value.get("state"), dict)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    )
+
+
+def _fits_a_line(value: Any) -> bool:
+    """Whether a container holds nothing that has lines of its own, and is short or a list of plain values."""
+    items = value.values() if isinstance(value, dict) else value
+    if len(value) > _WIDTH and isinstance(value, dict):
+        return False
+    if any(_is_array(item) or isinstance(item, (dict, list, tuple)) for item in items):
+        return not value
+    return not isinstance(value, dict) or len(repr(value)) <= _WIDTH
+
+
+def _class_of(value: Any) -> str:
     if not _is_optimizer(value):
         return ""
     about = value.get("roptim")
     if not isinstance(about, dict):
         return " state of an optimizer, without its class"
-    counts = f"{about.get('update_count')} updates, {about.get('skip_count', 0)} left out"
-    return f" {_text(about.get('optimizer'))}, {counts}"
+    return f" {about.get('optimizer')}, {about.get('update_count')} updates, {about.get('skip_count', 0)} left out"
 
 
-def _optimizer(value: Mapping[str, Any], indent: str, leaves: bool) -> Iterator[str]:
-    """Groups with their hyperparameters, and what is kept for each parameter."""
-    about = value.get("roptim")
-    about = about if isinstance(about, dict) else {}
-    facts, schedules = about.get("parameters", {}), about.get("schedules", {})
-    for g, group in enumerate(value["param_groups"]):
-        options = ", ".join(
-            f"{_text(key)}={_short(option)}" for key, option in group.items() if key not in ("params", "param_names")
-        )
-        yield f"{indent}group {g}: {options}"
-        for name, form in schedules.get(g, {}).items():
-            yield f"{indent}  {_text(name)} is a schedule: {_short(form)}"
-        names = group.get("param_names") or [f"parameter {i}" for i in group["params"]]
-        for i, name in zip(group["params"], names, strict=False):
-            fact, state = facts.get(i, {}), value["state"].get(i)
-            of = f" {fact.get('dtype')} {fact.get('shape')}" if fact else ""
-            if not isinstance(state, dict):
-                yield f"{indent}  {_text(name)}{of}: no state"
-                continue
-            keys = ", ".join(
-                f"{_text(key)} {item}" if isinstance(item, (int, float)) else _text(key) for key, item in state.items()
-            )
-            yield f"{indent}  {_text(name)}{of}: {keys}; {_array_bytes(state):,} bytes"
-            if leaves:
-                yield from (
-                    f"{indent}    {_text(key)}: {_described(item)}" for key, item in state.items() if _is_array(item)
-                )
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _at(values: dict[Any, Any], key: Any) -> Any:
+    return values.get(key) if isinstance(key, int) else None
 
 
 #: What each suffix is read and written as; any other is a checkpoint.
@@ -172,14 +200,29 @@ def convert_file(source: str, target: str, names: list[str] | None) -> None:
         raise refuse(RoptimValueError, place, "--names", "given with a file of torch", f"one of {kind_in}")
     if kind_out == "checkpoint":
         save(tree, target)
-    elif kind_out == "JSON":
-        _write(target, lambda file: file.write(convert.to_json(tree).encode()))
+        return
+    data = io.BytesIO()
+    if kind_out == "JSON":
+        data.write(convert.to_json(tree).encode())
     elif kind_out == "torch":
-        tensors = convert._to_torch_tree(place, tree)
-        _write(target, lambda file: _torch(place).save(tensors, file))
+        _torch(place).save(convert._to_torch_tree(place, tree), data)
     else:
-        arrays = dict(_named_arrays(tree, ""))
-        _write(target, lambda file: np.savez(file, **arrays))
+        _write_npz(place, tree, data)
+    _roptim.write_file(target, data.getvalue())
+
+
+def _write_npz(place: str, tree: Any, data: io.BytesIO) -> None:
+    """The arrays alone. Not by numpy.savez, whose own arguments are names that no array can have."""
+    seen: set[str] = set()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, array in _named_arrays(tree, ""):
+            if name in seen:
+                raise refuse(RoptimValueError, place, f"arrays called {name!r}", "one", "two places of that name")
+            if array.dtype.isbuiltin != 1:
+                raise refuse(RoptimTypeError, place, name, "of a dtype of NumPy's own for .npz", str(array.dtype))
+            seen.add(name)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
 def _named_arrays(value: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -212,19 +255,3 @@ def _read(path: str, read: Callable[[], Any]) -> Any:
     except Exception as error:  # what readers of other libraries raise, of which each has its own
         first = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: the file could not be read as its suffix says: {first}") from error
-
-
-def _write(path: str, fill: Callable[[Any], Any]) -> None:
-    """A file of another format, in place once it is written."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointIOError(f"{path}: the file could not be written: {error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, printable, refuse
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
 from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
@@ -65,7 +65,7 @@ class LoadReport:
         if self.kept:
             lines.append(f"kept (something else there): {', '.join(self.kept)}")
         lines += [f"{name}: {old!r} -> {new!r}" for name, (old, new) in self.hparams.items()]
-        return "\n".join(lines) or "nothing to load"
+        return printable("\n".join(lines)) or "nothing to load"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ class _OfEngine(_Load):
             for name in {**mine, **theirs}:
                 old = mine.get(name, optimizer.param_groups[index][name])
                 if name not in theirs:
-                    changed[f"group {index}: {name}"] = (old, changed.get(f"group {index}: {name}", (old, old))[1])
+                    # What the engine calls no change is the value that the group has now.
+                    _, new = changed.get(f"group {index}: {name}", (None, optimizer.param_groups[index][name]))
+                    changed[f"group {index}: {name}"] = (old, new)
                 elif repr(old) != repr(theirs[name]):
                     changed[f"group {index}: {name}"] = (old, theirs[name])
                 else:

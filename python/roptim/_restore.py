@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +17,7 @@ from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimV
 from roptim._files import Progress, load, state_of
 from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
 from roptim._parameter import Parameter
+from roptim._signals import deferred
 from roptim.optimizer import Optimizer
 
 _PLACE = "roptim.restore"
@@ -101,6 +104,8 @@ class _Plan:
         self.converted: list[str] = []
         #: Old names of ``rename`` that something was found under.
         self.renamed: set[str] = set()
+        #: Arrays, generators and optimizers by identity: where they are in the whole, and what they are to become.
+        self.seen: dict[int, tuple[str, Any]] = {}
         # In the order of writing: what may fail first, with what undoes it.
         self.objects: list[tuple[str, Any, Any]] = []
         self.values: list[tuple[Callable[[Any], None], Any, Any]] = []
@@ -113,12 +118,17 @@ class _Plan:
         """Plans one target. ``within`` is its name as optimizers name parameters, ``""`` for a part of the whole
         and None for that; ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
+        if isinstance(target, (Optimizer, *_ARRAYS, *_GENERATORS)):
+            self.refuse_two_states(saved, target, name)
         if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
             self.optimizer(self.hooked(target, saved), target, name)
         elif isinstance(target, _ARRAYS):
             self.array(saved, target, name)
         elif isinstance(target, _GENERATORS):
             self.generator(saved, target, name)
+        elif _is_average(target):
+            self.objects.append((name, target, self.average(saved, target, name)))
+            self.loaded.append(name)
         elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
             # A copy: what keeps it must not share memory with the source.
             self.objects.append((name, target, copy.deepcopy(saved)))
@@ -127,12 +137,36 @@ class _Plan:
             self.mapping(saved, target, place, within)
         elif isinstance(target, (list, tuple)) and (not place or _holds_objects(target)):
             self.sequence(saved, target, place, within)
-        elif assign is not None:
+        elif assign is not None and _kind(target) is not None:
+            if saved is not None and target is not None and _kind(saved) != _kind(target):
+                got = f"{_kind(saved)} in the saved state"
+                raise refuse(RoptimTypeError, _PLACE, name, f"{_kind(target)} as it is here", got)
             self.values.append((assign, target, copy.deepcopy(saved)))
             self.loaded.append(name)
         else:
             allowed = "an array, an object with load_state_dict, or a value in a list or dict"
             raise refuse(RoptimTypeError, _PLACE, name, allowed, f"an object of type {type(target).__name__}")
+
+    def refuse_two_states(self, saved: Any, target: Any, name: str) -> None:
+        """One object may be in several places (tied weights), if it was saved with one state."""
+        other, state = self.seen.setdefault(id(target), (name, saved))
+        if other != name and not _same(state, saved):
+            got = f"other values than in {other}, which is the same object"
+            raise refuse(RoptimValueError, _PLACE, name, "saved with one state", got)
+
+    def average(self, saved: Any, target: Any, name: str) -> Any:
+        """The state of an AveragedModel with the names that it has here."""
+        module = saved.get("module") if isinstance(saved, Mapping) else None
+        if not target._names or not isinstance(module, Mapping) or not all(isinstance(k, str) for k in module):
+            return copy.deepcopy(saved)
+        here: dict[Any, Any] = dict(zip(target._names, target._averages, strict=True))
+        found: dict[Any, Any] = {self.rules.rename.get(key, key): value for key, value in module.items()}
+        self.renamed |= self.rules.rename.keys() & module.keys()
+        surplus, new = [key for key in found if key not in here], [key for key in here if key not in found]
+        self.differences(new, surplus, f"{name}.module")
+        self.initialised += [f"{name}: {key}" for key in new]
+        self.dropped += [f"{name}: {key}" for key in surplus]
+        return {**copy.deepcopy(dict(saved)), "module": {key: found.get(key, here[key]) for key in here}}
 
     def hooked(self, target: Optimizer, saved: Any) -> Any:
         """What the optimizer's hooks make of its state; a copy, of which nothing of the source is changed."""
@@ -146,7 +180,7 @@ class _Plan:
         names = {name for each in lists for name in each if isinstance(name, str)}
         rename = {old: new for old, new in self.rules.rename.items() if old in names}
         self.renamed |= rename.keys()
-        rules = Rules(**{**vars(self.rules), "rename": rename})
+        rules = replace(self.rules, rename=rename)
         with _placed(name):
             prepared = prepare(target, saved, rules, f"{type(target).__name__}.load_state_dict")
         report = prepared.report
@@ -203,7 +237,7 @@ class _Plan:
         if not isinstance(saved, Mapping):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
-        found = {self.renamed_key(key, place, within): value for key, value in saved.items()}
+        found = {self.renamed_key(key, value, place, within): value for key, value in saved.items()}
         if len(found) != len(saved):
             got = f"one name twice in {place or 'the whole'}"
             raise refuse(RoptimValueError, _PLACE, "rename", "to different names", got)
@@ -218,20 +252,32 @@ class _Plan:
                 self.initialised.append(inner)
         self.dropped += [f"{place}.{key}" if place else key for key in surplus]
 
-    def renamed_key(self, key: Any, place: str, within: str | None) -> Any:
+    def renamed_key(self, key: Any, value: Any, place: str, within: str | None) -> Any:
         """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
         if not isinstance(key, str):
             return key
         prefix = f"{within}." if within else ""
         old = f"{prefix}{key}"
         new = self.rules.rename.get(old)
+        if new is not None:
+            self.renamed.add(old)
+        elif isinstance(value, (Mapping, list, tuple)):
+            new = self.renamed_container(old)
         if new is None:
             return key
         if not new.startswith(prefix) or not new[len(prefix) :]:
             remedy = "load the file and move the entry, where it is another container"
             raise refuse(RoptimValueError, _PLACE, f"rename of {old!r}", f"to a name in {place!r}", repr(new), remedy)
-        self.renamed.add(old)
         return new[len(prefix) :]
+
+    def renamed_container(self, old: str) -> str | None:
+        """The name here of a container, where all renamed names that begin with it begin with one other name."""
+        inner = {name: new for name, new in self.rules.rename.items() if name.startswith(f"{old}.")}
+        stems = {new.removesuffix(name[len(old) :]) for name, new in inner.items() if new.endswith(name[len(old) :])}
+        if len(stems) != 1 or stems == {old} or not all(new.endswith(name[len(old) :]) for name, new in inner.items()):
+            return None
+        self.renamed |= inner.keys()
+        return stems.pop()
 
     def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str, within: str | None) -> None:
         if not isinstance(saved, (list, tuple)):
@@ -269,26 +315,37 @@ class _Plan:
             raise refuse(RoptimKeyError, _PLACE, "rename", "of names that the saved state has", got)
 
     def commit(self) -> None:
-        with ExitStack() as undo:
+        with deferred(), ExitStack() as undo:
             # What cannot give its state back comes last.
             for name, target, saved in sorted(self.objects, key=lambda each: not hasattr(each[1], "state_dict")):
                 if hasattr(target, "state_dict"):
-                    undo.callback(target.load_state_dict, copy.deepcopy(target.state_dict()))
+                    undo.callback(_put_back, name, target.load_state_dict, copy.deepcopy(target.state_dict()))
                 with _placed(name):
                     target.load_state_dict(saved)
             for assign, old, new in self.values:
-                undo.callback(assign, old)
                 assign(new)
+                undo.callback(_put_back, "a value", assign, old)
             for target, load_prepared in self.optimizers:
                 # What was checked fails only with its device or memory; a copy is kept where another one went before.
                 if len(self.optimizers) > 1:
-                    undo.callback(target.load_state_dict, target.state_dict())
+                    undo.callback(_put_back, type(target).__name__, target.load_state_dict, target.state_dict())
                 load_prepared()
             for write in self.writes:
                 write()
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+def _put_back(name: str, put: Callable[[Any], Any], old: Any) -> None:
+    """One part of the undoing, which the others do not depend on."""
+    undone_for = sys.exception()
+    try:
+        put(old)
+    except Exception as error:
+        # The error that everything is undone for goes on, and says so.
+        if undone_for is not None:
+            undone_for.add_note(f"{_PLACE}: {name} could not be put back: {error}")
 
 
 @contextmanager
@@ -310,6 +367,37 @@ def _below(within: str | None, key: Any) -> str:
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:
     return lambda value: container.__setitem__(key, value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two saved states are the same, NaN included."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, (np.ndarray, np.generic)) and isinstance(b, (np.ndarray, np.generic)):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return bool(a == b) or (a != a and b != b)
+
+
+def _is_average(target: Any) -> bool:
+    module = sys.modules.get("roptim._averaging")
+    return module is not None and isinstance(target, module.AveragedModel)
+
+
+#: Kinds of plain values: one is not replaced by another.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "None": (type(None),),
+    "a number": (bool, int, float, np.generic),
+    "a string": (str,),
+    "a list": (list, tuple),
+    "a dict": (Mapping,),
+    "an array": (np.ndarray,),
+}
+
+
+def _kind(value: Any) -> str | None:
+    return next((kind for kind, types in _KINDS.items() if isinstance(value, types)), None)
 
 
 def _set_generator(target: Any, state: Any) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "synchronize",
     "to_json",
     "triangle",
+    "write_file",
 ]
 
 __version__: str
@@ -64,7 +65,7 @@ def save(object: Any, path: str | PathLike[str], progress: Callable[[int, int], 
 def load(path: str | PathLike[str], progress: Callable[[int, int], Any] | None) -> Any:
     """Reads what save wrote."""
 
-def examine(path: str) -> tuple[Any, str, str, int]:
+def examine(path: str | PathLike[str]) -> tuple[Any, str, str, int]:
     """What is in a file, the checksum it states, the one its contents give, and its bytes."""
 
 def to_json(object: Any, place: str) -> str:
@@ -72,6 +73,9 @@ def to_json(object: Any, place: str) -> str:
 
 def from_json(text: str, place: str) -> Any:
     """The tree of such a text."""
+
+def write_file(path: str | PathLike[str], bytes: bytes) -> None:
+    """Writes bytes of another format to a file, completely or not at all."""
 
 @final
 class Snapshot:

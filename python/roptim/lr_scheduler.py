@@ -473,6 +473,7 @@ class LRScheduler:
                 got = str(sorted(map(str, state_dict)))
                 raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", got)
         known = vars(self)
+        self._refuse_other_class(state_dict, place)
         changes: dict[str, Any] = {}
         for key, value in state_dict.items():
             if key in self._unsaved or key in _FORGOTTEN:
@@ -491,6 +492,17 @@ class LRScheduler:
             if key in changes and changes[key] not in choices:
                 raise refuse(RoptimValueError, place, key, " or ".join(map(repr, choices)), repr(changes[key]))
         return changes
+
+    def _refuse_other_class(self, state_dict: dict[str, Any], place: str) -> None:
+        """Refuses a state that has not what this class has, or what only others have."""
+        cls = type(self)
+        if cls.__module__ != __name__:
+            return
+        lacking = [key for key in cls._fields if key in vars(self) and key not in state_dict]
+        foreign = [key for key in state_dict if key in _ALL_FIELDS and key not in vars(self)]
+        if lacking or foreign:
+            got = f"a state without {lacking[0]!r}" if lacking else f"a state with {foreign[0]!r}"
+            raise refuse(RoptimValueError, place, "state_dict", f"of {cls.__name__}", got)
 
     def _take(self, changes: dict[str, Any]) -> None:
         """Takes up what was checked."""
@@ -1729,3 +1741,12 @@ class ReduceLROnPlateau(LRScheduler):
                 group["lr"] = after
                 if self.verbose:
                     print(f"{type(self).__name__}: epoch {self.last_epoch}, lr of group {i} reduced to {after:.4e}")
+
+
+#: What one class or another of this module saves besides what all do.
+_ALL_FIELDS = frozenset(
+    key
+    for cls in list(vars().values())
+    if isinstance(cls, type) and issubclass(cls, LRScheduler)
+    for key in (*cls._fields, *cls._functions)
+)

@@ -38,6 +38,7 @@ from roptim._parameter import Parameter
 from roptim._registry import REGISTRY
 from roptim._roptim import Engine
 from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at, values_at
+from roptim._signals import deferred
 from roptim._state import State
 
 __all__ = ["REGISTRY", "Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
@@ -749,7 +750,8 @@ class Optimizer:
         place = f"{self._place}.load_state_dict"
         rules = Rules.of(place, strict, missing, unexpected, rename, hparams)
         prepared = prepare(self, self._before_load(state_dict), rules, place)
-        prepared.commit()
+        with deferred():
+            prepared.commit()
         self._after_load()
         return prepared.report
 

@@ -20,7 +20,7 @@ fn class(kind: ErrorKind) -> &'static str {
         ErrorKind::DeviceLost => "DeviceLostError",
         ErrorKind::Forked => "ForkedGpuError",
         ErrorKind::OutOfMemory => "OutOfMemoryError",
-        ErrorKind::File => "CheckpointError",
+        ErrorKind::File | ErrorKind::Newer => "CheckpointError",
         ErrorKind::Io => "CheckpointIOError",
         _ => "InternalError",
     }

@@ -94,7 +94,9 @@ fn grown(object: &Bound<'_, PyAny>, place: &str, name: &str, taking: Taking, dep
             .map(Tree::Tuple)
     } else if let Ok(dict) = object.cast_exact::<PyDict>() {
         let mut items = Vec::with_capacity(dict.len());
-        for (key, value) in dict.iter() {
+        // A copy of what it holds now: `state_dict` of an object in it may change it.
+        for item in dict.items().iter() {
+            let (key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item.extract()?;
             let inner = format!("{name}[{}]", key.repr()?.to_string_lossy());
             let key = if key.is_exact_instance_of::<PyString>() {
                 Key::Str(text(&key, place, &format!("the key of {inner}"))?)
@@ -277,7 +279,15 @@ pub(crate) fn to_json(py: Python<'_>, object: &Bound<'_, PyAny>, place: &str) ->
 /// The tree of such a text.
 #[pyfunction]
 pub(crate) fn from_json<'py>(py: Python<'py>, text: &str, place: &str) -> PyResult<Bound<'py, PyAny>> {
-    let read =
-        || serde_json::from_str::<Tree>(text).map_err(|e| Error::plain(ErrorKind::File, format!("{place}: {e}")));
+    let read = || {
+        serde_json::from_str::<Tree>(text)
+            .map_err(|e| Error::refuse(ErrorKind::File, place, "the text", "JSON as to_json writes it", e))
+    };
     from_tree(py, py.detach(|| guarded(place, read)).or_raise(py)?)
+}
+
+/// Writes bytes of another format to a file, completely or not at all, as [`save`] does.
+#[pyfunction]
+pub(crate) fn write_file(py: Python<'_>, path: PathBuf, bytes: &[u8]) -> PyResult<()> {
+    py.detach(|| guarded("roptim", || checkpoint::write_file(&path, bytes))).or_raise(py)
 }

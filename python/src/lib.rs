@@ -33,7 +33,7 @@ mod _roptim {
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
-    use crate::files::{dumps, from_json, load, loads, save, to_json};
+    use crate::files::{dumps, from_json, load, loads, save, to_json, write_file};
     #[pymodule_export]
     use crate::load::{Loading, match_parameters};
     #[pymodule_export]

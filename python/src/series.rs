@@ -105,7 +105,7 @@ impl Series {
 
 /// What is in a file, the checksum it states, the one its contents give, and its bytes.
 #[pyfunction]
-pub(crate) fn examine<'py>(py: Python<'py>, path: &str) -> PyResult<(Bound<'py, PyAny>, String, String, u64)> {
+pub(crate) fn examine<'py>(py: Python<'py>, path: PathBuf) -> PyResult<(Bound<'py, PyAny>, String, String, u64)> {
     let place = "roptim inspect";
     let seen = py.detach(|| guarded(place, || roptim::checkpoint::examine(path)));
     let seen = seen.map_err(|error| raise(py, &error))?;

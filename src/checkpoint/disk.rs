@@ -178,8 +178,10 @@ impl Disk for OsDisk {
         permissions: Option<fs::Permissions>,
     ) -> io::Result<(File, PathBuf)> {
         const TRIES: usize = 16;
+        // A forked process has its parent's source of random names, so the number of the process is in them.
+        let prefix = format!("{prefix}{}-", std::process::id());
         let mut builder = tempfile::Builder::new();
-        builder.prefix(prefix).suffix(suffix);
+        builder.prefix(&prefix).suffix(suffix);
         // From the first moment no wider than in the end; the umask narrows it where the file is new.
         #[cfg(unix)]
         builder.permissions(permissions.clone().unwrap_or_else(|| {
@@ -190,8 +192,8 @@ impl Disk for OsDisk {
             let temporary = builder.tempfile_in(directory)?;
             // Held while it is open: whoever sweeps takes what is free of locks for abandoned. Where the system
             // has no locks nobody sweeps.
-            if matches!(temporary.as_file().try_lock(), Err(fs::TryLockError::WouldBlock)) || !temporary.path().exists()
-            {
+            let held = matches!(temporary.as_file().try_lock(), Err(fs::TryLockError::WouldBlock));
+            if held || !is_at(temporary.as_file(), temporary.path()) {
                 // Swept between its making and its lock.
                 continue;
             }
@@ -230,8 +232,9 @@ impl Disk for OsDisk {
         // For writing, as network file systems ask of whoever locks; what was to replace a read-only file opens for
         // reading alone.
         let file = options.write(true).open(path).or_else(|_| options.write(false).read(true).open(path))?;
-        // The lock is kept until the name is gone.
-        if file.try_lock().is_ok() { fs::remove_file(path) } else { Ok(()) }
+        // The lock is kept until the name is gone. What had the name may have been renamed since it was opened, and
+        // somebody else's file have it now.
+        if file.try_lock().is_ok() && is_at(&file, path) { fs::remove_file(path) } else { Ok(()) }
     }
 
     fn open(&self, path: &Path) -> io::Result<(File, u64)> {
@@ -243,6 +246,23 @@ impl Disk for OsDisk {
         let len = file.metadata()?.len();
         Ok((file, len))
     }
+}
+
+/// Whether an open file is what a path names.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let identity = |facts: fs::Metadata| (facts.dev(), facts.ino());
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(opened), Ok(named)) => identity(opened) == identity(named),
+        _ => false,
+    }
+}
+
+/// Elsewhere files have no identity in the standard library, and an open one keeps its name.
+#[cfg(not(unix))]
+fn is_at(_: &File, path: &Path) -> bool {
+    path.exists()
 }
 
 /// The directory that a file's name stands in.

@@ -56,7 +56,7 @@ pub use disk::{Disk, Kind, OsDirectory, OsDisk};
 pub use read::{Examined, examine, from_bytes, load, load_from};
 pub use series::{Saved, Series};
 pub use tree::{Bytes, DataType, Key, TensorData, Tree};
-pub use write::{save, save_to, to_bytes};
+pub use write::{save, save_to, to_bytes, write_file};
 
 /// Version of the file format that this library writes; it reads this one.
 pub const FORMAT: u32 = 1;

@@ -40,6 +40,11 @@ pub fn examine(path: impl AsRef<FilePath>) -> Result<Examined> {
     read_from(&OsDisk, path.as_ref(), &mut silent)
 }
 
+/// Whether a file has the form and the length of a checkpoint. The data, which takes long, is not looked at.
+pub(super) fn seems_whole<D: Disk>(disk: &D, path: &FilePath) -> bool {
+    retried(|| disk.open(path)).is_ok_and(|(mut file, len)| Reader { path, place: "" }.start(&mut file, len).is_ok())
+}
+
 fn read_from<D: Disk>(disk: &D, path: &FilePath, progress: Progress<'_>) -> Result<Examined> {
     let (file, len) = retried(|| disk.open(path)).map_err(failed(path, CANNOT_READ))?;
     Reader { path, place: &path.display().to_string() }.read(file, len, progress)
@@ -132,12 +137,13 @@ impl Reader<'_> {
         Ok(header_len as usize)
     }
 
-    fn read(&self, mut source: impl Read, len: u64, progress: Progress<'_>) -> Result<Examined> {
+    /// Reads and checks everything before the data.
+    fn start(&self, source: &mut impl Read, len: u64) -> Result<Started> {
         // The start is looked at first, so that a large file of another kind is not read whole.
         let mut head = Vec::new();
-        self.fill(&mut head, &mut source, 8)?;
+        self.fill(&mut head, source, 8)?;
         let header_len = self.header_len(&head, len)?;
-        self.fill(&mut head, &mut source, header_len)?;
+        self.fill(&mut head, source, header_len)?;
         self.refuse_shorter(head.len(), 8 + header_len)?;
         let header = match str::from_utf8(&head[8..]) {
             Ok(header) => header,
@@ -160,6 +166,11 @@ impl Reader<'_> {
         if !head[8..].starts_with(OPENING.as_bytes()) {
             return self.refuse("the header's opening", "in canonical form", "another form of the same JSON");
         }
+        Ok(Started { head, structure, listed })
+    }
+
+    fn read(&self, mut source: impl Read, len: u64, progress: Progress<'_>) -> Result<Examined> {
+        let Started { mut head, structure, listed } = self.start(&mut source, len)?;
         let mut checksum = Checksum::of_head(&head);
         let mut meter = Meter::new(len, progress);
         meter.advance(head.len())?;
@@ -236,7 +247,9 @@ impl Reader<'_> {
         match fields.iter().find(|(key, _)| key == "format").map(|(_, version)| version) {
             Some(Json::Int(OURS)) => {}
             Some(version @ (Json::Int(LATER..) | Json::UInt(_))) => {
-                let error = self.error("the format version", format!("at most {FORMAT}"), version.describe());
+                let allowed = format!("at most {FORMAT}");
+                let error =
+                    Error::refuse(ErrorKind::Newer, self.place, "the format version", allowed, version.describe());
                 return Err(error.with_remedy("a later roptim wrote the file, install that one to read it"));
             }
             Some(other) => return self.refuse("the format version", FORMAT, other.describe()),
@@ -359,6 +372,13 @@ impl Reader<'_> {
             })
             .collect()
     }
+}
+
+/// What stands before the data.
+struct Started {
+    head: Vec<u8>,
+    structure: Envelope,
+    listed: Vec<Listed>,
 }
 
 struct Envelope {

@@ -1,12 +1,14 @@
 //! The checkpoints of one run: a directory with a file for each saved step.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::commit::{Progress, failed, retried};
 use super::disk::{Disk, OsDisk};
-use super::read::load_from;
+use super::read::{load_from, seems_whole};
 use super::tree::Tree;
 use super::write::save_to;
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +39,8 @@ pub struct Series<D: Disk = OsDisk> {
     disk: D,
     directory: PathBuf,
     keep: Option<NonZeroUsize>,
+    /// Steps whose files were written or looked at and are whole.
+    whole: Mutex<BTreeSet<u64>>,
 }
 
 /// What a save did besides saving.
@@ -54,7 +58,7 @@ impl<D: Disk> Series<D> {
     pub fn open(disk: D, directory: impl Into<PathBuf>, keep: Option<NonZeroUsize>) -> Result<Self> {
         let directory = directory.into();
         retried(|| disk.create_directory(&directory)).map_err(failed(&directory, "the directory could not be made"))?;
-        Ok(Self { disk, directory, keep })
+        Ok(Self { disk, directory, keep, whole: Mutex::default() })
     }
 
     /// The file of a step.
@@ -75,7 +79,7 @@ impl<D: Disk> Series<D> {
     ///
     /// A step may be saved again. One that lies before the newest checkpoint is refused, since
     /// [`latest`](Series::latest) would not find it: see [`discard_after`](Series::discard_after). Later files
-    /// that are damaged do not count; they are renamed to `….damaged`.
+    /// that are damaged do not count; they are renamed to `….damaged`. Nor do damaged ones count among those that stay.
     pub fn save(&self, step: u64, tree: &Tree, progress: Progress<'_>) -> Result<Saved> {
         let mut saved = Saved::default();
         for later in self.steps()?.into_iter().filter(|&later| later > step) {
@@ -93,30 +97,59 @@ impl<D: Disk> Series<D> {
                     return Err(error.with_remedy(format!("discard_after({step}) removes what is newer")));
                 }
                 Err(error) if is_absent(&error) => {}
-                Err(error) if unreadable(&error) => {
-                    let mut aside = path.clone().into_os_string();
-                    aside.push(DAMAGED);
-                    let aside = PathBuf::from(aside);
-                    retried(|| self.disk.rename(&path, &aside))
-                        .map_err(failed(&path, "the damaged file could not be renamed"))?;
-                    saved.set_aside.push(aside);
-                }
+                Err(error) if is_damage(&error) => saved.set_aside.push(self.set_aside(&path)?),
                 Err(error) => return Err(error),
             }
         }
         save_to(&self.disk, &self.path(step), tree, progress)?;
+        self.is_whole(step);
         if let Some(keep) = self.keep {
             // The step is saved; what goes wrong with the old ones does not make that untrue.
-            saved.kept = match self.steps() {
-                Ok(mut old) => {
-                    old.retain(|&old| old < step);
-                    old.truncate((old.len() + 1).saturating_sub(keep.get()));
-                    old.into_iter().filter_map(|old| self.remove(old).err()).collect()
-                }
-                Err(error) => vec![error],
-            };
+            saved.kept = self.prune(step, keep.get()).unwrap_or_else(|error| vec![error]);
         }
         Ok(saved)
+    }
+
+    /// Removes what is older than the `keep` newest whole checkpoints up to `newest`, which counts as one of them;
+    /// returns what could not be removed.
+    fn prune(&self, newest: u64, keep: usize) -> Result<Vec<Error>> {
+        let (mut kept, mut stayed) = (1, Vec::new());
+        for old in self.steps()?.into_iter().rev().filter(|&old| old < newest) {
+            if kept >= keep {
+                stayed.extend(self.remove(old).err());
+            } else if self.is_known_whole(old) || seems_whole(&self.disk, &self.path(old)) {
+                // A damaged one takes nobody's place.
+                self.is_whole(old);
+                kept += 1;
+            }
+        }
+        Ok(stayed)
+    }
+
+    /// Remembers that a step was found whole.
+    fn is_whole(&self, step: u64) {
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner).insert(step);
+    }
+
+    fn is_known_whole(&self, step: u64) -> bool {
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner).contains(&step)
+    }
+
+    /// Renames a damaged file; returns the new name, which nothing had before.
+    fn set_aside(&self, path: &Path) -> Result<PathBuf> {
+        let failed = |what| failed(path, what);
+        let mut number = 1;
+        loop {
+            let mut aside = path.as_os_str().to_owned();
+            aside.push(if number == 1 { DAMAGED.into() } else { format!("{DAMAGED}-{number}") });
+            let aside = PathBuf::from(aside);
+            let taken = retried(|| self.disk.kind(&aside)).map_err(failed("its place aside could not be examined"))?;
+            if taken.is_none() {
+                retried(|| self.disk.rename(path, &aside)).map_err(failed("the damaged file could not be renamed"))?;
+                return Ok(aside);
+            }
+            number += 1;
+        }
     }
 
     /// What was saved at a step.
@@ -206,15 +239,29 @@ fn unreadable(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::File | ErrorKind::Io)
 }
 
+/// Whether a file is beyond reading, now and later: what a system merely refuses, as for want of a permission, may
+/// be whole.
+fn is_damage(error: &Error) -> bool {
+    #[cfg(unix)]
+    let lost = Some(libc::EIO);
+    #[cfg(not(unix))]
+    let lost = None;
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
+    let beyond = |source: &io::Error| {
+        // What is no regular file was not written by a save.
+        source.kind() == io::ErrorKind::InvalidInput
+            || (source.raw_os_error().is_some() && source.raw_os_error() == lost)
+    };
+    error.kind() == ErrorKind::File || source.is_some_and(beyond)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
     fn only_the_names_it_gives_are_steps() {
-        let series = Series { disk: OsDisk, directory: "run".into(), keep: None };
+        let series = Series { disk: OsDisk, directory: "run".into(), keep: None, whole: Mutex::default() };
         for step in [0, 1, 99_999_999, 100_000_000, u64::MAX] {
             let path = series.path(step);
             assert_eq!(step_of(path.file_name().unwrap().to_str().unwrap()), Some(step));

@@ -72,6 +72,11 @@ pub fn save_to<D: Disk>(disk: &D, path: &FilePath, tree: &Tree, progress: Progre
     })
 }
 
+/// Writes bytes of another format to a file as [`save`] writes a tree.
+pub fn write_file(path: impl AsRef<FilePath>, bytes: &[u8]) -> Result<()> {
+    replace(&OsDisk, path.as_ref(), bytes.len() as u64, &mut silent, |sink| sink.write(bytes))
+}
+
 /// Bytes of lent memory that are copied and looked at together: they stay in the cache.
 const STAGED: usize = 1 << 20;
 

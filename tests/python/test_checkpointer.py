@@ -368,7 +368,7 @@ def test_the_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 A_STEP = "a whole number from 0 to 2^63 - 1, got"
 SAVE_STEP = f"roptim.Checkpointer.save: step must be {A_STEP}"
 KEEP = "roptim.Checkpointer: keep must be a whole number from 1 to 2^63 - 1, got"
-EVERY = "roptim.Checkpointer: every must be a whole number from 1 to 2^63 - 1, got"
+EVERY = "roptim.Checkpointer: every must be a whole number from 1 to 2^63 - 1 or a datetime.timedelta, got"
 BAD: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     *(
         (f"keep {keep!r}", lambda c, d, keep=keep: Checkpointer(d, keep), f"{KEEP} {keep!r}")

@@ -163,12 +163,14 @@ def test_a_conversion_and_all_the_other_rules() -> None:
         dropped=("b",),
         hparams={"group 0: lr": (0.001, 0.25), "group 0: eps": (1e-08, 0.5)},
         converted_from="AdamW",
+        kept=("weight_decay", "decoupled_weight_decay"),
     )
     assert str(report).splitlines() == [
         "loaded: new",
         "initialised (not in the saved state): c",
         "dropped (only in the saved state): b",
         "converted from AdamW",
+        "kept (something else there): weight_decay, decoupled_weight_decay",
         "group 0: lr: 0.001 -> 0.25",
         "group 0: eps: 1e-08 -> 0.5",
     ]

@@ -1,0 +1,27 @@
+"""Work that Ctrl-C does not cut in two."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A Ctrl-C that comes within takes effect at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    # Only the main thread gets signals, and only a function of Python would come in between.
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[-1])
