@@ -47,7 +47,8 @@ def restore(
         roptim.restore("run.ckpt", run)      # after: roptim.save(run, "run.ckpt")
         run["epoch"]                         # the saved one
 
-    Names, shapes, dtypes and the classes of optimizers are checked, all of them before anything is written.
+    Names, shapes, dtypes and the classes of optimizers are checked, all of them before anything is written. Objects of
+    your own check their states themselves; what went before is put back if one refuses.
 
     Parameters
     ----------
@@ -163,7 +164,7 @@ class _Plan:
         found: dict[Any, Any] = {self.rules.rename.get(key, key): value for key, value in module.items()}
         self.renamed |= self.rules.rename.keys() & module.keys()
         surplus, new = [key for key in found if key not in here], [key for key in here if key not in found]
-        self.differences(new, surplus, f"{name}.module")
+        self.differences(new, surplus, "module" if name == "the whole" else f"{name}.module")
         self.initialised += [f"{name}: {key}" for key in new]
         self.dropped += [f"{name}: {key}" for key in surplus]
         return {**copy.deepcopy(dict(saved)), "module": {key: found.get(key, here[key]) for key in here}}

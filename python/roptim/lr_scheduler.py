@@ -498,7 +498,9 @@ class LRScheduler:
         cls = type(self)
         if cls.__module__ != __name__:
             return
-        lacking = [key for key in cls._fields if key in vars(self) and key not in state_dict]
+        # Names with an underscore came and went with versions of torch.
+        own = [key for key in vars(self) if not key.startswith("_")]
+        lacking = [key for key in own if key not in {*state_dict, *self._unsaved, *self._functions, *_FORGOTTEN}]
         foreign = [key for key in state_dict if key in _ALL_FIELDS and key not in vars(self)]
         if lacking or foreign:
             got = f"a state without {lacking[0]!r}" if lacking else f"a state with {foreign[0]!r}"
@@ -1744,7 +1746,7 @@ class ReduceLROnPlateau(LRScheduler):
 
 
 #: What one class or another of this module saves besides what all do.
-_ALL_FIELDS = frozenset(
+_ALL_FIELDS = frozenset({"milestones"}) | frozenset(
     key
     for cls in list(vars().values())
     if isinstance(cls, type) and issubclass(cls, LRScheduler)

@@ -347,8 +347,10 @@ struct Lent {
 
 impl AsRef<[u8]> for Lent {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: the array has these bytes, initialized, for as long as it is held, which is as long as `self`.
-        // Whoever writes to it meanwhile, as Python could in another thread, is noticed by what the bytes are for.
+        // SAFETY: the array has these bytes, initialized, for as long as it is held, which is as long as `self`; NumPy
+        // moves no memory that somebody else holds, unless it is told to (`resize` with `refcheck=False`). Python code
+        // in another thread may write to it meanwhile, as with any NumPy operation that runs without the interpreter
+        // lock: the bytes read then are torn, and nothing is derived from them but bytes.
         unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(self.address), self.len) }
     }
 }

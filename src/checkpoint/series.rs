@@ -242,15 +242,15 @@ fn unreadable(error: &Error) -> bool {
 /// Whether a file is beyond reading, now and later: what a system merely refuses, as for want of a permission, may
 /// be whole.
 fn is_damage(error: &Error) -> bool {
+    // A medium that failed, and links that lead in a circle.
     #[cfg(unix)]
-    let lost = Some(libc::EIO);
+    let lost = [libc::EIO, libc::ELOOP];
     #[cfg(not(unix))]
-    let lost = None;
+    let lost = [];
     let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
     let beyond = |source: &io::Error| {
         // What is no regular file was not written by a save.
-        source.kind() == io::ErrorKind::InvalidInput
-            || (source.raw_os_error().is_some() && source.raw_os_error() == lost)
+        source.kind() == io::ErrorKind::InvalidInput || source.raw_os_error().is_some_and(|code| lost.contains(&code))
     };
     error.kind() == ErrorKind::File || source.is_some_and(beyond)
 }

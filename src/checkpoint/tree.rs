@@ -230,7 +230,8 @@ impl TensorData {
 }
 
 impl Bytes {
-    /// Memory of somebody else, who should leave it alone while it is used. A save notices if it changes.
+    /// Memory of somebody else, who should leave it alone while it is used. A save notices if it changes between its
+    /// checksum and its writing.
     pub fn lent(memory: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
         Self(Memory::Lent(memory))
     }

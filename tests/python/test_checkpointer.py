@@ -361,7 +361,7 @@ def test_the_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names(tmp_path / "a" / "new") == files(1)
     (tmp_path / "dangling").symlink_to("nowhere")
     for taken in ("a/b/c/step-00000001.safetensors", "a/b/c/step-00000001.safetensors/x", "dangling"):
-        with pytest.raises(CheckpointIOError, match=f"^{taken}.*the directory could not be made"):
+        with pytest.raises(CheckpointIOError, match=f"/{taken}.*the directory could not be made"):
             Checkpointer(taken)
 
 
@@ -1202,6 +1202,70 @@ checkpoints.wait()
         assert process.wait(60) == 0
     assert names(tmp_path) == ["one", *files(1)]
     assert other.load(1).state.nbytes == 20 * MIB
+
+
+def test_forked_savers_do_not_take_each_others_temporary_files(tmp_path: Path) -> None:
+    """They have their parent's source of random names."""
+    code = """
+import os, sys, numpy as np, roptim
+directory, savers, saves = sys.argv[1], 6, 150
+roptim.save("first", directory + "/warm")
+def work(k):
+    path = f"{directory}/{k}"
+    for i in range(saves):
+        roptim.save({"k": k, "i": i, "a": np.full(5000, k)}, path)
+        found = roptim.load(path)
+        assert (found["k"], found["i"], set(found["a"].tolist())) == (k, i, {k}), found
+children = []
+for k in range(savers):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(k)
+            code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+    assert run(code, tmp_path) == "[0, 0, 0, 0, 0, 0]\n"
+    assert leftovers(tmp_path) == []
+
+
+def test_damaged_files_take_nobodys_place(tmp_path: Path) -> None:
+    first = Checkpointer(tmp_path, keep=2)
+    first.save(1, 1)
+    first.save(2, 2)
+    first.path(2).write_bytes(first.path(2).read_bytes()[:-1] or b"")
+    again = Checkpointer(tmp_path, keep=2)
+    again.save(3, 3)
+    assert again.steps() == [1, 2, 3], "one of the two that stay is damaged, so the one before stays, too"
+    again.save(4, 4)
+    assert again.steps() == [3, 4]
+
+
+def test_a_later_version_is_no_damage(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, 1)
+    checkpoints.save(2, 2)
+    data = checkpoints.path(2).read_bytes()
+    checkpoints.path(2).write_bytes(data.replace(rb"\"format\":1", rb"\"format\":2", 1))
+    with pytest.raises(CheckpointError, match="a later roptim wrote the file"):
+        checkpoints.latest()
+    with pytest.raises(CheckpointError, match="a later roptim wrote the file"):
+        checkpoints.save(1, 1)
+    assert names(tmp_path) == files(1, 2)
+
+
+def test_what_was_not_saved_is_due_again(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path / "run", every=datetime.timedelta(hours=1))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CheckpointIOError):
+        checkpoints.save(1, 1)
+    (tmp_path / "run").mkdir()
+    assert checkpoints.save(2, 2)
+    assert not checkpoints.save(3, 3)
 
 
 # ---- permissions --------------------------------------------------------------------------------------------

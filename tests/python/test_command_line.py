@@ -309,6 +309,77 @@ def test_convert_refuses_and_leaves_the_target(saved: Path, tmp_path: Path, caps
     assert not list(tmp_path.glob("*.tmp"))
 
 
+HOSTILE = "\x1b[2J\x9b\u202e\n"
+GROUP = {"lr": 0.1, "params": [0]}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"optimizer": HOSTILE, "update_count": HOSTILE, "skip_count": HOSTILE},
+        {"parameters": {0: {"shape": HOSTILE, "dtype": HOSTILE}}},
+        {"parameters": [1], "schedules": [1]},
+        {"parameters": {0: 3}, "schedules": {0: {HOSTILE: HOSTILE}}},
+        3,
+    ],
+)
+@pytest.mark.parametrize(
+    "group",
+    [GROUP, {**GROUP, "params": [[0], HOSTILE]}, {**GROUP, "param_names": 3}, {**GROUP, "param_names": [[HOSTILE]]}],
+)
+def test_inspect_of_hostile_states_is_harmless(tmp_path: Path, capsys: Output, about: Any, group: Any) -> None:
+    state = {0: {"step": HOSTILE, HOSTILE: np.ones(2)}}
+    run_ = {"optimizer": {"state": state, "param_groups": [group], "roptim": about}, HOSTILE: {HOSTILE: np.ones(1)}}
+    roptim.save(run_, tmp_path / "hostile")
+    said = run(capsys, "inspect", str(tmp_path / "hostile"), "--all")
+    assert said.replace("\n", "").isprintable()
+    assert r"\x1b[2J\x9b\u202e\n" in said
+
+
+def test_errors_and_reports_are_harmless(tmp_path: Path) -> None:
+    state = roptim.SGD({HOSTILE: np.ones(2)}).state_dict()
+    opt = roptim.SGD({"a": np.ones(2)})
+    with pytest.raises(ValueError, match="a surplus") as raised:
+        opt.load_state_dict(state)
+    assert str(raised.value).isprintable()
+    report = opt.load_state_dict(state, strict=False)
+    assert "\x1b" not in str(report)
+    state["roptim"]["optimizer"] = HOSTILE
+    with pytest.raises(ValueError, match="state must be of SGD, got of") as raised:
+        opt.load_state_dict(state)
+    assert "\x1b" not in str(raised.value)
+
+
+def test_convert_leaves_other_files_alone(saved: Path, tmp_path: Path, capsys: Output) -> None:
+    path, target, other = saved / "step-00000003.safetensors", tmp_path / "o.json", tmp_path / "o.json.tmp"
+    other.write_text("precious")
+    target.write_text("old")
+    target.chmod(0o600)
+    run(capsys, "convert", str(path), str(target))
+    assert other.read_text() == "precious"
+    assert target.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "link.json").symlink_to(target)
+    run(capsys, "convert", str(path), str(tmp_path / "link.json"))
+    assert (tmp_path / "link.json").is_symlink()
+
+
+def test_arrays_of_any_name_go_into_npz(tmp_path: Path, capsys: Output) -> None:
+    source, target = tmp_path / "x.ckpt", tmp_path / "x.npz"
+    roptim.save({"file": np.ones(2), "self": np.zeros((0, 3)), "a": {"b": np.float32(2)}}, source)
+    run(capsys, "convert", str(source), str(target))
+    with np.load(target) as found:
+        assert set(found.files) == {"file", "self", "a.b"}
+        assert found["file"].tolist() == [1, 1]
+        assert found["self"].shape == (0, 3)
+    roptim.save({"a.b": np.ones(1), "a": {"b": np.zeros(1)}}, source)
+    assert "arrays called 'a.b' must be one" in refused(capsys, "convert", str(source), str(target))
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    roptim.save({"x": np.ones(2, bfloat16)}, source)
+    assert "x must be of a dtype of NumPy's own for .npz, got bfloat16" in refused(
+        capsys, "convert", str(source), str(target)
+    )
+
+
 def test_convert_reads_and_writes_torch(
     saved: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,17 @@ def test_a_cycle_is_refused(tmp_path: Path) -> None:
         save(cycle, tmp_path / "x")
 
 
+def test_a_dict_that_changes_while_it_is_saved(tmp_path: Path) -> None:
+    class Restless:
+        def state_dict(self) -> dict[str, int]:
+            run["new"] = 1
+            return {"n": 1}
+
+    run: dict[str, Any] = {"restless": Restless(), "other": 2}
+    save(run, tmp_path / "x")
+    assert load(tmp_path / "x") == {"restless": {"n": 1}, "other": 2}
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x"
     save({"a": np.arange(10.0), "b": [1, "two"]}, path)

@@ -718,6 +718,13 @@ def test_schedules(theirs: Any, mine: Any, hparams: Any, want: Any, report: Any)
     assert shown(opt) == [want(4) if is_schedule else want]
 
 
+def test_a_report_tells_a_schedule_from_its_value() -> None:
+    source, opt = SGD([f32(2)], lr=COSINE(0)), SGD([f32(2)], lr=COSINE)
+    with pytest.warns(UserWarning, match="was no schedule"):
+        report = opt.load_state_dict(source.state_dict())
+    assert repr(report.hparams) == repr({"group 0: lr": (COSINE, COSINE(0))})
+
+
 def test_a_schedule_that_was_none_in_the_saved_run_ends_with_a_warning() -> None:
     opt = SGD([f32(2)], lr=COSINE)
     with pytest.warns(

@@ -600,6 +600,121 @@ def test_refused_arguments(options: dict[str, Any], message: str) -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------------------
 
 
+def test_a_container_is_renamed_with_all_in_it(tmp_path: Path) -> None:
+    def run(name: str, value: float) -> dict[str, Any]:
+        params = {name: {"W": f32(2, value=value), "b": f32(1, value=value)}, "rest": [f32(1, value=value)]}
+        return {"params": params, "optimizer": Adam(params)}
+
+    old, new = run("old", 1.0), run("new", 0.0)
+    old["optimizer"].step({"old": {"W": f32(2), "b": f32(1)}, "rest": [f32(1)]})
+    roptim.save(old, tmp_path / "run")
+    roptim.restore(tmp_path / "run", new, rename={"old.W": "new.W", "old.b": "new.b"})
+    assert fingerprint(new["params"]["new"]) == fingerprint(old["params"]["old"])
+    assert fingerprint(dict(new["optimizer"].state["new.W"])) == fingerprint(dict(old["optimizer"].state["old.W"]))
+    with pytest.raises(roptim.RoptimKeyError):
+        roptim.restore(tmp_path / "run", run("new", 0.0), rename={"old.W": "new.W", "old.b": "other.b"})
+
+
+def test_averages_follow_the_rules_of_the_whole(tmp_path: Path) -> None:
+    def run(names: str, value: float) -> dict[str, Any]:
+        params = {name: f32(2, value=value) for name in names}
+        return {"params": params, "average": AveragedModel(params)}
+
+    old = run("ab", 1.0)
+    old["average"].update_parameters(old["params"])
+    roptim.save(old, tmp_path / "run")
+    new = run("xc", 0.0)
+    report = roptim.restore(tmp_path / "run", new, rename={"a": "x"}, strict=False)
+    assert new["average"].n_averaged == 1
+    assert new["average"].module["x"].tolist() == [1, 1]
+    assert new["average"].module["c"].tolist() == [0, 0]
+    assert "average: c" in report.initialised
+    assert "average: b" in report.dropped
+    with pytest.raises(roptim.RoptimKeyError, match=r"the saved average.module must be like"):
+        roptim.restore({"average": old["average"].state_dict()}, {"average": new["average"]})
+
+
+def test_one_object_in_two_places(tmp_path: Path) -> None:
+    tied, rng = f32(2), np.random.default_rng(1)
+    roptim.save({"in": tied, "out": tied, "rng": rng, "same": rng}, tmp_path / "tied")
+    into = f32(2, value=0)
+    fresh = np.random.default_rng(2)
+    roptim.restore(tmp_path / "tied", {"in": into, "out": into, "rng": fresh, "same": fresh})
+    assert into.tolist() == [1, 1]
+    assert fresh.bit_generator.state == rng.bit_generator.state
+    saved = {"in": f32(2), "out": f32(2, value=3)}
+    with pytest.raises(ValueError, match="out must be saved with one state, got other values than in in, which is the"):
+        roptim.restore(saved, {"in": into, "out": into})
+    assert into.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ({"a": 1}, "text", "x must be a string as it is here, got a dict in the saved state"),
+        (f32(2), 0.5, "x must be a number as it is here, got an array in the saved state"),
+        ([1], {"a": 1}, "x must be a dict as it is here, got a list in the saved state"),
+        (
+            1,
+            object(),
+            "x must be an array, an object with load_state_dict, or a value in a list or dict, got an object of",
+        ),
+    ],
+)
+def test_values_of_another_kind_are_refused(saved: Any, here: Any, message: str) -> None:
+    into = {"x": here}
+    with pytest.raises(TypeError, match=message):
+        roptim.restore({"x": saved}, into)
+    assert into["x"] is here
+    for value in (1, 2.5, np.float32(3), True, None):
+        roptim.restore({"x": value}, into := {"x": 0})
+        assert into["x"] is value or into["x"] == value
+    roptim.restore({"x": [1, 2]}, into := {"x": None})
+    assert into == {"x": [1, 2]}
+
+
+def test_an_interrupt_comes_after_the_whole() -> None:
+    """Real signals, at many moments within."""
+    code = """
+import os, signal, sys, threading, time, numpy as np, roptim
+from roptim._restore import _Plan
+sys.setswitchinterval(1e-5)
+n, attempts = 3000, 100
+source = {f"p{i}": np.full(3, 1.0) for i in range(n)}
+saved = {"params": source, "opt": roptim.SGD(source, lr=0.5).state_dict(), "epoch": 7}
+def made():
+    params = {f"p{i}": np.zeros(3) for i in range(n)}
+    return {"params": params, "opt": roptim.SGD(params, lr=0.1), "epoch": 0}
+commit, took = _Plan.commit, 0.0
+def timed(self):
+    global took
+    start = time.perf_counter()
+    commit(self)
+    took = time.perf_counter() - start
+_Plan.commit = timed
+roptim.restore(saved, made())
+def interrupted(self):
+    timer.start()
+    commit(self)
+_Plan.commit = interrupted
+came = mixed = 0
+for attempt in range(attempts):
+    run = made()
+    timer = threading.Timer(took * attempt / attempts, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        roptim.restore(saved, run)
+        timer.join()
+        time.sleep(0.001)
+    except KeyboardInterrupt:
+        came += 1
+    state = {float(p[0]) for p in run["params"].values()}, run["opt"].param_groups[0]["lr"], run["epoch"]
+    mixed += state not in (({1.0}, 0.5, 7), ({0.0}, 0.1, 0))
+print(came > 10, mixed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "True 0\n"), done.stderr
+
+
 def test_what_lives_on_a_gpu(gpu: str, tmp_path: Path) -> None:
     def run(value: float) -> Any:
         params = {"w": Parameter(f32(3, value=value)), "b": f32(2, value=value)}

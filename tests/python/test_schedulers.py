@@ -1462,3 +1462,39 @@ def test_what_users_of_torch_reported_has_the_right_values() -> None:
     cycle = followed(roptim.lr_scheduler.OneCycleLR(opt, 1.0, 10), 14)
     assert cycle[9:] == [cycle[9]] * 6
     assert cycle[9] == pytest.approx(1 / 25 / 1e4)
+
+
+def test_a_state_of_another_class_is_refused() -> None:
+    def made(name: str) -> Any:
+        opt = roptim.SGD([np.ones(1)], lr=0.1, momentum=0.9)
+        arguments: dict[str, Any] = {
+            "StepLR": {"step_size": 3},
+            "MultiStepLR": {"milestones": [2]},
+            "ExponentialLR": {"gamma": 0.9},
+            "PolynomialLR": {},
+            "CosineAnnealingLR": {"T_max": 5},
+            "CosineAnnealingWarmRestarts": {"T_0": 5},
+            "ReduceLROnPlateau": {},
+            "OneCycleLR": {"max_lr": 0.2, "total_steps": 9},
+        }
+        return getattr(roptim.lr_scheduler, name)(opt, **arguments[name])
+
+    names = [
+        "StepLR",
+        "MultiStepLR",
+        "ExponentialLR",
+        "PolynomialLR",
+        "CosineAnnealingLR",
+        "CosineAnnealingWarmRestarts",
+    ]
+    names += ["ReduceLROnPlateau", "OneCycleLR"]
+    for source in names:
+        for target in names:
+            scheduler = made(target)
+            before = repr(scheduler.state_dict())
+            if source == target:
+                scheduler.load_state_dict(made(source).state_dict())
+            else:
+                with pytest.raises(roptim.RoptimError, match=rf"^{target}.load_state_dict: "):
+                    scheduler.load_state_dict(made(source).state_dict())
+                assert repr(scheduler.state_dict()) == before
