@@ -26,25 +26,7 @@ from roptim.optimizer import REGISTRY
 __all__ = ["from_json", "from_optax", "from_torch", "to_json", "to_torch"]
 
 #: Classes of torch.optim that keep the state of the registry's class of that name.
-_TORCHS = frozenset(
-    {
-        "ASGD",
-        "Adadelta",
-        "Adafactor",
-        "Adagrad",
-        "Adam",
-        "AdamW",
-        "Adamax",
-        "LBFGS",
-        "Muon",
-        "NAdam",
-        "RAdam",
-        "RMSprop",
-        "Rprop",
-        "SGD",
-        "SparseAdam",
-    }
-)
+_TORCHS = frozenset(REGISTRY) - {"ConjugateGradient"}
 #: Numbers of each parameter that torch keeps as 0-d float32 tensors, of parameters in float64 too.
 _SCALARS = frozenset(name for entry in REGISTRY.values() for name in entry["scalars"])
 #: Values of all parameters at once.
@@ -281,7 +263,7 @@ def from_optax(opt_state: Any, params: Any, *, optimizer: str = "Adam", lr: floa
     return {"state": state, "param_groups": [group], "roptim": about}
 
 
-# ---- what both directions of torch share ----------------------------------------------------------------------------
+# ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def to_json(obj: Any) -> str:
@@ -316,6 +298,9 @@ def from_json(text: str) -> Any:
     return _roptim.from_json(text, "convert.from_json")
 
 
+# ---- whole files of torch -------------------------------------------------------------------------------------------
+
+
 def _from_torch_tree(place: str, value: Any, names: Any = None) -> Any:
     """What torch.load returned: tensors as arrays, states of optimizers as :func:`from_torch` has them."""
     if _is_state_dict(value):
@@ -338,6 +323,9 @@ def _to_torch_tree(place: str, value: Any) -> Any:
         items = [_to_torch_tree(place, item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return _tensors(place, value) if isinstance(value, np.ndarray) else settled(value)
+
+
+# ---- what both directions of torch share ----------------------------------------------------------------------------
 
 
 def _type(value: object) -> str:

@@ -21,8 +21,8 @@
 //!
 //! [`save`] writes a temporary file beside the target, flushes it to disk, renames it, and flushes the
 //! directory: a crash leaves the old file or the new one. A [`Series`] is a directory of such files, one for
-//! each saved step of a run. The file system is a trait ([`Disk`]), so that tests can cut its power. [`StateDict::into_tree`](crate::StateDict::into_tree)
-//! and [`StateDict::from_tree`](crate::StateDict::from_tree) connect optimizers.
+//! each saved step of a run. The file system is a trait ([`Disk`]), so that tests can cut its power.
+//! [`StateDict::into_tree`](crate::StateDict::into_tree) and [`StateDict::from_tree`](crate::StateDict::from_tree) connect optimizers.
 //!
 //! A [`Tree`] is also serde's: in human-readable formats such as JSON it is the same structure with the tensors'
 //! numbers in it, in binary ones the bytes of its file.
