@@ -316,10 +316,12 @@ def test_deep_and_recursive_containers() -> None:
 def test_schedulers_keep_out_what_is_not_theirs() -> None:
     opt = SGD([f32(1)])
     sched = StepLR(opt, 3)
+    good = sched.state_dict()
     for bad, message in [
-        ({"last_epoch": 1, "step": 5}, "key must be of the scheduler's state, got 'step'"),
-        ({"last_epoch": "x"}, "last_epoch must be of type int, got an object of type str"),
-        ({"last_epoch": 1, "base_lrs": 3}, "base_lrs must be of type list, got an object of type int"),
+        ({**good, "step": 5}, "key must be of the scheduler's state, got 'step'"),
+        ({**good, "last_epoch": "x"}, "last_epoch must be of type int, got an object of type str"),
+        ({**good, "base_lrs": 3}, "base_lrs must be of type list, got an object of type int"),
+        ({"last_epoch": 1}, "state_dict must be of StepLR, got a state without 'step_size'"),
         (5, "state_dict must be a dict, got an object of type int"),
     ]:
         with pytest.raises(roptim.RoptimError, match=f"^StepLR.load_state_dict: {message}"):
