@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
 import threading
 import time
 import warnings
@@ -16,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, warn
 from roptim._files import Progress, path_text
 from roptim._loading import LoadReport, Missing, Rules, Unexpected
 from roptim._restore import restore_tree
+from roptim._signals import deferred
 
 _PLACE = "roptim.Checkpointer"
 
@@ -41,14 +41,6 @@ def _whole(place: str, name: str, value: Any, least: int, alternative: str = "")
     return int(value)
 
 
-def _warn(sentence: str) -> None:
-    """Warns at the line outside of this file that the call came from."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{_PLACE}: {sentence}", stacklevel=level)
-
-
 class Checkpointer:
     """Saves a run every so often, keeps the newest checkpoints, and finds the newest that is whole::
 
@@ -68,7 +60,7 @@ class Checkpointer:
     directory
         Where; made if it is absent.
     keep : int or None
-        How many of the newest stay; None keeps all. Damaged ones do not count.
+        How many of the newest stay; None keeps all. Those found damaged, or of a wrong length, do not count.
     every : int or datetime.timedelta
         Which calls of :meth:`save` save: those whose step is a multiple, or those this long after the last save.
     background : bool
@@ -148,14 +140,15 @@ class Checkpointer:
             self.wait()
             snapshot = _roptim.Snapshot(state, place, self._background)
             writing = _Writing(self._series, step, snapshot, self._progress)
+            if self._background:
+                # A signal handler may have begun a save meanwhile.
+                self.wait()
             self._last_save = time.monotonic()
             if self._background:
-                self._writing = writing
-                try:
+                # Known from when it runs, so that nobody waits for one that never began.
+                with deferred():
                     writing.start()
-                except RuntimeError:  # the system has no thread to give
-                    self._writing = None
-                    raise
+                    self._writing = writing
             else:
                 writing.run()
                 self._conclude(writing)
@@ -221,7 +214,7 @@ class Checkpointer:
         self.wait()
         found, damaged = self._series.latest(self._progress)
         for sentence in damaged:
-            _warn(f"{sentence}; an older checkpoint is taken")
+            warn(f"{_PLACE}: {sentence}; an older checkpoint is taken")
         return None if found is None else Checkpoint(found[0], self.path(found[0]), found[1])
 
     def load(self, step: int) -> Checkpoint:
@@ -324,9 +317,9 @@ class _Writing:
             raise error
         set_aside, kept = self._saved
         for path in set_aside:
-            _warn(f"a damaged checkpoint was in the way and is now called {path}")
+            warn(f"{_PLACE}: a damaged checkpoint was in the way and is now called {path}")
         for sentence in kept:
-            _warn(sentence)
+            warn(f"{_PLACE}: {sentence}")
 
     def __del__(self) -> None:
         if self._error is not None and self._process == os.getpid():

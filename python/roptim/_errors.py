@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import sys
+import warnings
 
 
 class RoptimError(Exception):
@@ -76,6 +78,14 @@ class InternalError(RoptimRuntimeError):
 def printable(text: str) -> str:
     """A text of any origin without what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def warn(sentence: str) -> None:
+    """Warns at the line of the code that called this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "roptim":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(printable(sentence), stacklevel=level)
 
 
 def refuse(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, printable, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, printable, refuse, warn
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
 from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
@@ -111,14 +109,6 @@ class Rules:
             keep_hparams=isinstance(hparams, str) and hparams == "keep",
             hparams=dict(hparams) if isinstance(hparams, Mapping) else {},
         )
-
-
-def _levels_outside() -> int:
-    """How far above the caller the code is that called this package."""
-    levels, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "roptim":
-        levels, frame = levels + 1, frame.f_back
-    return levels
 
 
 @dataclass(frozen=True)
@@ -230,7 +220,7 @@ class _OfEngine(_Load):
             self.dropped(loading.dropped),
             changed,
             loading.converted_from,
-            kept=tuple(self.kept),
+            kept=tuple(name for name in self.kept if name not in given),
         )
 
         def commit() -> None:
@@ -322,10 +312,9 @@ class _OfEngine(_Load):
                 # What is not given is kept, here as for numbers.
                 values[name] = mine[name]
                 continue
-            warnings.warn(
+            warn(
                 f"{place}: {name} of group {index} was no schedule in the saved run, whose value it takes; "
-                "assign the schedule again to go on with it",
-                stacklevel=_levels_outside(),
+                "assign the schedule again to go on with it"
             )
         for key in (key for key in forms if key not in given):
             name = f"{key} of group {index}"

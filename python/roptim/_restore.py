@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -61,7 +61,8 @@ def restore(
         too: with ``missing="init"`` what the file lacks stays as it is.
     rename : dict, optional
         ``{saved name: name here}``, of parameters as optimizers name them, and of the arrays in each part of ``into``:
-        ``{"old.W": "new.W"}`` renames ``params["old"]["W"]`` and the optimizer's parameter together.
+        ``{"head.W": "head.V"}`` renames ``params["head"]["W"]`` and the optimizer's parameter together,
+        ``{"head": "top"}`` all that is in ``params["head"]``.
     progress : callable, optional
         As in :func:`load`.
 
@@ -89,7 +90,7 @@ def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -
     hparams = plan.hparams
     converted = ", ".join(dict.fromkeys(plan.converted)) or None
     return LoadReport(
-        tuple(plan.loaded), tuple(plan.initialised), tuple(plan.dropped), hparams, converted_from=converted, step=step
+        tuple(plan.loaded), tuple(plan.initialised), tuple(plan.dropped), hparams, converted, step, tuple(plan.kept)
     )
 
 
@@ -103,8 +104,9 @@ class _Plan:
         self.dropped: list[str] = []
         self.hparams: dict[str, tuple[Any, Any]] = {}
         self.converted: list[str] = []
+        self.kept: list[str] = []
         #: Old names of ``rename`` that something was found under.
-        self.renamed: set[str] = set()
+        self.used: set[str] = set()
         #: Arrays, generators and optimizers by identity: where they are in the whole, and what they are to become.
         self.seen: dict[int, tuple[str, Any]] = {}
         # In the order of writing: what may fail first, with what undoes it.
@@ -119,10 +121,14 @@ class _Plan:
         """Plans one target. ``within`` is its name as optimizers name parameters, ``""`` for a part of the whole
         and None for that; ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
-        if isinstance(target, (Optimizer, *_ARRAYS, *_GENERATORS)):
+        if isinstance(target, (*_ARRAYS, *_GENERATORS)) or _loads(target):
             self.refuse_two_states(saved, target, name)
         if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
             self.optimizer(self.hooked(target, saved), target, name)
+        elif saved is None and assign is not None and isinstance(target, (*_ARRAYS, Mapping, list, tuple)):
+            # There was none yet.
+            self.values.append((assign, target, None))
+            self.loaded.append(name)
         elif isinstance(target, _ARRAYS):
             self.array(saved, target, name)
         elif isinstance(target, _GENERATORS):
@@ -130,7 +136,7 @@ class _Plan:
         elif _is_average(target):
             self.objects.append((name, target, self.average(saved, target, name)))
             self.loaded.append(name)
-        elif callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type):
+        elif _loads(target):
             # A copy: what keeps it must not share memory with the source.
             self.objects.append((name, target, copy.deepcopy(saved)))
             self.loaded.append(name)
@@ -161,8 +167,10 @@ class _Plan:
         if not target._names or not isinstance(module, Mapping) or not all(isinstance(k, str) for k in module):
             return copy.deepcopy(saved)
         here: dict[Any, Any] = dict(zip(target._names, target._averages, strict=True))
-        found: dict[Any, Any] = {self.rules.rename.get(key, key): value for key, value in module.items()}
-        self.renamed |= self.rules.rename.keys() & module.keys()
+        rename = self.renamed(module)
+        found: dict[Any, Any] = {rename.get(key, key): value for key, value in module.items()}
+        if len(found) != len(module):
+            raise refuse(RoptimValueError, _PLACE, "rename", "to different names", f"one name twice in {name}")
         surplus, new = [key for key in found if key not in here], [key for key in here if key not in found]
         self.differences(new, surplus, "module" if name == "the whole" else f"{name}.module")
         self.initialised += [f"{name}: {key}" for key in new]
@@ -179,9 +187,7 @@ class _Plan:
         # What is no list of names is refused with all else that is wrong in it.
         lists = [names for group in listed if isinstance(names := group.get("param_names"), (list, tuple))]
         names = {name for each in lists for name in each if isinstance(name, str)}
-        rename = {old: new for old, new in self.rules.rename.items() if old in names}
-        self.renamed |= rename.keys()
-        rules = replace(self.rules, rename=rename)
+        rules = replace(self.rules, rename=self.renamed(names))
         with _placed(name):
             prepared = prepare(target, saved, rules, f"{type(target).__name__}.load_state_dict")
         report = prepared.report
@@ -191,6 +197,7 @@ class _Plan:
         self.dropped += [f"{name}: {each}" for each in report.dropped]
         self.hparams |= {f"{name}: {key}": change for key, change in report.hparams.items()}
         self.converted += [report.converted_from] if report.converted_from else []
+        self.kept += [f"{name}: {each}" for each in report.kept]
 
     def array(self, saved: Any, target: Any, name: str) -> None:
         own = target._array if isinstance(target, Parameter) else target
@@ -238,7 +245,7 @@ class _Plan:
         if not isinstance(saved, Mapping):
             got = f"an object of type {type(saved).__name__} in the saved state"
             raise refuse(RoptimTypeError, _PLACE, place or "the whole", "a dict", got)
-        found = {self.renamed_key(key, value, place, within): value for key, value in saved.items()}
+        found = {self.renamed_key(key, target, place, within): value for key, value in saved.items()}
         if len(found) != len(saved):
             got = f"one name twice in {place or 'the whole'}"
             raise refuse(RoptimValueError, _PLACE, "rename", "to different names", got)
@@ -253,32 +260,35 @@ class _Plan:
                 self.initialised.append(inner)
         self.dropped += [f"{place}.{key}" if place else key for key in surplus]
 
-    def renamed_key(self, key: Any, value: Any, place: str, within: str | None) -> Any:
+    def renamed_key(self, key: Any, target: Mapping[Any, Any], place: str, within: str | None) -> Any:
         """The key here of a saved one. Names in ``rename`` begin below the part of the tree they are in."""
         if not isinstance(key, str):
             return key
         prefix = f"{within}." if within else ""
         old = f"{prefix}{key}"
         new = self.rules.rename.get(old)
-        if new is not None:
-            self.renamed.add(old)
-        elif isinstance(value, (Mapping, list, tuple)):
-            new = self.renamed_container(old)
         if new is None:
             return key
         if not new.startswith(prefix) or not new[len(prefix) :]:
-            remedy = "load the file and move the entry, where it is another container"
+            remedy = "name the containers, or load the file and move the entry"
             raise refuse(RoptimValueError, _PLACE, f"rename of {old!r}", f"to a name in {place!r}", repr(new), remedy)
+        if new[len(prefix) :] not in target:
+            # Another container with such a key.
+            return key
+        self.used.add(old)
         return new[len(prefix) :]
 
-    def renamed_container(self, old: str) -> str | None:
-        """The name here of a container, where all renamed names that begin with it begin with one other name."""
-        inner = {name: new for name, new in self.rules.rename.items() if name.startswith(f"{old}.")}
-        stems = {new.removesuffix(name[len(old) :]) for name, new in inner.items() if new.endswith(name[len(old) :])}
-        if len(stems) != 1 or stems == {old} or not all(new.endswith(name[len(old) :]) for name, new in inner.items()):
-            return None
-        self.renamed |= inner.keys()
-        return stems.pop()
+    def renamed(self, names: Iterable[Any]) -> dict[str, str]:
+        """The new names of parameters: of each by itself, or by the container it is in."""
+        found = {}
+        for name in names:
+            parts = name.split(".") if isinstance(name, str) else []
+            stems = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+            stem = next((stem for stem in stems if stem in self.rules.rename), None)
+            if stem is not None:
+                found[name] = self.rules.rename[stem] + name[len(stem) :]
+                self.used.add(stem)
+        return found
 
     def sequence(self, saved: Any, target: list[Any] | tuple[Any, ...], place: str, within: str | None) -> None:
         if not isinstance(saved, (list, tuple)):
@@ -303,6 +313,8 @@ class _Plan:
         if surplus and not self.rules.drop_unexpected:
             problems.append(f"a surplus {', '.join(surplus)}")
             remedies.append('unexpected="drop" leaves it out')
+        if len(problems) == 2:
+            remedies.append('rename={"old": "new"} matches arrays and containers')
         if problems:
             where = f"the saved {place or 'tree'}"
             raise refuse(
@@ -310,7 +322,7 @@ class _Plan:
             )
 
     def check_renames(self) -> None:
-        unused = self.rules.rename.keys() - self.renamed
+        unused = self.rules.rename.keys() - self.used
         if unused:
             got = ", ".join(map(repr, sorted(unused)))
             raise refuse(RoptimKeyError, _PLACE, "rename", "of names that the saved state has", got)
@@ -372,6 +384,8 @@ def _setter(container: Any, key: Any) -> Callable[[Any], None]:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two saved states are the same, NaN included."""
+    if isinstance(a, np.ndarray) != isinstance(b, np.ndarray):
+        return False
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
@@ -388,12 +402,9 @@ def _is_average(target: Any) -> bool:
 
 #: Kinds of plain values: one is not replaced by another.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "None": (type(None),),
-    "a number": (bool, int, float, np.generic),
+    "numbers": (type(None), bool, int, float, np.generic, np.ndarray, list, tuple),
     "a string": (str,),
-    "a list": (list, tuple),
     "a dict": (Mapping,),
-    "an array": (np.ndarray,),
 }
 
 
@@ -414,5 +425,9 @@ def _holds_objects(target: Any) -> bool:
         return any(map(_holds_objects, target.values()))
     if isinstance(target, (list, tuple)):
         return any(map(_holds_objects, target))
-    loads = callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type)
-    return loads or isinstance(target, (*_ARRAYS, *_GENERATORS))
+    return _loads(target) or isinstance(target, (*_ARRAYS, *_GENERATORS))
+
+
+def _loads(target: Any) -> bool:
+    """Whether an object takes a state."""
+    return callable(getattr(target, "load_state_dict", None)) and not isinstance(target, type)

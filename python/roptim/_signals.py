@@ -18,10 +18,16 @@ def deferred() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+
+    signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[-1])
+        # Unless somebody put another one in its place meanwhile.
+        if signal.getsignal(signal.SIGINT) is wait:
+            signal.signal(signal.SIGINT, handler)
+        for each in came:
+            handler(*each)

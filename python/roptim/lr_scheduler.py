@@ -55,6 +55,8 @@ __all__ = [
 _WRITTEN = ("lr", "momentum", "betas", *sorted(SCHEDULER_KEYS))
 #: Optimizers of which a construction that is held back was told, once for all schedulers.
 _TOLD: WeakSet[Optimizer] = WeakSet()
+#: What a class saves besides the numbers of ``_fields`` and has had in every version.
+_LISTS = ("milestones",)
 #: Entries of older torch states that mean nothing here.
 _FORGOTTEN = frozenset({"verbose", "anneal_func", "_scale_fn_ref"})
 
@@ -95,6 +97,8 @@ class _Range(NamedTuple):
             number = None if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError):
             number = None
+        except OverflowError:
+            number = math.inf
         if number is None:
             raise refuse(RoptimTypeError, place, name, str(self), repr(value))
         if not math.isfinite(number) or not self.holds(number):
@@ -498,9 +502,9 @@ class LRScheduler:
         cls = type(self)
         if cls.__module__ != __name__:
             return
-        # Names with an underscore came and went with versions of torch.
-        own = [key for key in vars(self) if not key.startswith("_")]
-        lacking = [key for key in own if key not in {*state_dict, *self._unsaved, *self._functions, *_FORGOTTEN}]
+        # What every version of the class has had; other attributes came with some version of torch.
+        own = (*cls._fields, *_LISTS)
+        lacking = [key for key in own if key in vars(self) and key not in state_dict]
         foreign = [key for key in state_dict if key in _ALL_FIELDS and key not in vars(self)]
         if lacking or foreign:
             got = f"a state without {lacking[0]!r}" if lacking else f"a state with {foreign[0]!r}"
@@ -1746,7 +1750,7 @@ class ReduceLROnPlateau(LRScheduler):
 
 
 #: What one class or another of this module saves besides what all do.
-_ALL_FIELDS = frozenset({"milestones"}) | frozenset(
+_ALL_FIELDS = frozenset(_LISTS) | frozenset(
     key
     for cls in list(vars().values())
     if isinstance(cls, type) and issubclass(cls, LRScheduler)

@@ -1,10 +1,10 @@
 //! The checkpoints of one run: a directory with a file for each saved step.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::commit::{Progress, failed, retried};
 use super::disk::{Disk, OsDisk};
@@ -39,8 +39,8 @@ pub struct Series<D: Disk = OsDisk> {
     disk: D,
     directory: PathBuf,
     keep: Option<NonZeroUsize>,
-    /// Steps whose files were written or looked at and are whole.
-    whole: Mutex<BTreeSet<u64>>,
+    /// Steps whose files were written or looked at, and whether they are whole.
+    seen: Mutex<BTreeMap<u64, bool>>,
 }
 
 /// What a save did besides saving.
@@ -58,7 +58,7 @@ impl<D: Disk> Series<D> {
     pub fn open(disk: D, directory: impl Into<PathBuf>, keep: Option<NonZeroUsize>) -> Result<Self> {
         let directory = directory.into();
         retried(|| disk.create_directory(&directory)).map_err(failed(&directory, "the directory could not be made"))?;
-        Ok(Self { disk, directory, keep, whole: Mutex::default() })
+        Ok(Self { disk, directory, keep, seen: Mutex::default() })
     }
 
     /// The file of a step.
@@ -79,7 +79,8 @@ impl<D: Disk> Series<D> {
     ///
     /// A step may be saved again. One that lies before the newest checkpoint is refused, since
     /// [`latest`](Series::latest) would not find it: see [`discard_after`](Series::discard_after). Later files
-    /// that are damaged do not count; they are renamed to `….damaged`. Nor do damaged ones count among those that stay.
+    /// that are damaged do not count; they are renamed to `….damaged`. Nor do those found
+    /// damaged, or of a wrong length, count among those that stay.
     pub fn save(&self, step: u64, tree: &Tree, progress: Progress<'_>) -> Result<Saved> {
         let mut saved = Saved::default();
         for later in self.steps()?.into_iter().filter(|&later| later > step) {
@@ -102,7 +103,7 @@ impl<D: Disk> Series<D> {
             }
         }
         save_to(&self.disk, &self.path(step), tree, progress)?;
-        self.is_whole(step);
+        self.seen().insert(step, true);
         if let Some(keep) = self.keep {
             // The step is saved; what goes wrong with the old ones does not make that untrue.
             saved.kept = self.prune(step, keep.get()).unwrap_or_else(|error| vec![error]);
@@ -113,26 +114,32 @@ impl<D: Disk> Series<D> {
     /// Removes what is older than the `keep` newest whole checkpoints up to `newest`, which counts as one of them;
     /// returns what could not be removed.
     fn prune(&self, newest: u64, keep: usize) -> Result<Vec<Error>> {
-        let (mut kept, mut stayed) = (1, Vec::new());
+        let (mut kept, mut surplus) = (1, Vec::new());
         for old in self.steps()?.into_iter().rev().filter(|&old| old < newest) {
             if kept >= keep {
-                stayed.extend(self.remove(old).err());
-            } else if self.is_known_whole(old) || seems_whole(&self.disk, &self.path(old)) {
+                surplus.push(old);
+            } else if self.is_whole(old) {
                 // A damaged one takes nobody's place.
-                self.is_whole(old);
                 kept += 1;
             }
         }
-        Ok(stayed)
+        self.seen().retain(|step, _| !surplus.contains(step));
+        // The oldest first: whoever reads meanwhile finds the newest.
+        Ok(surplus.into_iter().rev().filter_map(|old| self.remove(old).err()).collect())
     }
 
-    /// Remembers that a step was found whole.
-    fn is_whole(&self, step: u64) {
-        self.whole.lock().unwrap_or_else(PoisonError::into_inner).insert(step);
+    /// Whether a step's file was found whole, or has the form and length of one that is.
+    fn is_whole(&self, step: u64) -> bool {
+        let known = self.seen().get(&step).copied();
+        known.unwrap_or_else(|| {
+            let whole = seems_whole(&self.disk, &self.path(step));
+            self.seen().insert(step, whole);
+            whole
+        })
     }
 
-    fn is_known_whole(&self, step: u64) -> bool {
-        self.whole.lock().unwrap_or_else(PoisonError::into_inner).contains(&step)
+    fn seen(&self) -> MutexGuard<'_, BTreeMap<u64, bool>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Renames a damaged file; returns the new name, which nothing had before.
@@ -154,7 +161,13 @@ impl<D: Disk> Series<D> {
 
     /// What was saved at a step.
     pub fn load(&self, step: u64, progress: Progress<'_>) -> Result<Tree> {
-        load_from(&self.disk, &self.path(step), progress)
+        let loaded = load_from(&self.disk, &self.path(step), progress);
+        match &loaded {
+            Ok(_) => drop(self.seen().insert(step, true)),
+            Err(error) if is_damage(error) => drop(self.seen().insert(step, false)),
+            Err(_) => {}
+        }
+        loaded
     }
 
     /// The newest checkpoint that can be read, and its step; nothing where none was ever saved.
@@ -261,7 +274,7 @@ mod tests {
 
     #[test]
     fn only_the_names_it_gives_are_steps() {
-        let series = Series { disk: OsDisk, directory: "run".into(), keep: None, whole: Mutex::default() };
+        let series = Series { disk: OsDisk, directory: "run".into(), keep: None, seen: Mutex::default() };
         for step in [0, 1, 99_999_999, 100_000_000, u64::MAX] {
             let path = series.path(step);
             assert_eq!(step_of(path.file_name().unwrap().to_str().unwrap()), Some(step));

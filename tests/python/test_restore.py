@@ -603,16 +603,26 @@ def test_refused_arguments(options: dict[str, Any], message: str) -> None:
 def test_a_container_is_renamed_with_all_in_it(tmp_path: Path) -> None:
     def run(name: str, value: float) -> dict[str, Any]:
         params = {name: {"W": f32(2, value=value), "b": f32(1, value=value)}, "rest": [f32(1, value=value)]}
-        return {"params": params, "optimizer": Adam(params)}
+        opt = Adam(params)
+        # What has such names and is no parameter stays.
+        config = {"old": {"W": 1}, "arrays": [f32(1)]}
+        return {"params": params, "optimizer": opt, "average": AveragedModel(params), "config": config, "old": {"W": 2}}
 
     old, new = run("old", 1.0), run("new", 0.0)
     old["optimizer"].step({"old": {"W": f32(2), "b": f32(1)}, "rest": [f32(1)]})
+    old["average"].update_parameters(old["params"])
     roptim.save(old, tmp_path / "run")
-    roptim.restore(tmp_path / "run", new, rename={"old.W": "new.W", "old.b": "new.b"})
+    roptim.restore(tmp_path / "run", new, rename={"old": "new"})
     assert fingerprint(new["params"]["new"]) == fingerprint(old["params"]["old"])
     assert fingerprint(dict(new["optimizer"].state["new.W"])) == fingerprint(dict(old["optimizer"].state["old.W"]))
-    with pytest.raises(roptim.RoptimKeyError):
-        roptim.restore(tmp_path / "run", run("new", 0.0), rename={"old.W": "new.W", "old.b": "other.b"})
+    assert new["average"].module["new"]["W"].tolist() == old["params"]["old"]["W"].tolist()
+    assert new["config"]["old"] == {"W": 1}
+    with pytest.raises(
+        roptim.RoptimKeyError, match=r"rename must be of names that the saved state has, got 'old.typo'"
+    ):
+        roptim.restore(tmp_path / "run", run("new", 0.0), rename={"old": "new", "old.typo": "new.typo"})
+    with pytest.raises(roptim.RoptimKeyError, match=r'rename={"old": "new"} matches arrays and containers'):
+        roptim.restore(tmp_path / "run", run("new", 0.0), rename={"old.W": "new.W"})
 
 
 def test_averages_follow_the_rules_of_the_whole(tmp_path: Path) -> None:
@@ -652,8 +662,8 @@ def test_one_object_in_two_places(tmp_path: Path) -> None:
     ("saved", "here", "message"),
     [
         ({"a": 1}, "text", "x must be a string as it is here, got a dict in the saved state"),
-        (f32(2), 0.5, "x must be a number as it is here, got an array in the saved state"),
-        ([1], {"a": 1}, "x must be a dict as it is here, got a list in the saved state"),
+        ("text", 0.5, "x must be numbers as it is here, got a string in the saved state"),
+        ([1], {"a": 1}, "x must be a dict as it is here, got numbers in the saved state"),
         (
             1,
             object(),
@@ -671,6 +681,10 @@ def test_values_of_another_kind_are_refused(saved: Any, here: Any, message: str)
         assert into["x"] is value or into["x"] == value
     roptim.restore({"x": [1, 2]}, into := {"x": None})
     assert into == {"x": [1, 2]}
+    roptim.restore({"x": f32(2)}, into := {"x": []})
+    assert into["x"].tolist() == [1, 1]
+    roptim.restore({"x": None, "y": None}, into := {"x": f32(2), "y": {"best": f32(2)}})
+    assert into == {"x": None, "y": None}, "there was none yet"
 
 
 def test_an_interrupt_comes_after_the_whole() -> None:
