@@ -40,6 +40,9 @@ impl<'p> Meter<'p> {
     }
 }
 
+/// Bytes that are looked at as soon as they are read or copied: they stay in the cache meanwhile.
+pub(super) const PIECE: usize = 1 << 20;
+
 /// No report of progress.
 pub(super) fn silent(_: u64, _: u64) -> Result<()> {
     Ok(())

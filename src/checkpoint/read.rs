@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io::Read;
 use std::path::Path as FilePath;
 
-use super::commit::{Meter, PORTION, Progress, failed, retried, silent};
+use super::commit::{Meter, PIECE, Progress, failed, retried, silent};
 use super::disk::{Disk, OsDisk};
 use super::json::{Json, shown};
 use super::serial::inline_tensor;
@@ -180,7 +180,7 @@ impl Reader<'_> {
             self.reserve(&mut bytes, range.len())?;
             while bytes.len() < range.len() {
                 let start = bytes.len();
-                let portion = PORTION.min(range.len() - start);
+                let portion = PIECE.min(range.len() - start);
                 self.fill(&mut bytes, &mut source, portion)?;
                 self.refuse_shorter(bytes.len(), start + portion)?;
                 checksum.update(&bytes[start..]);

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::Path as FilePath;
 
-use super::commit::{Progress, replace, silent};
+use super::commit::{PIECE, Progress, replace, silent};
 use super::disk::{Disk, OsDisk};
 use super::json::{push_float, push_str};
 use super::path::Path;
@@ -56,8 +56,8 @@ pub fn save_to<D: Disk>(disk: &D, path: &FilePath, tree: &Tree, progress: Progre
         // Somebody else may write to lent memory. What goes to the disk is what was looked at last, and is whole
         // if nothing changed since the checksum.
         let mut written = Checksum::of_head(&image.head);
-        let mut looked_at = Vec::with_capacity(STAGED);
-        for portion in image.data().flat_map(|data| data.chunks(STAGED)) {
+        let mut looked_at = Vec::with_capacity(PIECE);
+        for portion in image.data().flat_map(|data| data.chunks(PIECE)) {
             looked_at.clear();
             looked_at.extend_from_slice(portion);
             written.update(&looked_at);
@@ -76,9 +76,6 @@ pub fn save_to<D: Disk>(disk: &D, path: &FilePath, tree: &Tree, progress: Progre
 pub fn write_file(path: impl AsRef<FilePath>, bytes: &[u8]) -> Result<()> {
     replace(&OsDisk, path.as_ref(), bytes.len() as u64, &mut silent, |sink| sink.write(bytes))
 }
-
-/// Bytes of lent memory that are copied and looked at together: they stay in the cache.
-const STAGED: usize = 1 << 20;
 
 /// Everything of a file before the data, and the tensors in order.
 pub(super) struct Image<'t> {

@@ -1498,3 +1498,23 @@ def test_a_state_of_another_class_is_refused() -> None:
                 with pytest.raises(roptim.RoptimError, match=rf"^{target}.load_state_dict: "):
                     scheduler.load_state_dict(made(source).state_dict())
                 assert repr(scheduler.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "later"),
+    [
+        ("ReduceLROnPlateau", {}, "default_min_lr"),
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2}, "use_beta1"),
+        ("StepLR", {"step_size": 3}, "_is_initial"),
+    ],
+)
+def test_what_came_with_a_later_version_may_be_missing(name: str, arguments: dict[str, Any], later: str) -> None:
+    def made() -> Any:
+        return getattr(roptim.lr_scheduler, name)(roptim.SGD([np.ones(1)], lr=0.1, momentum=0.9), **arguments)
+
+    state = made().state_dict()
+    assert state.pop(later, None) is not None
+    scheduler = made()
+    scheduler.note = "an attribute of one's own"
+    scheduler.load_state_dict(state)
+    assert scheduler.last_epoch == state["last_epoch"]
