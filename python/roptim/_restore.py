@@ -107,7 +107,7 @@ class _Plan:
         self.kept: list[str] = []
         #: Old names of ``rename`` that something was found under.
         self.used: set[str] = set()
-        #: Arrays, generators and optimizers by identity: where they are in the whole, and what they are to become.
+        #: Arrays and objects by identity: where they are in the whole, and what they are to become.
         self.seen: dict[int, tuple[str, Any]] = {}
         # In the order of writing: what may fail first, with what undoes it.
         self.objects: list[tuple[str, Any, Any]] = []
@@ -121,15 +121,15 @@ class _Plan:
         """Plans one target. ``within`` is its name as optimizers name parameters, ``""`` for a part of the whole
         and None for that; ``assign`` replaces it in its container, if it can be."""
         name = place or "the whole"
-        if isinstance(target, (*_ARRAYS, *_GENERATORS)) or _loads(target):
+        if _is_written_to(target):
             self.refuse_two_states(saved, target, name)
         if isinstance(target, Optimizer) and type(target).load_state_dict is Optimizer.load_state_dict:
             self.optimizer(self.hooked(target, saved), target, name)
-        elif saved is None and assign is not None and isinstance(target, (*_ARRAYS, Mapping, list, tuple)):
+        elif saved is None and assign is not None and _holds(target, _is_array) and not _holds(target, _is_object):
             # There was none yet.
             self.values.append((assign, target, None))
             self.loaded.append(name)
-        elif isinstance(target, _ARRAYS):
+        elif _is_array(target):
             self.array(saved, target, name)
         elif isinstance(target, _GENERATORS):
             self.generator(saved, target, name)
@@ -140,9 +140,9 @@ class _Plan:
             # A copy: what keeps it must not share memory with the source.
             self.objects.append((name, target, copy.deepcopy(saved)))
             self.loaded.append(name)
-        elif isinstance(target, Mapping) and (not place or _holds_objects(target)):
+        elif isinstance(target, Mapping) and (not place or _holds(target, _is_written_to)):
             self.mapping(saved, target, place, within)
-        elif isinstance(target, (list, tuple)) and (not place or _holds_objects(target)):
+        elif isinstance(target, (list, tuple)) and (not place or _holds(target, _is_written_to)):
             self.sequence(saved, target, place, within)
         elif assign is not None and _kind(target) is not None:
             if saved is not None and target is not None and _kind(saved) != _kind(target):
@@ -419,13 +419,27 @@ def _set_generator(target: Any, state: Any) -> None:
         (target.bit_generator if isinstance(target, np.random.Generator) else target).state = state
 
 
-def _holds_objects(target: Any) -> bool:
-    """Whether there is anything in a container that is not replaced but written to."""
+def _holds(target: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether this is such a thing, or a container with one in it."""
     if isinstance(target, Mapping):
-        return any(map(_holds_objects, target.values()))
+        return any(_holds(item, test) for item in target.values())
     if isinstance(target, (list, tuple)):
-        return any(map(_holds_objects, target))
-    return _loads(target) or isinstance(target, (*_ARRAYS, *_GENERATORS))
+        return any(_holds(item, test) for item in target)
+    return test(target)
+
+
+def _is_array(target: Any) -> bool:
+    return isinstance(target, _ARRAYS)
+
+
+def _is_object(target: Any) -> bool:
+    """Whether it keeps a state of its own."""
+    return _loads(target) or isinstance(target, _GENERATORS)
+
+
+def _is_written_to(target: Any) -> bool:
+    """Whether it is not replaced but written to."""
+    return _is_array(target) or _is_object(target)
 
 
 def _loads(target: Any) -> bool:

@@ -1204,6 +1204,23 @@ checkpoints.wait()
     assert other.load(1).state.nbytes == 20 * MIB
 
 
+def test_a_signal_handler_saves_while_a_save_is_prepared(tmp_path: Path) -> None:
+    code = """
+import signal, sys, numpy as np, roptim
+checkpoints = roptim.Checkpointer(sys.argv[1], keep=None, background=True)
+class Busy:
+    def state_dict(self):
+        signal.raise_signal(signal.SIGUSR1)
+        return {"n": 1}
+signal.signal(signal.SIGUSR1, lambda *args: checkpoints.save(1, np.ones(8 << 20, np.uint8)))
+checkpoints.save(2, Busy())
+checkpoints.wait()
+print(checkpoints.steps(), checkpoints.load(1).state.nbytes, checkpoints.load(2).state)
+"""
+    assert run(code, tmp_path) == "[1, 2] 8388608 {'n': 1}\n"
+    assert leftovers(tmp_path) == []
+
+
 def test_forked_savers_do_not_take_each_others_temporary_files(tmp_path: Path) -> None:
     """They have their parent's source of random names."""
     code = """

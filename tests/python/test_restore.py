@@ -685,6 +685,10 @@ def test_values_of_another_kind_are_refused(saved: Any, here: Any, message: str)
     assert into["x"].tolist() == [1, 1]
     roptim.restore({"x": None, "y": None}, into := {"x": f32(2), "y": {"best": f32(2)}})
     assert into == {"x": None, "y": None}, "there was none yet"
+    opt = SGD([f32(1)])
+    with pytest.raises(TypeError, match="x must be a dict, got an object of type NoneType in the saved state"):
+        roptim.restore({"x": None}, into := {"x": {"optimizer": opt, "best": f32(2)}})
+    assert into["x"]["optimizer"] is opt
 
 
 def test_an_interrupt_comes_after_the_whole() -> None:
