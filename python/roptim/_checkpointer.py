@@ -22,6 +22,8 @@ from roptim._restore import restore_tree
 from roptim._signals import deferred
 
 _PLACE = "roptim.Checkpointer"
+#: Of a thread that saves in the background, what it saves to.
+_THIS_THREAD = threading.local()
 
 
 class Checkpoint(NamedTuple):
@@ -132,6 +134,7 @@ class Checkpointer:
         """
         place = f"{_PLACE}.save"
         step = _whole(place, "step", step, 0)
+        self._refuse_own_thread()
         if self._background:
             self._raise_finished()
         if not (force or self._is_due(step)):
@@ -169,6 +172,10 @@ class Checkpointer:
             self._lock, self._process = threading.RLock(), os.getpid()
         return self._lock
 
+    def _refuse_own_thread(self) -> None:
+        if getattr(_THIS_THREAD, "saves_to", None) is self._series:
+            raise RoptimRuntimeError(f"{_PLACE}: progress must not ask for the end of the save it reports, got a wait")
+
     def _is_due(self, step: int) -> bool:
         if isinstance(self._every, datetime.timedelta):
             return time.monotonic() - self._last_save >= self._every.total_seconds()
@@ -180,10 +187,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits for a save in the background, and raises what went wrong in it."""
-        if self._writing is None:
-            return
-        if self._writing.is_own_thread:
-            raise RoptimRuntimeError(f"{_PLACE}: progress must not ask for the end of the save it reports, got a wait")
+        self._refuse_own_thread()
         with self._alone():
             writing = self._writing
             if writing is not None:
@@ -287,6 +291,8 @@ class _Writing:
 
     def run(self) -> None:
         assert self._snapshot is not None
+        if self._thread is not None:
+            _THIS_THREAD.saves_to = self._series
         try:
             self._saved = self._series.save(self._step, self._snapshot, self._progress)
         except BaseException as error:  # whoever asks next gets it, whatever it is
@@ -299,10 +305,6 @@ class _Writing:
     def under_way(self) -> bool:
         # A forked child has the parent's object but not its thread, and nothing to wait for.
         return self._process == os.getpid() and not self._done.is_set()
-
-    @property
-    def is_own_thread(self) -> bool:
-        return self._thread is threading.current_thread()
 
     def join(self) -> None:
         # Not Thread.join: interrupted, before Python 3.13 it takes the thread for ended, and the interpreter does not

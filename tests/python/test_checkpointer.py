@@ -766,11 +766,12 @@ print(checkpoints.steps())
     assert run(code, tmp_path) == "[0, 1]\n"
 
 
-def test_a_report_of_progress_cannot_wait_for_its_own_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", ["steps", "wait", "save", "latest"])
+def test_a_report_of_progress_cannot_wait_for_its_own_save(tmp_path: Path, ask: str) -> None:
     def progress(done: int, total: int) -> None:
         if steps:
             steps.pop()
-            checkpoints.steps()
+            getattr(checkpoints, ask)(*((2, 2) if ask == "save" else ()))
 
     steps = [1]
     checkpoints = Checkpointer(tmp_path, background=True, progress=progress)
