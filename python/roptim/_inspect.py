@@ -152,13 +152,14 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _fits_a_line(value: Any) -> bool:
-    """Whether a container holds nothing that has lines of its own, and is short or a list of plain values."""
-    items = value.values() if isinstance(value, dict) else value
-    if len(value) > _WIDTH and isinstance(value, dict):
+    """Whether a container holds nothing that has lines of its own; a dict must be short, too, a list is cut."""
+    is_dict = isinstance(value, dict)
+    if is_dict and len(value) > _WIDTH:
         return False
+    items = value.values() if is_dict else value
     if any(_is_array(item) or isinstance(item, (dict, list, tuple)) for item in items):
-        return not value
-    return not isinstance(value, dict) or len(repr(value)) <= _WIDTH
+        return False
+    return not is_dict or len(repr(value)) <= _WIDTH
 
 
 def _class_of(value: Any) -> str:

@@ -197,7 +197,7 @@ class Sign(roptim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]  # torch's signature, as users write it
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:

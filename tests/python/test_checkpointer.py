@@ -111,7 +111,8 @@ def test_every_so_many_steps(tmp_path: Path) -> None:
     assert not checkpoints.save(10, object()), "what is not due is not looked at"
     assert checkpoints.save(10, 10, force=True)
     assert checkpoints.steps() == [0, 3, 6, 9, 10]
-    assert Checkpointer(tmp_path, keep=None, every=np.int32(11)).save(11, 0)  # type: ignore[arg-type]
+    every: Any = np.int32(11)
+    assert Checkpointer(tmp_path, keep=None, every=every).save(11, 0)
 
 
 def test_every_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,8 +354,9 @@ def test_the_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Checkpointer(tmp_path / "a" / "b" / "c").save(1, 1)
     assert names(tmp_path / "a" / "b" / "c") == files(1)
     monkeypatch.chdir(tmp_path)
-    for directory in ("d/e", b"f", Path("g"), "."):
-        Checkpointer(directory).save(1, 1)  # type: ignore[arg-type]
+    directories: list[Any] = ["d/e", b"f", Path("g"), "."]
+    for directory in directories:
+        Checkpointer(directory).save(1, 1)
     assert names(tmp_path) == ["a", "d", "f", "g", *files(1)]
     (tmp_path / "link").symlink_to("a")
     Checkpointer("link/new").save(1, 1)
@@ -385,12 +387,12 @@ BAD: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ),
     (
         "progress",
-        lambda c, d: Checkpointer(d, progress=3),  # type: ignore[arg-type]
+        lambda c, d: Checkpointer(d, progress=3),  # type: ignore[arg-type]  # a wrong type is what is refused
         "roptim.Checkpointer: progress must be callable or None, got an object of type int",
     ),
     (
         "no path",
-        lambda c, d: Checkpointer(3),  # type: ignore[arg-type]
+        lambda c, d: Checkpointer(3),  # type: ignore[arg-type]  # a wrong type is what is refused
         "roptim.Checkpointer: path must be a path, got an object of type int",
     ),
     ("empty path", lambda c, d: Checkpointer(""), "roptim.Checkpointer: path must be the name of a file, got ''"),
@@ -1016,26 +1018,23 @@ def progress(done, total):
     reached.set()
     assert opened.wait(60)
     inside -= 1
+def interrupted_wait():
+    assert reached.wait(60)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        checkpoints.wait()
+    except KeyboardInterrupt:
+        print("interrupted")
 checkpoints = roptim.Checkpointer(sys.argv[1], background=True, progress=progress)
 checkpoints.save(1, 1)
-assert reached.wait(60)
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-try:
-    checkpoints.wait()
-except KeyboardInterrupt:
-    print("interrupted")
+interrupted_wait()
 threading.Timer(0.2, opened.set).start()
 checkpoints.save(2, 2)
 print("steps", checkpoints.steps(), most)
 opened.clear()
 reached.clear()
 checkpoints.save(3, 3)
-assert reached.wait(60)
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-try:
-    checkpoints.wait()
-except KeyboardInterrupt:
-    print("interrupted")
+interrupted_wait()
 shutil.rmtree(sys.argv[1])
 opened.set()
 try:

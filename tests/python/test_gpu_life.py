@@ -682,6 +682,16 @@ def test_two_optimizers_take_turns() -> None:
     assert same(*found)
 
 
+def run_together(work: Callable[[int], object], count: int) -> None:
+    """Calls it with 0, 1 … in as many threads, which must come to an end."""
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a deadlock"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [{}, ON_GPU], ids=["cpu", "gpu"])
 def test_threads_at_one_optimizer(kind: str, backend: dict[str, Any]) -> None:
@@ -710,12 +720,7 @@ def test_threads_at_one_optimizer(kind: str, backend: dict[str, Any]) -> None:
             except BaseException as error:
                 surprises.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive(), "a deadlock"
+    run_together(work, 4)
     assert surprises == []
     assert sum(steps) > 0
     assert opt.update_count == sum(steps)
@@ -738,12 +743,7 @@ def in_threads(*works: Callable[[], object]) -> list[int]:
             except BaseException as error:
                 surprises.append(error)
 
-    threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-        assert not thread.is_alive(), "a deadlock"
+    run_together(run, len(works))
     assert surprises == []
     assert sum(counts) > 0
     return counts
