@@ -181,6 +181,8 @@ pub struct Shared {
     pub decay: Decay,
     /// Whether slots below the smallest normal number are stored as zero.
     pub flush_subnormals: bool,
+    /// Whether the gradient's elements are set to zero after their use. On the CPU, of elementwise rules.
+    pub clears_gradients: bool,
 }
 
 impl Shared {
@@ -191,6 +193,7 @@ impl Shared {
         maximize: false,
         decay: Decay::None,
         flush_subnormals: false,
+        clears_gradients: false,
     };
 }
 

@@ -60,6 +60,8 @@ impl ParamInfo {
 pub struct Entry {
     /// What the parameter is.
     pub info: ParamInfo,
+    /// Its real numbers.
+    pub reals: usize,
     /// The group it belongs to.
     pub group: usize,
     /// Updates applied to it.
@@ -76,7 +78,7 @@ pub struct Entry {
 impl Entry {
     /// A parameter that was never updated.
     pub fn new(info: ParamInfo, group: usize, slots: usize, scalars: ScalarSlots) -> Self {
-        Self { info, group, step: 0, slots: vec![None; slots], scalars, title: None }
+        Self { reals: info.reals(), info, group, step: 0, slots: vec![None; slots], scalars, title: None }
     }
 
     /// How messages call it.

@@ -29,7 +29,9 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/optimizer/mod.rs", "hands checked tensors to the executor"),
     ("src/cpu/memory.rs", "the CPU's access to arrays"),
     ("src/cpu/run.rs", "instruction-set dispatch"),
-    ("src/cpu/mod.rs", "jobs handed to the pool"),
+    ("src/cpu/mod.rs", "jobs handed to the threads"),
+    ("src/cpu/isa.rs", "instruction-set dispatch of sums"),
+    ("src/cpu/pool.rs", "lends a call to other threads while it lasts"),
     ("src/cpu/whole.rs", "tensors handed to a tensor rule"),
     ("src/cpu/reduce.rs", "sums over arrays"),
     ("src/gpu/staging.rs", "arrays to and from staging memory"),
@@ -44,7 +46,7 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// Lines with the word `unsafe` in all of them together.
-const MOST_UNSAFE_LINES: usize = 80;
+const MOST_UNSAFE_LINES: usize = 92;
 
 fn files(under: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -38,6 +38,7 @@ from roptim._loading import LoadReport
 from roptim._parameter import Parameter
 from roptim._roptim import __version__
 from roptim._sparse import SparseGrad
+from roptim._threads import threads
 from roptim.optimizer import Optimizer
 from roptim.optimizers import (
     ASGD,
@@ -122,6 +123,7 @@ __all__ = [
     "save",
     "schedules",
     "swa_utils",
+    "threads",
     "utils",
 ]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
 
 
@@ -110,11 +112,31 @@ def check_names(names: list[str], place: str) -> None:
         seen.add(name)
 
 
+def _usual(spec: Spec, tree: Any) -> list[Any] | None:
+    """The leaves of what steps are mostly given; None for anything else. Asking whether an object is a mapping takes as
+    long as a small step."""
+    kind = type(tree)
+    if kind is np.ndarray:
+        return [tree] if spec.kind == "leaf" else None
+    if (kind is not list and kind is not dict) or not spec.is_flat or len(tree) != len(spec.keys):
+        return None
+    if kind is list:
+        # What is no array among them is refused where arrays are looked at.
+        return tree if spec.kind == "sequence" else None
+    if spec.kind == "sequence":
+        return None
+    leaves = [tree[key] for key in spec.keys if key in tree]
+    return leaves if len(leaves) == len(tree) else None
+
+
 def read(spec: Spec, tree: Any, place: str, path: str = "", what: str = "gradient") -> list[Any]:
     """The leaves of ``tree`` in the order of ``spec``; a missing or surplus name is an error.
 
     ``what`` is what messages call a leaf.
     """
+    usual = _usual(spec, tree)
+    if usual is not None:
+        return usual
     if spec.kind == "leaf":
         if isinstance(tree, (Mapping, list, tuple)):
             raise refuse(

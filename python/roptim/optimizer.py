@@ -371,7 +371,9 @@ class Optimizer:
 
     # ---- steps ------------------------------------------------------------------------------------------
 
-    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False
+    ) -> Any:
         """One update of every parameter that has a gradient, in place.
 
         Parameters
@@ -387,6 +389,10 @@ class Optimizer:
         closure : callable, optional
             Called once before the update. It returns the loss, with the gradients in ``.grad``, or
             ``(loss, gradients)``.
+        zero_grad : bool
+            Whether the gradient arrays are filled with zeros as well, while the update has them at hand, for loops
+            that add to them. They must be writeable and share no memory with each other. An update that
+            ``nonfinite="skip"`` leaves out clears them, too; an error does not.
 
         Returns
         -------
@@ -399,7 +405,7 @@ class Optimizer:
         """
         self._step_called = True
         if (self._hooks is not None or _PRE or _POST) and self._has_hooks():
-            return self._step_with_hooks(Optimizer.step, *_given(gradients, closure))
+            return self._step_with_hooks(Optimizer.step, *_given(gradients, closure, zero_grad))
         if self._engine is None:
             raise NotImplementedError(f"{type(self).__name__} must define step")
         loss = None
@@ -409,10 +415,21 @@ class Optimizer:
                 loss, gradients = _evaluated(closure)
         if self._scheduled:
             self._follow_schedules()
-        self._engine.step(None if gradients is None else self._read(gradients))
+        if zero_grad:
+            self._step_and_clear(gradients)
+        else:
+            self._engine.step(None if gradients is None else self._read(gradients))
         if self._scheduled:
             self._show_schedules()
         return loss
+
+    def _step_and_clear(self, gradients: Any) -> None:
+        assert self._engine is not None
+        if gradients is None and self._engine.has_sums:
+            self._engine.step()
+            self.zero_grad(set_to_none=False)
+        else:
+            self._engine.step(None if gradients is None else self._read(gradients), True)
 
     def accumulate(self, gradients: Any = None) -> None:
         """Adds gradients to sums that the next ``step()`` without gradients takes; they begin anew then.
@@ -855,7 +872,9 @@ def _hooked(own: Callable[..., Any]) -> Callable[..., Any]:
 class ClosureOptimizer(Optimizer):
     """Base class of the engine's optimizers whose step evaluates the loss several times."""
 
-    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False
+    ) -> Any:
         """One step: up to ``max_iter`` iterations along directions downhill.
 
         Parameters
@@ -866,6 +885,8 @@ class ClosureOptimizer(Optimizer):
             as the first argument.
         gradients
             Only the place of the first argument; gradients alone are refused.
+        zero_grad : bool
+            Must be False: the closure decides what becomes of its gradients.
 
         Returns
         -------
@@ -880,13 +901,16 @@ class ClosureOptimizer(Optimizer):
         assert self._engine is not None
         self._step_called = True
         if self._has_hooks():
-            return self._step_with_hooks(ClosureOptimizer.step, *_given(gradients, closure))
+            return self._step_with_hooks(ClosureOptimizer.step, *_given(gradients, closure, zero_grad))
         gradients, closure = self._told_apart(gradients, closure)
         place = f"{self._place}.step"
         if closure is None or gradients is not None:
             allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
+        if zero_grad:
+            remedy = "clear the gradients in the closure"
+            raise refuse(RoptimValueError, place, "zero_grad", "False", repr(zero_grad), remedy)
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:
@@ -916,9 +940,12 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
     return loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
 
 
-def _given(gradients: Any, closure: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _given(gradients: Any, closure: Any, zero_grad: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
-    return () if gradients is None else (gradients,), {} if closure is None else {"closure": closure}
+    by_name = {"closure": closure} if closure is not None else {}
+    if zero_grad:
+        by_name["zero_grad"] = zero_grad
+    return () if gradients is None else (gradients,), by_name
 
 
 def _grouped(params: Any) -> list[Any]:

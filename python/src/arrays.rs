@@ -31,6 +31,17 @@ pub(crate) enum Access {
     Read,
 }
 
+impl Access {
+    /// Whether an array with these flags may be accessed so.
+    fn allows(self, flags: i32) -> bool {
+        let needed = match self {
+            Self::Write => NPY_ARRAY_ALIGNED | NPY_ARRAY_WRITEABLE,
+            Self::Read => NPY_ARRAY_ALIGNED,
+        };
+        flags & needed == needed
+    }
+}
+
 /// How messages speak of an array: where, and which.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Context<'a> {
@@ -235,21 +246,35 @@ impl Seen {
     /// Whether the array's header still says what was seen.
     pub(crate) fn still_holds(&self, array: &Bound<'_, PyUntypedArray>, access: Access) -> bool {
         let head = header(array);
-        let needed = if access == Access::Write { NPY_ARRAY_ALIGNED | NPY_ARRAY_WRITEABLE } else { NPY_ARRAY_ALIGNED };
+        let in_order = self.raw.strides.is_none();
+        // An array without elements is in order, whatever its flags say.
+        let is_laid_out = if in_order && self.raw.len > 0 {
+            head.flags & NPY_ARRAY_C_CONTIGUOUS != 0
+        } else {
+            array.strides() == self.strides
+        };
         head.data == self.raw.ptr
             && head.descr == self.descr
-            && head.flags & needed == needed
-            && array.shape() == self.shape
-            && array.strides() == self.strides
+            && access.allows(head.flags)
+            && is_laid_out
+            && self.has_shape(array)
     }
 
-    /// The look at a gradient that resembles this parameter: same dtype object, same shape. `None` where
-    /// the full look is needed.
-    pub(crate) fn glance(&self, gradient: &Bound<'_, PyUntypedArray>) -> Option<RawTensor> {
+    /// The address of a gradient that resembles this parameter: in C order, same dtype object, same shape. `None`
+    /// where the full look is needed.
+    #[inline]
+    pub(crate) fn glance(&self, gradient: &Bound<'_, PyUntypedArray>, access: Access) -> Option<*mut u8> {
         let head = header(gradient);
-        let needed = NPY_ARRAY_ALIGNED | NPY_ARRAY_C_CONTIGUOUS;
-        (head.descr == self.descr && head.flags & needed == needed && gradient.shape() == self.shape)
-            .then_some(RawTensor { ptr: head.data, len: self.raw.len, dtype: self.raw.dtype, strides: None })
+        let in_order = head.flags & NPY_ARRAY_C_CONTIGUOUS != 0;
+        (head.descr == self.descr && in_order && access.allows(head.flags) && self.has_shape(gradient))
+            .then_some(head.data)
+    }
+
+    #[inline]
+    fn has_shape(&self, array: &Bound<'_, PyUntypedArray>) -> bool {
+        let shape = array.shape();
+        // Shapes are short: a call to compare memory takes longer.
+        shape.len() == self.shape.len() && shape.iter().zip(&self.shape).all(|(a, b)| a == b)
     }
 
     /// Extent of each axis.

@@ -50,6 +50,18 @@ struct Registered {
     array: Py<PyUntypedArray>,
     seen: Seen,
     label: String,
+    /// Address of a gradient in C order that was found to share no memory with what steps write, and the table's epoch
+    /// then.
+    clear_of: (usize, u64),
+}
+
+impl Registered {
+    /// Address of a gradient that looks like the parameter and lies where one was found to be clear of what steps write.
+    #[inline]
+    fn recognized(&self, Gradient { array, touched }: &Gradient<'_>, access: Access, epoch: u64) -> Option<*mut u8> {
+        let address = self.seen.glance(array, access).filter(|_| touched.is_none())?;
+        ((address as usize, epoch) == self.clear_of).then_some(address)
+    }
 }
 
 #[derive(Default)]
@@ -60,12 +72,20 @@ struct Table {
     slots_seen: u64,
     /// An array moved since `writable` was made; stays so until overlap was checked again.
     moved: bool,
+    /// How often `writable` was made.
+    epoch: u64,
+    /// The parameters, in the epoch that they were made in.
+    targets: (u64, Vec<TensorMut<'static>>),
+    /// Gradients of the last step, whose addresses nobody uses until they were brought up to date.
+    gradients: Vec<Option<TensorRef<'static>>>,
 }
 
 /// An optimizer of the engine with its registered parameters.
 #[pyclass(frozen, module = "roptim._roptim")]
 pub(crate) struct Engine {
     shared: Arc<Shared>,
+    /// Where errors of a step are placed.
+    step: String,
     table: Mutex<Table>,
     on_gpu: bool,
     needs_closure: bool,
@@ -146,6 +166,7 @@ impl Engine {
         table.writable = self.refuse_overlap(py, &[], Map::new(slots), &table.params)?;
         table.slots_seen = allocations;
         table.moved = false;
+        table.epoch += 1;
         Ok(())
     }
 
@@ -153,14 +174,18 @@ impl Engine {
     fn verify(&self, py: Python<'_>, table: &mut Table, place: &str, haste: Haste) -> PyResult<()> {
         for registered in &mut table.params {
             let (array, access) = match registered.parameter.as_ref().map(|p| p.get()) {
-                // What lies on a device is written by the engine alone.
-                Some(parameter) if parameter.is_away() => (parameter.host(py), Access::Read),
-                Some(parameter) => (parameter.host(py), Access::Write),
+                None if registered.seen.still_holds(registered.array.bind(py), Access::Write) => continue,
                 None => (registered.array.bind(py).clone(), Access::Write),
+                Some(parameter) => {
+                    // What lies on a device is written by the engine alone.
+                    let access = if parameter.is_away() { Access::Read } else { Access::Write };
+                    let array = parameter.host(py);
+                    if array.is(&registered.array) && registered.seen.still_holds(&array, access) {
+                        continue;
+                    }
+                    (array, access)
+                }
             };
-            if array.is(&registered.array) && registered.seen.still_holds(&array, access) {
-                continue;
-            }
             let context = Context { place, label: &registered.label };
             let seen = look(&array, access, context)?;
             if seen.shape() != registered.seen.shape() {
@@ -195,7 +220,8 @@ impl Engine {
             let (want, got) = (format!("{count} in number"), list.len());
             return Err(refuse(py, ErrorKind::Value, place, "gradients", want, got, None));
         }
-        let one = |(index, registered): (usize, &Registered)| {
+        let mut collected = Vec::with_capacity(count);
+        for (index, registered) in table.params.iter().enumerate() {
             let parameter = registered.parameter.as_ref().map(|p| p.get());
             let object = match (gradients, parameter) {
                 (Some(list), p) => {
@@ -214,39 +240,53 @@ impl Engine {
                     return Err(refuse(py, ErrorKind::Type, place, "gradients", allowed, "none", remedy));
                 }
             };
-            let Some(object) = object else { return Ok(None) };
-            if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
-                return Ok(Some(Given::Host(Gradient { array: array.clone(), touched: None })));
+            collected.push(match object {
+                None => None,
+                Some(object) => match object.cast_into_exact::<PyUntypedArray>() {
+                    Ok(array) => Some(Given::Host(Gradient { array, touched: None })),
+                    Err(other) => Some(self.converted(&other.into_inner(), registered, place)?),
+                },
+            });
+        }
+        Ok(collected)
+    }
+
+    /// A gradient that is no plain array.
+    fn converted<'py>(&self, object: &Bound<'py, PyAny>, registered: &Registered, place: &str) -> PyResult<Given<'py>> {
+        let home;
+        let object = match object.cast::<DeviceArray>() {
+            Ok(array) if self.on_gpu && !self.needs_closure => return Ok(Given::Device(array.clone())),
+            Ok(array) => {
+                home = array.get().home(object.py())?;
+                &home
             }
-            let object = match object.cast::<DeviceArray>() {
-                Ok(array) if self.on_gpu && !self.needs_closure => return Ok(Some(Given::Device(array.clone()))),
-                Ok(array) => array.get().home(py)?,
-                Err(_) => object,
-            };
-            let label = format!("gradient of {}", registered.label);
-            let context = Context { place, label: &label };
-            if let Some(sparse) = sparse::of_rows(&object, registered.seen.shape(), context)? {
-                return Ok(Some(Given::Host(sparse)));
-            }
-            let array = as_array(&object, Access::Read, context)?;
-            Ok(Some(Given::Host(Gradient { array, touched: None })))
+            Err(_) => object,
         };
-        table.params.iter().enumerate().map(one).collect()
+        let label = format!("gradient of {}", registered.label);
+        let context = Context { place, label: &label };
+        if let Some(sparse) = sparse::of_rows(object, registered.seen.shape(), context)? {
+            return Ok(Given::Host(sparse));
+        }
+        let array = as_array(object, Access::Read, context)?;
+        Ok(Given::Host(Gradient { array, touched: None }))
     }
 
     /// Looks at a gradient: shape and dtype of its parameter, and memory that the step does not write.
     fn look_at_gradient(
         &self,
         py: Python<'_>,
-        table: &Table,
+        table: &mut Table,
         index: usize,
         Gradient { array, touched }: &Gradient<'_>,
+        access: Access,
         place: &str,
     ) -> PyResult<RawTensor> {
-        let want = &table.params[index].seen;
-        let label = || format!("gradient of {}", table.params[index].label);
-        let raw = match want.glance(array).filter(|_| touched.is_none()) {
-            Some(raw) => raw,
+        let Registered { seen: want, label: parameter, .. } = &table.params[index];
+        let label = || format!("gradient of {parameter}");
+        let glance = want.glance(array, access).filter(|_| touched.is_none());
+        let mark = glance.map(|address| (address as usize, table.epoch));
+        let raw = match glance {
+            Some(ptr) => RawTensor { ptr, strides: None, ..want.raw },
             None => {
                 let label = label();
                 let context = Context { place, label: &label };
@@ -256,7 +296,7 @@ impl Engine {
                     let allowed = format!("of shape {}", shape_text(want.shape()));
                     return Err(refuse(py, ErrorKind::Value, place, &label, allowed, shape_text(got), None));
                 }
-                let seen = look(array, Access::Read, context);
+                let seen = look(array, access, context);
                 let wrong = match &seen {
                     Ok(seen) => (!want.dtype.takes(seen.dtype)).then(|| seen.dtype.to_string()),
                     Err(_) => arrays::foreign_dtype(array),
@@ -282,6 +322,9 @@ impl Engine {
                 let remedy = Some("copy it with .copy()");
                 return Err(refuse(py, ErrorKind::Value, place, &label(), "memory of its own", got, remedy));
             }
+        }
+        if let Some(mark) = mark {
+            table.params[index].clear_of = mark;
         }
         Ok(raw)
     }
@@ -331,7 +374,8 @@ impl Engine {
         let optimizer = optimizer.or_raise(py)?;
         let preset = optimizer.preset();
         let shared = Arc::new(Shared { name: preset.name, optimizer: Mutex::new(optimizer) });
-        Ok(Self { shared, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
+        let step = format!("{}.step", preset.name);
+        Ok(Self { shared, step, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
@@ -372,7 +416,7 @@ impl Engine {
                 let access = if away { Access::Read } else { Access::Write };
                 let seen = look(&array, access, Context { place, label: &label })?;
                 alone.push(parameter.as_ref().is_some_and(|p| p.get().is_alone(py, 1)));
-                Ok(Registered { parameter, array: array.unbind(), seen, label })
+                Ok(Registered { parameter, array: array.unbind(), seen, label, clear_of: (0, 0) })
             })
             .collect::<PyResult<Vec<_>>>()?;
         self.refresh(py, table, Haste::Now)?;
@@ -398,6 +442,7 @@ impl Engine {
         let first = table.params.len();
         table.params.extend(added);
         table.writable = writable;
+        table.epoch += 1;
         // The engine has the group now. Where memory for a copy of a parameter is missing, the next step tries again.
         for ((i, registered), alone) in table.params[first..].iter().enumerate().zip(alone) {
             let Some(parameter) = &registered.parameter else { continue };
@@ -467,14 +512,20 @@ impl Engine {
     }
 
     /// One update. `gradients` in order of registration, None for "no gradient"; without the list each
-    /// Parameter's own gradient.
-    #[pyo3(signature = (gradients=None))]
-    fn step(&self, py: Python<'_>, gradients: Option<&Bound<'_, PyList>>) -> PyResult<()> {
+    /// Parameter's own gradient. With `clear` they are set to zero then.
+    #[pyo3(signature = (gradients=None, clear=false))]
+    fn step(&self, py: Python<'_>, gradients: Option<&Bound<'_, PyList>>, clear: bool) -> PyResult<()> {
         if gradients.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
             return self.with_parameters(py, Haste::Now, Optimizer::step_accumulated);
         }
-        self.with_gradients(py, "step", gradients, Haste::Now, |optimizer, params, gradients| {
-            optimizer.step(params, gradients)
+        let access = if clear { Access::Write } else { Access::Read };
+        self.with_gradients(py, &self.step, gradients, access, Haste::Now, |optimizer, params, gradients| {
+            if clear {
+                // SAFETY: they were looked at as what is written, and for memory in common.
+                unsafe { optimizer.step_and_clear_raw(params, gradients) }
+            } else {
+                optimizer.step(params, gradients)
+            }
         })
     }
 
@@ -483,7 +534,8 @@ impl Engine {
         let add = |optimizer: &mut Optimizer, _: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]| {
             optimizer.accumulate(gradients)
         };
-        self.with_gradients(py, "accumulate", Some(gradients), Haste::Now, add)
+        let place = format!("{}.accumulate", self.name());
+        self.with_gradients(py, &place, Some(gradients), Access::Read, Haste::Now, add)
     }
 
     /// Forgets such sums.
@@ -551,9 +603,14 @@ impl Engine {
         // so an interrupt arrives in it and is an error like others.
         let one = || {
             let (loss, gradients): (f64, Option<Bound<'_, PyList>>) = evaluate.call0()?.extract()?;
-            self.with_gradients(py, "step", gradients.as_ref(), Haste::Wait, |optimizer, params, gradients| {
-                optimizer.tell(loss, params, gradients)
-            })
+            self.with_gradients(
+                py,
+                &self.step,
+                gradients.as_ref(),
+                Access::Read,
+                Haste::Wait,
+                |optimizer, params, gradients| optimizer.tell(loss, params, gradients),
+            )
         };
         loop {
             match one() {
@@ -786,48 +843,92 @@ impl Engine {
     fn with_gradients<T: Send>(
         &self,
         py: Python<'_>,
-        name: &str,
+        place: &str,
         gradients: Option<&Bound<'_, PyList>>,
+        access: Access,
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>], &[Option<TensorRef<'_>>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
-        let place = format!("{}.{name}", self.name());
         let mut guard = self.table_in(py, haste)?;
         let table = &mut *guard;
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
         // does, up to the engine's own step.
-        let arrays = self.collect(py, table, gradients, &place)?;
+        let arrays = self.collect(py, table, gradients, place)?;
         self.settle_homes(py, table)?;
-        self.verify(py, table, &place, haste)?;
-        let mut tensors: Vec<Option<TensorRef<'_>>> = Vec::with_capacity(arrays.len());
+        self.verify(py, table, place, haste)?;
+        let mut tensors = std::mem::take(&mut table.gradients);
+        tensors.resize(arrays.len(), None);
+        // What holds more than an address is not kept until the next step.
+        let mut is_light = true;
         let mut elements = 0;
-        for (index, array) in arrays.iter().enumerate() {
-            let array = match array {
+        for (index, (array, tensor)) in arrays.iter().zip(&mut tensors).enumerate() {
+            match array {
+                None => *tensor = None,
                 Some(Given::Device(array)) => {
-                    tensors.push(Some(self.look_at_array(py, table, index, array.get(), &place)?));
-                    continue;
+                    is_light = false;
+                    *tensor = Some(self.look_at_array(py, table, index, array.get(), place)?);
                 }
-                Some(Given::Host(array)) => Some(array),
-                None => None,
-            };
-            let raw = match array {
-                Some(array) => Some(self.look_at_gradient(py, table, index, array, &place)?),
-                None => None,
-            };
-            elements += raw.as_ref().map_or(0, |raw| raw.len);
-            let touched = array.and_then(|gradient| gradient.touched.clone());
-            // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
-            // just now, and `arrays` holds the array until the step is over.
-            let tensor = raw.map(|raw| unsafe { TensorRef::from_raw(raw) });
-            tensors.push(match touched {
-                Some(rows) => tensor.map(|tensor| tensor.of_rows(rows)),
-                None => tensor,
-            });
+                Some(Given::Host(gradient)) => {
+                    let registered = &table.params[index];
+                    let known = registered.recognized(gradient, access, table.epoch);
+                    if let (Some(address), Some(tensor)) = (known, tensor.as_mut())
+                        // SAFETY: as below; dtype and length are the parameter's, like those of the gradient before.
+                        && unsafe { tensor.move_to(address, registered.seen.raw.dtype) }
+                    {
+                        elements += registered.seen.raw.len;
+                        continue;
+                    }
+                    is_light &= gradient.touched.is_none();
+                    let raw = self.look_at_gradient(py, table, index, gradient, access, place)?;
+                    elements += raw.len;
+                    // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
+                    // just now, and `arrays` holds the array until the step is over.
+                    let looked_at = unsafe { TensorRef::from_raw(raw) };
+                    *tensor = Some(match &gradient.touched {
+                        Some(rows) => looked_at.of_rows(rows.clone()),
+                        None => looked_at,
+                    });
+                }
+            }
         }
-        let outcome =
-            self.call(py, &place, table, elements, haste, |optimizer, params| call(optimizer, params, &tensors));
+        if access == Access::Write {
+            self.refuse_common_memory(py, table, &arrays, place)?;
+        }
+        let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| call(optimizer, params, &tensors);
+        let outcome = self.call(py, place, table, elements, haste, run);
         drop(arrays);
+        if is_light {
+            table.gradients = tensors;
+        }
         outcome
+    }
+
+    /// Refuses gradients that share memory with each other: a step that sets them to zero could do so before it has
+    /// read all.
+    fn refuse_common_memory(
+        &self,
+        py: Python<'_>,
+        table: &Table,
+        arrays: &[Option<Given<'_>>],
+        place: &str,
+    ) -> PyResult<()> {
+        let mut known = Map::default();
+        for (index, array) in arrays.iter().enumerate() {
+            let Some(Given::Host(Gradient { array, touched: None })) = array else { continue };
+            let label = &table.params[index].label;
+            let raw = look(array, Access::Write, Context { place, label })?.raw;
+            for other in known.meeting(&raw) {
+                let Some(Given::Host(met)) = &arrays[other.index] else { continue };
+                if share_memory(array, &met.array) {
+                    let (label, got) = (format!("gradient of {label}"), &table.params[other.index].label);
+                    let got = format!("memory of the gradient of {got}");
+                    let remedy = Some("step without zero_grad and clear them afterwards");
+                    return Err(refuse(py, ErrorKind::Value, place, &label, "memory of its own", got, remedy));
+                }
+            }
+            known.insert(Interval::of(&raw, index, false));
+        }
+        Ok(())
     }
 
     /// Calls the engine with the parameters, after every check.
@@ -837,12 +938,11 @@ impl Engine {
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
-        let place = format!("{}.step", self.name());
         let mut guard = self.table_in(py, haste)?;
         self.settle_homes(py, &guard)?;
-        self.verify(py, &mut guard, &place, haste)?;
+        self.verify(py, &mut guard, &self.step, haste)?;
         let elements = guard.params.iter().map(|registered| registered.seen.raw.len).sum();
-        self.call(py, &place, &guard, elements, haste, call)
+        self.call(py, &self.step, &mut guard, elements, haste, call)
     }
 
     /// Calls the engine with the parameters of a table that was verified just now, without the interpreter lock
@@ -851,14 +951,18 @@ impl Engine {
         &self,
         py: Python<'_>,
         place: &str,
-        table: &Table,
+        table: &mut Table,
         elements: usize,
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
-        // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them.
-        let target = |r: &Registered| unsafe { TensorMut::from_raw(r.seen.raw.clone()) };
-        let mut targets: Vec<TensorMut<'_>> = table.params.iter().map(target).collect();
+        let (made_in, mut targets) = std::mem::take(&mut table.targets);
+        if made_in != table.epoch {
+            targets.clear();
+            // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table holds them. What
+            // it finds to have changed begins another epoch.
+            targets.extend(table.params.iter().map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) }));
+        }
         let run = || {
             guarded(place, || {
                 let mut optimizer = self.shared.in_haste(haste)?;
@@ -869,6 +973,7 @@ impl Engine {
         };
         let is_small = elements < HOLD_LOCK_BELOW && !self.on_gpu && haste == Haste::Now;
         let outcome = if is_small { run() } else { py.detach(run) };
+        table.targets = (table.epoch, targets);
         outcome.or_raise(py)
     }
 
@@ -915,6 +1020,9 @@ impl Engine {
     fn settle_homes(&self, py: Python<'_>, table: &Table) -> PyResult<()> {
         for (index, registered) in table.params.iter().enumerate() {
             let Some(parameter) = registered.parameter.as_ref().map(|p| p.get()) else { continue };
+            if !self.houses_parameters() && parameter.is_on_host() {
+                continue;
+            }
             loop {
                 let home = parameter.home();
                 if home.is_some() && parameter.is_lent() {

@@ -29,7 +29,7 @@ mod _roptim {
     #[pymodule_export]
     use crate::device_array::{DeviceArray, DeviceNorm, clip_norm_on_device, synchronize};
     #[pymodule_export]
-    use crate::devices::devices;
+    use crate::devices::{devices, limit_threads};
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]

@@ -109,6 +109,11 @@ impl ParameterBase {
         self.with(|f| f.away)
     }
 
+    /// Whether no device has anything to do with it.
+    pub(crate) fn is_on_host(&self) -> bool {
+        self.with(|f| f.home.is_none() && !f.away)
+    }
+
     /// Whether a write is under way that takes the place of the values.
     pub(crate) fn is_lent(&self) -> bool {
         self.with(|f| f.lent > 0)

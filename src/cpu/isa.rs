@@ -2,6 +2,27 @@
 
 use std::sync::OnceLock;
 
+/// A loop that is compiled once for each instruction set. `run` must be `#[inline(always)]`, like all it calls in the loop.
+pub(super) trait Loop {
+    /// What it returns.
+    type Out;
+    /// The loop.
+    fn run(self) -> Self::Out;
+}
+
+macro_rules! level {
+    ($name:ident, $features:literal) => {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = $features)]
+        fn $name<L: Loop>(work: L) -> L::Out {
+            work.run()
+        }
+    };
+}
+
+level!(avx2, "avx2");
+level!(avx512, "avx512f,avx512vl");
+
 /// An instruction set level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -45,6 +66,20 @@ impl Isa {
     #[cfg(not(target_arch = "x86_64"))]
     fn of_machine() -> Self {
         Self::Baseline
+    }
+
+    /// Runs the loop compiled for this level, or for what the machine has if that is less.
+    #[inline]
+    pub(super) fn run<L: Loop>(self, work: L) -> L::Out {
+        match self.min(Self::detect()) {
+            // SAFETY: `detect` found these features.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { avx2(work) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512(work) },
+            _ => work.run(),
+        }
     }
 
     /// The name that `ROPTIM_ISA` takes.

@@ -182,6 +182,27 @@ pub(crate) fn spread<V: Real>(from: &[V], to: &mut TensorMut<'_>) {
     with_storage(to.raw.dtype, to.raw.dtype, Spread(from, &to.raw));
 }
 
+/// Sets elements `start..start + n` to zero.
+///
+/// # Safety
+/// The range lies within the tensor, which is allocated, aligned, writable and touched by no other thread of the step.
+pub(crate) unsafe fn clear(x: &RawTensor, start: usize, n: usize) {
+    struct Clear<'a>(&'a RawTensor, usize, usize);
+
+    impl StorageVisitor for Clear<'_> {
+        type Out = ();
+
+        fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
+            let Self(x, start, n) = self;
+            for at in (start..start + n).step_by(BLOCK) {
+                // SAFETY: the duty of `clear`'s caller.
+                unsafe { store_rows::<E, F>(x, None, at, &[F::ZERO; BLOCK][..BLOCK.min(start + n - at)]) };
+            }
+        }
+    }
+    with_storage(x.dtype, x.dtype, Clear(x, start, n));
+}
+
 /// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.
 ///
 /// # Safety

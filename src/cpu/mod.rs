@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
-use crate::tensor::{RawTensor, Rows};
+use crate::tensor::{RawTensor, Rows, TensorMut, TensorRef};
 pub use isa::Isa;
 pub use memory::fingerprint;
 use plan::{Piece, Plan};
@@ -39,6 +39,8 @@ pub type SlotPointers = [*mut u8; MAX_SLOTS];
 /// One parameter's part in a step.
 #[derive(Debug, Clone)]
 pub struct Job {
+    /// Which parameter.
+    pub index: usize,
     /// The kernel's loop.
     pub pass: PassFn,
     /// Which coefficient row.
@@ -79,7 +81,8 @@ pub struct Executor {
     /// Where and with how many threads.
     pub threads: Threads,
     isa: Isa,
-    chunk: usize,
+    /// Elements of a task, where a test wants to say.
+    chunk: Option<usize>,
     plan: Plan,
     jobs: Vec<Job>,
 }
@@ -87,14 +90,41 @@ pub struct Executor {
 impl Executor {
     /// With the machine's best instruction set and the default chunk.
     pub fn new(threads: Threads) -> Self {
-        Self { threads, isa: Isa::detect(), chunk: plan::CHUNK, plan: Plan::default(), jobs: Vec::new() }
+        Self { threads, isa: Isa::detect(), chunk: None, plan: Plan::default(), jobs: Vec::new() }
     }
 
     /// For tests: a weaker instruction set, another chunk. The bits do not change.
     pub fn force(&mut self, isa: Isa, chunk: usize) {
         self.isa = isa.min(Isa::detect());
-        self.chunk = chunk.max(1);
+        self.chunk = Some(chunk.max(1));
         self.plan = Plan::default();
+        self.jobs.clear();
+    }
+
+    /// The jobs, whose rows may be changed.
+    pub fn jobs_mut(&mut self) -> &mut [Job] {
+        &mut self.jobs
+    }
+
+    /// Brings the jobs of the step before to other arrays, of the same parameters; whether it is possible: not where an
+    /// array is not in C order, or of another dtype, or sparse.
+    pub fn renew(&mut self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> bool {
+        let is_plain = |raw: &RawTensor| raw.strides.is_none();
+        let mut count = 0;
+        for (job, gradient) in
+            self.jobs.iter_mut().zip(gradients.iter().enumerate().filter_map(|(i, g)| Some((i, g.as_ref()?))))
+        {
+            let (index, g) = gradient;
+            let p = &params[index].raw;
+            let was_plain = is_plain(&job.p) && is_plain(&job.g) && job.rows.is_none();
+            let fits = job.index == index && is_plain(p) && is_plain(&g.raw) && g.rows.is_none();
+            if !(was_plain && fits && g.raw.dtype == job.g.dtype) {
+                return false;
+            }
+            (job.p.ptr, job.g.ptr) = (p.ptr, g.raw.ptr);
+            count += 1;
+        }
+        count == self.jobs.len() && count == gradients.iter().flatten().count()
     }
 
     /// Forgets the last step's jobs.
@@ -117,21 +147,28 @@ impl Executor {
     /// # Safety
     /// Each job's tensors must be allocated and aligned for the dtypes its loop was picked for, of equal
     /// length or the gradient as long as the rows, which lie within the parameter; parameter and slots
-    /// must be writable, and nothing written by one job may overlap anything of another.
+    /// must be writable, and so must gradients whose row clears them; nothing written by one job may overlap anything of
+    /// another.
     pub unsafe fn execute(&mut self, rows: &[Row]) {
-        self.plan.update(self.chunk, self.jobs.iter().map(|j| j.g.len));
-        let jobs = &self.jobs;
-        let run = |piece: &Piece| {
-            let job = &jobs[piece.tensor];
-            // SAFETY: the caller's duty; pieces of one tensor are disjoint and within its length.
-            unsafe { (job.pass.pass)(job.pass.isa, &rows[job.row], job, piece.start, piece.len) }
+        let elements: usize = self.jobs.iter().map(|job| job.g.len).sum();
+        let chunk = self.chunk.unwrap_or_else(|| plan::chunk(elements, self.threads.count()));
+        self.plan.update(chunk, self.jobs.iter().map(|j| j.g.len));
+        let (plan, jobs) = (&self.plan, &self.jobs[..]);
+        let run = |pieces: &[Piece]| {
+            let key = |piece: &Piece| {
+                let Job { pass: PassFn { pass, isa }, row, .. } = jobs[piece.tensor];
+                (pass as usize, isa, row)
+            };
+            for alike in pieces.chunk_by(|a, b| key(a) == key(b)) {
+                let Job { pass: PassFn { pass, isa }, row, .. } = jobs[alike[0].tensor];
+                // SAFETY: the caller's duty; pieces of one tensor are disjoint and within its length.
+                unsafe { pass(isa, &rows[row], jobs, alike) };
+            }
         };
-        let plan = &self.plan;
-        match self.threads.pool(plan.elements() >= INLINE_ELEMENTS) {
-            Some(pool) => pool.install(|| {
-                plan.tasks().par_iter().for_each(|task| plan.pieces(task).iter().for_each(run));
-            }),
-            None => plan.all().iter().for_each(run),
+        if elements < INLINE_ELEMENTS {
+            run(plan.all());
+        } else {
+            self.threads.spread(plan.tasks().len(), |i| run(plan.pieces(&plan.tasks()[i])));
         }
     }
 

@@ -2,8 +2,12 @@
 
 use std::ops::Range;
 
-/// Elements of a task.
-pub const CHUNK: usize = 32 * 1024;
+/// Elements of a task: a few tasks for each thread, so that one who is late holds up nobody, of a size that is worth
+/// fetching.
+pub fn chunk(elements: usize, threads: usize) -> usize {
+    const TASKS_PER_THREAD: usize = 8;
+    (elements / (threads * TASKS_PER_THREAD)).next_multiple_of(1024).clamp(4 * 1024, 32 * 1024)
+}
 
 /// A part of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,9 +3,12 @@
 //! Sums have the shape of [`crate::linear`]'s, in f64. Squares of finite f32 numbers cannot overflow there; for
 //! f64 arrays whose squares do, the sum is taken again over scaled values.
 
-use super::memory::{BLOCK, load};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::isa::{Isa, Loop};
+use super::memory::{BLOCK, load, whole};
 use super::pool::Threads;
-use crate::linear::{SUM_BLOCK, join_lanes, join_tree, map, tree};
+use crate::linear::{SUM_BLOCK, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
@@ -24,15 +27,29 @@ impl<'a> From<TensorRef<'a>> for Summand<'a> {
     }
 }
 
-/// Joins the terms of magnitudes, from `neutral` on.
+/// Joins the terms of magnitudes, from `neutral` on. A term may depend on the type that a step computes in.
 #[derive(Clone, Copy)]
 struct Fold<T, J> {
+    /// Whether complex numbers count as two reals, not by their magnitude.
+    by_parts: bool,
     neutral: f64,
     term: T,
     join: J,
 }
 
+/// The sum of terms.
+fn sum<T>(term: T) -> Fold<T, impl Fn(f64, f64) -> f64 + Sync> {
+    Fold { by_parts: false, neutral: 0.0, term, join: |a, b| a + b }
+}
+
+/// The largest term, at least `neutral`; NaN where one is NaN.
+fn maximum<T>(neutral: f64, term: T) -> Fold<T, impl Fn(f64, f64) -> f64 + Sync> {
+    Fold { by_parts: false, neutral, term, join: f64::max_nan }
+}
+
+/// Part of an array, at most [`SUM_BLOCK`] numbers.
 struct Block<'a, T, J> {
+    isa: Isa,
     x: &'a RawTensor,
     pairs: bool,
     start: usize,
@@ -40,63 +57,106 @@ struct Block<'a, T, J> {
     fold: &'a Fold<T, J>,
 }
 
-impl<T: Fn(f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<'_, T, J> {
+impl<T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<'_, T, J> {
     type Out = f64;
 
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
-        let mut buffer = [F::ZERO; SUM_BLOCK];
-        for (i, part) in buffer[..self.len].chunks_mut(BLOCK).enumerate() {
+        let Self { isa, x, pairs, start, len, fold } = self;
+        if E::IS_COMPUTE_TYPE && x.strides.is_none() {
             // SAFETY: the caller keeps the range within the tensor, whose type E is.
-            unsafe { load::<E, F>(self.x, self.start + i * BLOCK, part) };
+            return isa.run(Joining { x: unsafe { whole::<F>(x.ptr, start, len) }, pairs, fold });
         }
-        let Fold { neutral, term, join } = self.fold;
-        if self.pairs {
-            let modulus = |i: usize| libm::hypot(buffer[2 * i].to_f64(), buffer[2 * i + 1].to_f64());
-            join_lanes(self.len / 2, *neutral, |i| term(modulus(i)), join)
+        let mut buffer = [F::ZERO; SUM_BLOCK];
+        for (i, part) in buffer[..len].chunks_mut(BLOCK).enumerate() {
+            // SAFETY: as above.
+            unsafe { load::<E, F>(x, start + i * BLOCK, part) };
+        }
+        isa.run(Joining { x: &buffer[..len], pairs, fold })
+    }
+}
+
+/// The terms of a block, joined in lanes.
+struct Joining<'a, F, T, J> {
+    x: &'a [F],
+    pairs: bool,
+    fold: &'a Fold<T, J>,
+}
+
+impl<F: Real, T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> Loop for Joining<'_, F, T, J> {
+    type Out = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let Self { x, pairs, fold: Fold { neutral, term, join, .. } } = self;
+        if pairs {
+            let modulus = |i: usize| libm::hypot(x[2 * i].to_f64(), x[2 * i + 1].to_f64());
+            join_lanes(x.len() / 2, *neutral, |i| term(F::DTYPE, modulus(i)), join)
         } else {
-            join_lanes(self.len, *neutral, |i| term(buffer[i].to_f64().abs()), join)
+            join_lanes(x.len(), *neutral, |i| term(F::DTYPE, x[i].to_f64().abs()), join)
         }
     }
 }
 
-impl<T: Fn(f64) -> f64 + Sync, J: Fn(f64, f64) -> f64 + Sync> Fold<T, J> {
-    fn one(&self, x: &RawTensor, pairs: bool, threads: &mut Threads) -> f64 {
-        let blocks = x.len.div_ceil(SUM_BLOCK);
-        let of_block = |i: usize| {
-            let (start, len) = (i * SUM_BLOCK, SUM_BLOCK.min(x.len - i * SUM_BLOCK));
-            with_storage(x.dtype, x.dtype, Block { x, pairs, start, len, fold: self })
+impl<T: Fn(Dtype, f64) -> f64 + Sync, J: Fn(f64, f64) -> f64 + Sync> Fold<T, J> {
+    /// What the blocks of each array join to.
+    fn each(&self, of: &[Summand<'_>], threads: &mut Threads) -> Vec<f64> {
+        const BLOCKS_PER_TASK: usize = 8;
+        let isa = Isa::detect();
+        let blocks = of.iter().map(|x| x.tensor.raw.len.div_ceil(SUM_BLOCK));
+        let first: Vec<usize> = blocks.scan(0, |sum, n| Some(std::mem::replace(sum, *sum + n))).collect();
+        let of_block = |array: usize, block: usize| {
+            let Summand { tensor, is_complex } = &of[array];
+            let (x, start) = (&tensor.raw, (block - first[array]) * SUM_BLOCK);
+            let pairs = *is_complex && !self.by_parts;
+            let block = Block { isa, x, pairs, start, len: SUM_BLOCK.min(x.len - start), fold: self };
+            with_storage(x.dtype, x.dtype, block)
         };
-        let mut joined: Vec<f64> = match threads.pool(x.len >= super::INLINE_ELEMENTS) {
-            Some(pool) => pool.install(|| map(true, blocks, of_block)),
-            None => map(false, blocks, of_block),
+        let elements: usize = of.iter().map(|x| x.tensor.raw.len).sum();
+        let total = of.last().zip(first.last()).map_or(0, |(x, first)| first + x.tensor.raw.len.div_ceil(SUM_BLOCK));
+        let joined: Vec<AtomicU64> = (0..total).map(|_| AtomicU64::new(0)).collect();
+        let task = |i: usize| {
+            let blocks = i * BLOCKS_PER_TASK..total.min((i + 1) * BLOCKS_PER_TASK);
+            let mut array = first.partition_point(|&first| first <= blocks.start) - 1;
+            for block in blocks {
+                while first.get(array + 1).is_some_and(|&next| next <= block) {
+                    array += 1;
+                }
+                joined[block].store(of_block(array, block).to_bits(), Ordering::Relaxed);
+            }
         };
-        if joined.is_empty() { self.neutral } else { join_tree(&mut joined, &self.join) }
+        let tasks = total.div_ceil(BLOCKS_PER_TASK);
+        if elements < super::INLINE_ELEMENTS {
+            (0..tasks).for_each(task)
+        } else {
+            threads.spread(tasks, task)
+        }
+        let mut joined: Vec<f64> = joined.into_iter().map(|bits| f64::from_bits(bits.into_inner())).collect();
+        let ends = first.iter().skip(1).copied().chain([total]);
+        let ranges = first.iter().zip(ends).map(|(&start, end)| start..end);
+        ranges.map(|r| if r.is_empty() { self.neutral } else { join_tree(&mut joined[r], &self.join) }).collect()
     }
 
     fn all(&self, of: &[Summand<'_>], threads: &mut Threads) -> f64 {
-        let mut joined: Vec<f64> = of.iter().map(|x| self.one(&x.tensor.raw, x.is_complex, threads)).collect();
+        let mut joined = self.each(of, threads);
         if joined.is_empty() { self.neutral } else { join_tree(&mut joined, &self.join) }
     }
 }
 
 /// The largest magnitude of all; NaN where a number is NaN, 0 without numbers.
 pub fn largest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
-    Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.all(of, threads)
+    maximum(0.0, |_, x| x).all(of, threads)
 }
 
 /// The smallest magnitude of all; NaN where a number is NaN, infinity without numbers.
 fn smallest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
-    -Fold { neutral: f64::NEG_INFINITY, term: |x: f64| -x, join: f64::max_nan }.all(of, threads)
+    -maximum(f64::NEG_INFINITY, |_, x: f64| -x).all(of, threads)
 }
 
 /// The first array with a number that is not finite, and the magnitude of such a number: infinity or NaN.
 pub fn first_nonfinite(of: &[Summand<'_>], threads: &mut Threads) -> Option<(usize, f64)> {
-    // Parts of complex numbers by themselves: the magnitude of finite ones may be too large.
-    let most = |x: &Summand<'_>, threads: &mut Threads| {
-        Fold { neutral: 0.0, term: |x| x, join: f64::max_nan }.one(&x.tensor.raw, false, threads)
-    };
-    let magnitudes = of.iter().map(|x| most(x, threads)).enumerate();
-    magnitudes.into_iter().find(|(_, most)| !most.is_finite())
+    // The magnitude of a complex number with finite parts may be too large.
+    let most = Fold { by_parts: true, ..maximum(0.0, |_, x| x) }.each(of, threads);
+    most.into_iter().enumerate().find(|(_, most)| !most.is_finite())
 }
 
 /// The 2-norm of all numbers, of complex ones and reals alike.
@@ -112,16 +172,12 @@ pub fn norm(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
 pub fn norm_within(of: &[Summand<'_>], bound: f64, threads: &mut Threads) -> f64 {
     let bound_of = |dtype: Dtype| if dtype == Dtype::F64 { bound } else { f64::from(bound as f32) };
     let total = |scale: f64, threads: &mut Threads| {
-        let one = |x: &Summand<'_>| {
-            let bound = bound_of(x.tensor.raw.dtype);
-            let square = move |x: f64| {
-                let x = if x > bound { bound } else { x } * scale;
-                x * x
-            };
-            // The parts of complex numbers are summed as reals.
-            Fold { neutral: 0.0, term: square, join: |a, b| a + b }.one(&x.tensor.raw, false, threads)
+        let square = |dtype: Dtype, x: f64| {
+            let bound = bound_of(dtype);
+            let x = if x > bound { bound } else { x } * scale;
+            x * x
         };
-        tree(&mut of.iter().map(one).collect::<Vec<f64>>())
+        Fold { by_parts: true, ..sum(square) }.all(of, threads)
     };
     let plain = total(1.0, threads);
     let trustworthy = (1e-280..=1e300).contains(&plain);
@@ -150,8 +206,8 @@ pub fn p_norm(of: &[Summand<'_>], p: f64, threads: &mut Threads) -> f64 {
         f64::NEG_INFINITY if of.iter().all(|x| x.tensor.raw.len == 0) => 0.0,
         f64::NEG_INFINITY => smallest(of, threads),
         0.0 => {
-            let counted = |x: f64| if x.is_nan() { x } else { f64::from(u8::from(x != 0.0)) };
-            Fold { neutral: 0.0, term: counted, join: |a, b| a + b }.all(of, threads)
+            let counted = |_, x: f64| if x.is_nan() { x } else { f64::from(u8::from(x != 0.0)) };
+            sum(counted).all(of, threads)
         }
         _ => {
             // Scaled by the term that dominates, so that powers neither overflow nor vanish.
@@ -159,8 +215,8 @@ pub fn p_norm(of: &[Summand<'_>], p: f64, threads: &mut Threads) -> f64 {
             if is_zero(scale) || scale.is_infinite() {
                 return if p < 0.0 && of.iter().all(|x| x.tensor.raw.len == 0) { 0.0 } else { scale };
             }
-            let term = move |x: f64| libm::pow(x / scale, p);
-            scale * libm::pow(Fold { neutral: 0.0, term, join: |a, b| a + b }.all(of, threads), 1.0 / p)
+            let term = |_, x: f64| libm::pow(x / scale, p);
+            scale * libm::pow(sum(term).all(of, threads), 1.0 / p)
         }
     }
 }

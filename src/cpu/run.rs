@@ -7,29 +7,31 @@
 //!     g = g + λ·θ    or    θ = θ·(1 − lr·λ)
 //!     θ, slots = kernel(θ, g, slots)      the rule
 //!     slots below the smallest normal number become 0
+//! g = 0                                   where gradients are cleared, piece by piece
 //! ```
 //!
 //! [`sweep`] is that loop over plain slices, compiled once per kernel, compute type and instruction set.
 //! Nothing in it fuses or reorders operations, so every level gives the same bits. [`pass`] feeds it:
 //! arrays in C order are swept where they lie, every other layout and storage type and the rows of a
-//! sparse gradient go block by block through local arrays, with the same arithmetic.
+//! sparse gradient go block by block through local arrays ([`by_blocks`]), with the same arithmetic.
 
 use std::marker::PhantomData;
 
 use super::Job;
 use super::isa::Isa;
-use super::memory::{BLOCK, load, load_rows, store_rows, whole, whole_mut};
+use super::memory::{BLOCK, clear, load, load_rows, store_rows, whole, whole_mut};
+use super::plan::Piece;
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
 use crate::tensor::RawTensor;
 
-/// One kernel over elements `start..start + len` of a job's gradient.
+/// One kernel over pieces of jobs that share a row of coefficients.
 ///
 /// # Safety
-/// The range lies within the tensors and slots (of a parameter with rows, within these), which are allocated, aligned and of the dtype the
-/// function was selected for; parameter and slots are writable and touched by no other thread of the
-/// step; the machine has the instruction set.
-pub(super) type Pass = unsafe fn(Isa, &Row, &Job, usize, usize);
+/// The machine has the instruction set. Each piece lies within the gradient of its job, and tensors and slots (of a parameter with rows, within these) are
+/// allocated, aligned and of the dtype the function was selected for; parameter and slots, and a
+/// gradient that is cleared, are writable and touched by no other thread of the step.
+pub(super) type Pass = unsafe fn(Isa, &Row, &[Job], &[Piece]);
 
 /// A selected loop and the instruction set it runs with.
 #[derive(Debug, Clone, Copy)]
@@ -122,8 +124,8 @@ fn sweep<K: Kernel, F: Real>(
 }
 
 macro_rules! level {
-    ($name:ident $(, $feature:literal)?) => {
-        $(#[target_feature(enable = $feature)])?
+    ($name:ident $(, $features:literal)?) => {
+        $(#[target_feature(enable = $features)])?
         #[allow(clippy::too_many_arguments, reason = "see sweep")]
         fn $name<K: Kernel, F: Real>(
             c: &K::C<F>,
@@ -158,36 +160,53 @@ fn at_level<K: Kernel, F: Real>(isa: Isa) -> Sweep<K, F> {
 
 /// # Safety
 /// See [`Pass`].
-unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(
-    isa: Isa,
-    row: &Row,
-    job: &Job,
-    start: usize,
-    len: usize,
-) {
+unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(isa: Isa, row: &Row, jobs: &[Job], pieces: &[Piece]) {
     let c = <K::C<F> as Coefficients<F>>::from_row(&row.coefficients);
     let frame = Frame::new(&row.shared);
     let sweep = at_level::<K, F>(isa);
     let count = <K::S<F> as SlotValues<F>>::COUNT;
-    let Job { p, g, slots, rows, .. } = job;
-    let plain = p.strides.is_none() && g.strides.is_none() && rows.is_none();
-    if plain && E::IS_COMPUTE_TYPE && G::IS_COMPUTE_TYPE {
-        let slot = |k: usize| if k < count { (slots[k], len) } else { (std::ptr::null_mut(), 0) };
+    for &Piece { tensor, start, len } in pieces {
+        let job = &jobs[tensor];
+        let plain = job.p.strides.is_none() && job.g.strides.is_none() && job.rows.is_none();
+        let slot = |k: usize| if k < count { (job.slots[k], len) } else { (std::ptr::null_mut(), 0) };
         // SAFETY: the caller keeps start + len within tensors and slots, and other threads of the step
         // away; slots store the compute type.
         unsafe {
-            let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, start, slot(k).1));
-            sweep(&c, &frame, whole_mut(p.ptr, start, len), whole(g.ptr, start, len), s0, s1, s2, s3);
+            if plain && E::IS_COMPUTE_TYPE && G::IS_COMPUTE_TYPE {
+                let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, start, slot(k).1));
+                let (p, g) = (whole_mut(job.p.ptr, start, len), whole(job.g.ptr, start, len));
+                sweep(&c, &frame, p, g, s0, s1, s2, s3);
+            } else {
+                by_blocks::<K, E, G, F>(sweep, &c, &frame, job, start, len);
+            }
+            if row.shared.clears_gradients {
+                // What was just read is still in the cache.
+                clear(&job.g, start, len);
+            }
         }
-        return;
     }
+}
+
+/// One piece by way of local blocks.
+///
+/// # Safety
+/// See [`Pass`].
+unsafe fn by_blocks<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(
+    sweep: Sweep<K, F>,
+    c: &K::C<F>,
+    frame: &Frame<F>,
+    Job { p, g, slots, rows, .. }: &Job,
+    start: usize,
+    len: usize,
+) {
+    let count = <K::S<F> as SlotValues<F>>::COUNT;
     let rows = rows.as_deref();
     let state = |k: usize| RawTensor { ptr: slots[k], len: p.len, dtype: F::DTYPE, strides: None };
     let (mut p_block, mut g_block) = ([F::ZERO; BLOCK], [F::ZERO; BLOCK]);
     let mut blocks = [[F::ZERO; BLOCK]; MAX_SLOTS];
     for at in (start..start + len).step_by(BLOCK) {
         let n = BLOCK.min(start + len - at);
-        // SAFETY: as above; the rows lie within the parameter, whose length the slots have.
+        // SAFETY: the caller's duty; the rows lie within the parameter, whose length the slots have.
         unsafe {
             load_rows::<E, F>(p, rows, at, &mut p_block[..n]);
             load::<G, F>(g, at, &mut g_block[..n]);
@@ -197,7 +216,7 @@ unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(
             let [s0, s1, s2, s3] = &mut blocks;
             let own = |k: usize| if k < count { n } else { 0 };
             let (s0, s1, s2, s3) = (&mut s0[..own(0)], &mut s1[..own(1)], &mut s2[..own(2)], &mut s3[..own(3)]);
-            sweep(&c, &frame, &mut p_block[..n], &g_block[..n], s0, s1, s2, s3);
+            sweep(c, frame, &mut p_block[..n], &g_block[..n], s0, s1, s2, s3);
             store_rows::<E, F>(p, rows, at, &p_block[..n]);
             for (k, block) in blocks[..count].iter().enumerate() {
                 store_rows::<F, F>(&state(k), rows, at, &block[..n]);
@@ -217,7 +236,7 @@ impl<K: Kernel> StorageVisitor for Select<K> {
     }
 }
 
-/// The compiled loop of a kernel for a parameter and a gradient. `isa` must not exceed what the machine has.
+/// The compiled loop of a kernel for a parameter and a gradient.
 pub(super) fn select<K: Kernel>(parameter: Dtype, gradient: Dtype, isa: Isa) -> PassFn {
     PassFn { pass: with_storage(parameter, gradient, Select::<K>(PhantomData)), isa }
 }

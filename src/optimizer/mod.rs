@@ -2,6 +2,7 @@
 
 mod accumulate;
 mod closure;
+mod groups;
 mod guard;
 pub mod matching;
 mod state;
@@ -14,10 +15,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
 use crate::real::Dtype;
-use crate::rule::{Facts, MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse, decay};
+use crate::rule::{MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
+use groups::Groups;
 use guard::Verdict;
 pub use guard::{Guard, Nonfinite};
 
@@ -51,6 +53,15 @@ enum Backend {
 }
 
 impl Backend {
+    /// The CPU's executor, where it is known that steps run there.
+    fn cpu(&mut self) -> &mut cpu::Executor {
+        match self {
+            Self::Cpu(executor) => executor,
+            #[cfg(feature = "gpu")]
+            Self::Gpu(_) | Self::GpuVectors(_) => unreachable!("called for the CPU backend"),
+        }
+    }
+
     /// The CPU's threads, where work on so many elements is worth them.
     fn pool(&mut self, elements: usize) -> Option<&rayon::ThreadPool> {
         match self {
@@ -79,7 +90,7 @@ impl Backend {
 #[derive(Debug)]
 pub struct Optimizer {
     preset: &'static Preset,
-    groups: Vec<Hypers>,
+    groups: Groups,
     entries: Vec<Entry>,
     backend: Backend,
     /// Of methods that evaluate the loss several times in a step.
@@ -104,6 +115,8 @@ pub struct Optimizer {
     scratch: Scratch,
     /// Sums of gradients on the host, by parameter; empty where there are none.
     sums: Vec<Option<accumulate::Sum>>,
+    /// Allocations and changes of groups that the executor's jobs were made with.
+    jobs_made_at: Option<(u64, u64)>,
 }
 
 /// Reused from step to step.
@@ -112,7 +125,7 @@ struct Scratch {
     rows: Vec<Row>,
     /// By row: scalar slots after the update.
     scalars: Vec<ScalarSlots>,
-    /// By group: the last moment and scalar slots asked for and their row.
+    /// By first group of those alike: the last moment and scalar slots asked for and their row.
     latest: Vec<Option<(Moment, ScalarSlots, usize)>>,
     /// By parameter: its row in this step.
     row_of: Vec<Option<usize>>,
@@ -122,6 +135,8 @@ struct Scratch {
     dense: Vec<Buffer>,
     /// What all gradients are multiplied by.
     gradient_scale: f64,
+    /// Whether gradients are still to be set to zero.
+    clears_gradients: bool,
 }
 
 impl Scratch {
@@ -136,16 +151,23 @@ impl Scratch {
         self.row_of.resize(entries, None);
     }
 
-    /// Index of the coefficient row of a parameter. Parameters of a group mostly are at the same moment;
-    /// where they alternate a row may stand twice.
-    fn row(&mut self, index: usize, entry: &Entry, at: Moment, compute: impl FnOnce(&mut ScalarSlots) -> Row) -> usize {
-        let row = match self.latest[entry.group] {
+    /// Index of the coefficient row of a parameter whose group is alike `group`. Parameters of a group mostly are at the
+    /// same moment; where they alternate a row may stand twice.
+    fn row(
+        &mut self,
+        index: usize,
+        entry: &Entry,
+        group: usize,
+        at: Moment,
+        compute: impl FnOnce(&mut ScalarSlots) -> Row,
+    ) -> usize {
+        let row = match self.latest[group] {
             Some((moment, scalars, row)) if moment == at && scalars == entry.scalars => row,
             _ => {
                 let mut scalars = entry.scalars;
                 self.rows.push(compute(&mut scalars));
                 self.scalars.push(scalars);
-                self.latest[entry.group] = Some((at, entry.scalars, self.rows.len() - 1));
+                self.latest[group] = Some((at, entry.scalars, self.rows.len() - 1));
                 self.rows.len() - 1
             }
         };
@@ -185,7 +207,7 @@ impl Optimizer {
         }
         Ok(Self {
             preset,
-            groups: Vec::new(),
+            groups: Groups::default(),
             entries: Vec::new(),
             backend,
             minimizer: None,
@@ -205,6 +227,7 @@ impl Optimizer {
             torn: false,
             scratch: Scratch::default(),
             sums: Vec::new(),
+            jobs_made_at: None,
         })
     }
 
@@ -289,7 +312,7 @@ impl Optimizer {
         }
     }
 
-    /// Grows whenever host slots are allocated or replaced, so that a caller can keep a map of them.
+    /// Grows whenever host slots are allocated, replaced or dropped, so that a caller can keep a map of them.
     pub fn allocations(&self) -> u64 {
         self.allocations
     }
@@ -388,7 +411,7 @@ impl Optimizer {
             Ok(()) => Ok(group),
             Err(error) => {
                 self.entries.truncate(count);
-                self.groups.truncate(group);
+                self.groups.change().truncate(group);
                 #[cfg(feature = "gpu")]
                 if let Backend::Gpu(executor) = &mut self.backend {
                     executor.truncate(count)?;
@@ -440,7 +463,7 @@ impl Optimizer {
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
         self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
-        self.groups.push(checked);
+        self.groups.change().push(checked);
         self.resize_minimizer();
         Ok(group)
     }
@@ -448,7 +471,7 @@ impl Optimizer {
     /// Sets hyperparameters of a group; on an error the old values stay.
     pub fn set_hypers(&mut self, group: usize, changes: &[(&str, Value)]) -> Result<()> {
         let place = self.place(group);
-        self.preset.set(&place, &mut self.groups[group], changes)
+        self.preset.set(&place, &mut self.groups.change()[group], changes)
     }
 
     fn check(&self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
@@ -476,7 +499,7 @@ impl Optimizer {
                     entry.step.to_string(),
                 );
             }
-            fits(&place, || entry.label(i), &entry.info, &p.raw)?;
+            fits(&place, || entry.label(i), entry, &p.raw)?;
             if let Some(g) = g {
                 self.check_gradient(&place, i, g)?;
             }
@@ -513,7 +536,7 @@ impl Optimizer {
                 return Err(Error::refuse(ErrorKind::Type, place, label(), "sparse", "a dense one")
                     .with_remedy("use Adam for dense gradients"));
             }
-            (None, _) => info.reals(),
+            (None, _) => entry.reals,
             (Some(_), Sparse::Refused) => {
                 return Err(Error::refuse(ErrorKind::Type, place, label(), "dense", "a sparse one")
                     .with_remedy("use SparseAdam, SGD, Adagrad, LBFGS or ConjugateGradient for sparse gradients"));
@@ -555,6 +578,57 @@ impl Optimizer {
     /// `params` and `gradients` are in order of registration; a gradient of `None` leaves its parameter
     /// and state untouched. With no gradient at all nothing happens. On an error nothing has changed.
     pub fn step(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        self.scratch.clears_gradients = false;
+        self.step_as_said(params, gradients)
+    }
+
+    /// [`Optimizer::step`], that sets the gradients to zero, on the CPU while they are at hand: for loops that add to them.
+    /// They are cleared also where the update is left out because one is not finite, but not on an error.
+    pub fn step_and_clear(
+        &mut self,
+        params: &mut [TensorMut<'_>],
+        gradients: &mut [Option<TensorMut<'_>>],
+    ) -> Result<()> {
+        // SAFETY: `gradients` are writable, overlap nothing, and are borrowed until the step is over.
+        let read = |g: &TensorMut<'_>| unsafe { TensorRef::from_raw(g.raw.clone()) };
+        let read: Vec<_> = gradients.iter().map(|g| g.as_ref().map(read)).collect();
+        // SAFETY: as above.
+        unsafe { self.step_and_clear_raw(params, &read) }
+    }
+
+    /// [`Optimizer::step_and_clear`], of gradients that are known as what is read.
+    ///
+    /// # Safety
+    /// The gradients are writable and overlap neither each other nor anything that the step writes.
+    pub unsafe fn step_and_clear_raw(
+        &mut self,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<()> {
+        let place = self.place_of("step");
+        for (i, gradient) in gradients.iter().enumerate() {
+            let got = match gradient {
+                Some(g) if g.rows.is_some() => "a sparse one",
+                Some(g) if g.on_device.is_some() => "one on a device",
+                _ => continue,
+            };
+            let label = self.entries.get(i).map_or_else(String::new, |entry| entry.label(i));
+            return Err(Error::refuse(ErrorKind::Type, place, format!("gradient of {label}"), "an array", got)
+                .with_remedy("clear it after the step"));
+        }
+        self.scratch.clears_gradients = true;
+        self.step_as_said(params, gradients)?;
+        // Elementwise updates on the CPU did it, unless there was none.
+        if self.scratch.clears_gradients {
+            for gradient in gradients.iter().flatten() {
+                // SAFETY: the caller's duty.
+                unsafe { cpu::memory::clear(&gradient.raw, 0, gradient.raw.len) };
+            }
+        }
+        Ok(())
+    }
+
+    fn step_as_said(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         if self.preset.needs_closure() {
             let place = self.place_of("step");
             return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
@@ -570,6 +644,7 @@ impl Optimizer {
             return Ok(());
         };
         self.torn = true;
+        self.groups.read(self.preset);
         self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
@@ -618,9 +693,10 @@ impl Optimizer {
         let Self { preset, groups, entries, scratch, allocations, .. } = self;
         for i in 0..entries.len() {
             let entry = &mut entries[i];
-            let wanted = match gradients[i] {
-                Some(_) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
-                None => SlotSet::EMPTY,
+            let wanted = match (&gradients[i], groups.reading(entry.group).kernel) {
+                (None, _) => SlotSet::EMPTY,
+                (Some(_), Some((_, slots))) => slots,
+                (Some(_), None) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
             };
             if wanted.iter().all(|k| entry.slots[k].is_some()) {
                 scratch.fresh.push(SlotSet::EMPTY);
@@ -647,37 +723,68 @@ impl Optimizer {
         params: &mut [TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<()> {
-        self.allocate(gradients)?;
+        if !self.renew_jobs(params, gradients) {
+            self.make_jobs(rule, params, gradients)?;
+        }
         let common = self.common();
         let Self { groups, entries, backend, scratch, .. } = self;
-        #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
-        let Backend::Cpu(executor) = backend else { unreachable!("called for the CPU backend") };
+        let executor = backend.cpu();
+        let clears_gradients = scratch.clears_gradients;
+        for job in executor.jobs_mut() {
+            let entry = &entries[job.index];
+            let (hypers, reading) = (&groups[entry.group], groups.reading(entry.group));
+            let at = Moment { step: entry.step + 1, fresh: scratch.fresh[job.index] };
+            let compute = |scalars: &mut ScalarSlots| Row {
+                shared: Shared { clears_gradients, ..reading.shared(common) },
+                coefficients: rule.coefficients(hypers, at, scalars),
+            };
+            job.row = scratch.row(job.index, entry, reading.first_alike, at, compute);
+        }
+        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
+        // rows and dtypes, and the slots were allocated for exactly these. Gradients are cleared where
+        // `step_and_clear_raw` was promised that they may be.
+        unsafe { executor.execute(&scratch.rows) };
+        scratch.clears_gradients = false;
+        Ok(())
+    }
+
+    /// Brings the jobs of the step before up to date with this step's arrays; whether that is all it takes.
+    fn renew_jobs(&mut self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> bool {
+        let is_current = self.jobs_made_at == Some((self.allocations, self.groups.changes()));
+        let is_renewed = is_current && self.backend.cpu().renew(params, gradients);
+        if is_renewed {
+            self.scratch.fresh.resize(self.entries.len(), SlotSet::EMPTY);
+        }
+        is_renewed
+    }
+
+    /// Allocates the slots of the step and makes its jobs; their rows are still to be found.
+    fn make_jobs(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        self.jobs_made_at = None;
+        self.allocate(gradients)?;
+        let Self { groups, entries, backend, scratch, .. } = self;
+        let executor = backend.cpu();
         executor.clear();
-        for (i, entry) in entries.iter().enumerate() {
-            let Some(gradient) = &gradients[i] else { continue };
+        for (index, entry) in entries.iter().enumerate() {
+            let Some(gradient) = &gradients[index] else { continue };
             let hypers = &groups[entry.group];
-            let at = Moment { step: entry.step + 1, fresh: scratch.fresh[i] };
-            let row = scratch.row(i, entry, at, |scalars| row(rule, hypers, at, scalars, common));
-            let facts = rule.with_kernel(hypers, Facts);
+            let Some((facts, _)) = groups.reading(entry.group).kernel else { unreachable!("the rule is elementwise") };
             let mut slots = [std::ptr::null_mut(); MAX_SLOTS];
             for (pointer, &k) in slots.iter_mut().zip(facts.slots) {
                 *pointer = entry.slots[k].as_ref().map_or(std::ptr::null_mut(), |slot| slot.raw().ptr);
             }
             let (mut g, mut rows) = (gradient.raw.clone(), gradient.rows.clone());
-            if let Some(touched) = rows.take_if(|_| !facts.rests || !at.fresh.is_empty()) {
-                let dense = Buffer::zeroed(entry.info.reals(), g.dtype)?;
+            if let Some(touched) = rows.take_if(|_| !facts.rests || !scratch.fresh[index].is_empty()) {
+                let dense = Buffer::zeroed(entry.reals, g.dtype)?;
                 // SAFETY: `check` compared the rows with gradient and parameter, whose length the buffer has.
                 unsafe { cpu::memory::scatter(&g, &touched, &dense.raw()) };
                 g = dense.raw();
                 scratch.dense.push(dense);
             }
             let pass = rule.with_kernel(hypers, executor.select(entry.info.dtype, g.dtype));
-            executor.push(cpu::Job { pass, row, p: params[i].raw.clone(), g, slots, rows });
+            executor.push(cpu::Job { index, pass, row: 0, p: params[index].raw.clone(), g, slots, rows });
         }
-        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
-        // rows and dtypes, and the slots were allocated for exactly these.
-        unsafe { executor.execute(&scratch.rows) };
-        executor.clear();
+        self.jobs_made_at = self.scratch.dense.is_empty().then_some((self.allocations, self.groups.changes()));
         Ok(())
     }
 
@@ -690,8 +797,7 @@ impl Optimizer {
         self.allocate(gradients)?;
         let common = self.common();
         let Self { groups, entries, backend, scratch, .. } = self;
-        #[cfg_attr(not(feature = "gpu"), allow(irrefutable_let_patterns, reason = "one backend without gpu"))]
-        let Backend::Cpu(executor) = backend else { unreachable!("tensor rules run on the CPU") };
+        let executor = backend.cpu();
         let mut jobs = Vec::new();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
@@ -700,7 +806,7 @@ impl Optimizer {
             jobs.push(cpu::TensorJob {
                 hypers,
                 at: Moment { step: entry.step + 1, fresh: scratch.fresh[i] },
-                shared: shared(hypers, common),
+                shared: groups.reading(entry.group).shared(common),
                 shape: &entry.info.shape,
                 dtype: entry.info.dtype,
                 p: params[i].raw.clone(),
@@ -725,20 +831,24 @@ impl Optimizer {
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
             refuse_sparse(&format!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
-            let hypers = &groups[entry.group];
+            let (hypers, reading) = (&groups[entry.group], groups.reading(entry.group));
             let fresh = executor.missing(index, preset.needed_slots(hypers, &entry.info.shape));
             let at = Moment { step: entry.step + 1, fresh };
             jobs.push(match preset.method {
                 Method::Elementwise(rule) => {
-                    let kernel = rule.with_kernel(hypers, Facts);
-                    let row = scratch.row(index, entry, at, |scalars| row(rule, hypers, at, scalars, common));
+                    let Some((kernel, _)) = reading.kernel else { unreachable!("the rule is elementwise") };
+                    let compute = |scalars: &mut ScalarSlots| Row {
+                        shared: reading.shared(common),
+                        coefficients: rule.coefficients(hypers, at, scalars),
+                    };
+                    let row = scratch.row(index, entry, reading.first_alike, at, compute);
                     gpu::Job { index, row, kernel, turns: 0, fresh }
                 }
                 Method::Tensor(rule) => {
                     let ParamInfo { shape, dtype, .. } = &entry.info;
                     let coefficients = (rule.program().row)(hypers, at, shape, *dtype);
                     // Decay is the rule's own.
-                    let shared = Shared { decay: Shared::NEUTRAL.decay, ..shared(hypers, common) };
+                    let shared = Shared { decay: Shared::NEUTRAL.decay, ..reading.shared(common) };
                     scratch.rows.push(Row { shared, coefficients });
                     let (row, turns) = (scratch.rows.len() - 1, (rule.program().turns)(hypers));
                     gpu::Job { index, row, kernel: rule.facts(), turns, fresh }
@@ -790,8 +900,8 @@ impl Optimizer {
     pub fn sync(&mut self, arrays: &mut [(usize, &mut TensorMut<'_>)]) -> Result<()> {
         let place = self.place_of("sync");
         for (index, array) in &*arrays {
-            let info = &self.entries[*index].info;
-            fits(&place, || info.label(*index), info, &array.raw)?;
+            let entry = &self.entries[*index];
+            fits(&place, || entry.info.label(*index), entry, &array.raw)?;
         }
         self.settle()?;
         match &mut self.backend {
@@ -903,6 +1013,7 @@ impl Optimizer {
         if let Backend::Gpu(executor) = &mut self.backend {
             executor.clear_slots(index)?;
         }
+        self.allocations += 1;
         self.entries[index].step = 0;
         self.entries[index].slots.fill(None);
         self.entries[index].scalars = self.preset.first_scalars();
@@ -917,12 +1028,12 @@ impl Optimizer {
 }
 
 /// Whether an array is what was registered.
-fn fits(place: &str, label: impl Fn() -> String, info: &ParamInfo, raw: &RawTensor) -> Result<()> {
+fn fits(place: &str, label: impl Fn() -> String, Entry { info, reals, .. }: &Entry, raw: &RawTensor) -> Result<()> {
     if raw.dtype != info.dtype.part() {
         return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype.part(), raw.dtype));
     }
-    if raw.len != info.reals() {
-        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {} elements", info.reals()), raw.len));
+    if raw.len != *reals {
+        return Err(Error::refuse(ErrorKind::Value, place, label(), format!("of {reals} elements"), raw.len));
     }
     Ok(())
 }
@@ -963,16 +1074,6 @@ fn refuse_sparse(place: &str, allowed: &str, entry: &Entry, index: usize, gradie
     let label = format!("gradient of {}", entry.label(index));
     Err(Error::refuse(ErrorKind::Type, place, label, allowed, "a sparse one")
         .with_remedy("use backend=\"cpu\", or give it with zeros"))
-}
-
-/// What the steps of all groups have in common; decay and direction are the group's.
-fn shared(hypers: &Hypers, common: Shared) -> Shared {
-    Shared { maximize: hypers.flag("maximize"), decay: decay(hypers), ..common }
-}
-
-/// The coefficients of one group at one moment; the scalar slots are brought to after the update.
-fn row(rule: RuleId, hypers: &Hypers, at: Moment, scalars: &mut ScalarSlots, common: Shared) -> Row {
-    Row { shared: shared(hypers, common), coefficients: rule.coefficients(hypers, at, scalars) }
 }
 
 #[cfg(test)]

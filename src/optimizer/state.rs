@@ -94,7 +94,7 @@ impl Optimizer {
             self.entries.iter_mut().for_each(|entry| entry.step = step);
             self.minimizer = minimizer;
         }
-        self.groups = groups;
+        *self.groups.change() = groups;
         self.update_count = saved.update_count;
         self.skip_count = saved.skip_count;
         self.torn = false;
@@ -155,7 +155,7 @@ impl Optimizer {
             let got = format!("{} new and {} left out", initialised.len(), dropped.len());
             return refuse(ErrorKind::Value, "parameters", "all those of the saved state, which share it".into(), got);
         }
-        let mut groups = self.groups.clone();
+        let mut groups = self.groups.to_vec();
         for (g, hypers) in groups.iter_mut().enumerate() {
             let place = format!("{place}: group {g}");
             if let (false, Some(origin)) = (options.keep_hypers, origins[g]) {
