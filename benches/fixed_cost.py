@@ -5,9 +5,9 @@
     python benches/fixed_cost.py --write    # record the counts
 
 A count repeats on a busy machine where a time does not. Each scenario runs twice under valgrind, with STEPS and with
-twice as many steps; the difference has nothing of what happens once. The scenarios are in ``fixed_cost.rs`` (the engine,
-built here with cargo) and ``fixed_cost_steps.py`` (from Python, with the roptim that ``--python`` has). What the counts
-depend on and what they do not show: ``README.md`` beside this file.
+twice as many steps; the difference has nothing of what happens once. The scenarios are in ``fixed_cost.rs`` (the
+engine, built here with cargo) and ``fixed_cost_steps.py`` (from Python, with the roptim that ``--python`` has). What
+the counts depend on and what they do not show: ``README.md`` beside this file.
 
 Exit codes: 0, 1 where a check failed, 2 where nothing could be counted.
 """
@@ -190,7 +190,7 @@ def failures(scenarios: list[Scenario], old: dict[str, Any], new: dict[str, Any]
         mine = [scenario.name for scenario in scenarios if scenario.kind == kind]
         why = skipped(kind, old, new) if mine else None
         if why is not None:
-            print(f"{len(mine)} scenarios are not compared ({', '.join(mine)}): {why}.")
+            print(f"Not compared ({'; '.join(mine)}): {why}.")
             continue
         for name in mine:
             if name not in old["instructions"]:
@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"Written to {options.record}.")
     if options.check and old is not None:
         wrong = failures(chosen, old, new, all_counted=not (options.only or options.no_python))
-        print(f"{wrong} failed." if wrong else "No count is above the record's.")
+        print(f"{wrong} failed." if wrong else "No compared count is above the record's.")
         return int(wrong > 0)
     return 0
 
