@@ -1,9 +1,8 @@
 //! Time per element of a step of every optimizer in the registry, by instruction set, on one thread.
 //!
 //! Elementwise rules step one tensor that stays in the cache, each with every kernel it has: what is measured is
-//! arithmetic, not memory. Tensor rules step one matrix. Norms are taken of an array that fits into no second-level
-//! cache. The names are those of optimizer, kernel, dtype and instruction set, and criterion's filter takes a part of
-//! them:
+//! arithmetic, not memory. Tensor rules step one matrix. Norms are taken of 1 Mi elements. The names are those of
+//! optimizer, kernel, dtype and instruction set, and criterion's filter takes a part of them:
 //!
 //! ```text
 //! cargo bench --bench rules -- AdamW
