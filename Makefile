@@ -9,10 +9,11 @@ STAMP   := $(VENV)/.stamp
 CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
-.PHONY: help demo test test-full test-rust test-python lint format bench wheel sdist docs clean build
+.PHONY: help demo test test-full test-rust test-python lint format wheel sdist docs clean build
+.PHONY: bench bench-rules bench-check bench-record-counts bench-import
 
 help:  ## list the chores
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "roptim needs Python 3.11 or newer")'
@@ -66,6 +67,18 @@ format: $(STAMP)-lint  ## format everything
 
 bench: $(STAMP)-build $(STAMP)-examples  ## compare with hand-written NumPy, and torch where installed
 	$(BIN)/python benches/compare.py
+
+bench-rules:  ## time each optimizer's kernels with each instruction set, one thread
+	cargo bench --bench rules
+
+bench-check: $(STAMP)-build  ## compare the instructions of a small step with the record (needs valgrind)
+	$(BIN)/python benches/fixed_cost.py --check
+
+bench-record-counts: $(STAMP)-build  ## record the instructions of a small step
+	$(BIN)/python benches/fixed_cost.py --write
+
+bench-import: $(STAMP)-build  ## time `import roptim`; sizes of extension module and wheel
+	$(BIN)/python benches/imports.py
 
 wheel: $(STAMP)-test  ## build the wheel into dist/
 	$(BIN)/maturin build --release --out dist
