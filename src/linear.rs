@@ -64,6 +64,27 @@ pub(crate) fn join_lanes(
     join_tree(&mut joined, join)
 }
 
+/// [`join_lanes`] of `term(x)` over an array: the same bits, in whole vectors.
+#[inline(always)]
+pub(crate) fn join_array<F: Real>(
+    x: &[F],
+    neutral: f64,
+    term: impl Fn(F) -> f64,
+    join: impl Fn(f64, f64) -> f64,
+) -> f64 {
+    let mut joined = [neutral; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for chunk in whole {
+        for (lane, &x) in joined.iter_mut().zip(chunk) {
+            *lane = join(*lane, term(x));
+        }
+    }
+    for (lane, &x) in joined.iter_mut().zip(rest) {
+        *lane = join(*lane, term(x));
+    }
+    join_tree(&mut joined, join)
+}
+
 /// `f(0), f(1), …, f(n − 1)`, on the current pool if `parallel`.
 pub(crate) fn map<T: Send>(parallel: bool, n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
     if parallel { (0..n).into_par_iter().map(f).collect() } else { (0..n).map(f).collect() }

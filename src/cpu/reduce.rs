@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::isa::{Isa, Loop};
 use super::memory::{BLOCK, load, whole};
 use super::pool::Threads;
-use crate::linear::{SUM_BLOCK, join_lanes, join_tree};
+use crate::linear::{SUM_BLOCK, join_array, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
@@ -92,7 +92,7 @@ impl<F: Real, T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> Loop for Joining
             let modulus = |i: usize| libm::hypot(x[2 * i].to_f64(), x[2 * i + 1].to_f64());
             join_lanes(x.len() / 2, *neutral, |i| term(F::DTYPE, modulus(i)), join)
         } else {
-            join_lanes(x.len(), *neutral, |i| term(F::DTYPE, x[i].to_f64().abs()), join)
+            join_array(x, *neutral, |x| term(F::DTYPE, x.to_f64().abs()), join)
         }
     }
 }
