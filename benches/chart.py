@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from peers.goals import outcomes
-from report import figures, heading
+from report import duration, figures, heading
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+GOAL = "goal for torch's fastest"
 #: Name in the record, label, marker, color; torch's slower modes are small.
 PEERS = {
     "numpy": ("NumPy", "s", "#8c8c8c"),
@@ -44,9 +45,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for panel in panels.flat:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     note = "Large and with a figure: the fastest of torch's modes. Lines: extremes of the rounds. Hollow: unsteady."
-    figure.supxlabel(f"{note}\n{heading(record)}", fontsize=8, color="#555555")
+    legend = figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        title=f"{note}\n{heading(record)}",
+        title_fontsize=8,
+    )
+    legend.get_title().set_horizontalalignment("center")
     figure.savefig(path, dpi=130)
 
 
@@ -67,15 +77,9 @@ def draw_case(panel: Any, results: list[dict[str, Any]], goals: dict[tuple[str, 
                 draw_mark(panel, row, result, name, {"label": label, "marker": marker, "color": color})
         goal = goals.get((result["case"], result["optimizer"]))
         if goal is not None:
-            panel.plot(
-                [goal, goal], [row - 0.42, row + 0.42], color="black", linewidth=1.6, label="goal for torch's best"
-            )
-    medians = [ratio["median"] for result in results for ratio in result["ratio"].values()]
-    reached = [
-        *medians,
-        1,
-        *(goals[key] for result in results if (key := (result["case"], result["optimizer"])) in goals),
-    ]
+            panel.plot([goal, goal], [row - 0.42, row + 0.42], color="black", linewidth=1.6, label=GOAL)
+    reached = [1.0, *(ratio["median"] for result in results for ratio in result["ratio"].values())]
+    reached += [goals[key] for result in results if (key := (result["case"], result["optimizer"])) in goals]
     panel.set_xscale("log")
     panel.set_xlim(0.75 * min(reached), 1.9 * max(reached))
     panel.set_xticks(*ticks(0.75 * min(reached), 1.9 * max(reached)))
@@ -95,8 +99,6 @@ def draw_case(panel: Any, results: list[dict[str, Any]], goals: dict[tuple[str, 
 
 def step_time(result: dict[str, Any]) -> str:
     """roptim's, in the unit that suits."""
-    from report import duration
-
     return duration(result["seconds"]["roptim"]["median"])
 
 

@@ -67,12 +67,10 @@ def goals(results: list[dict[str, Any]]) -> Iterator[list[str]]:
         found = [(result, value, rough) for g, result, value, rough in outcomes(results) if g is goal]
         for title in dict.fromkeys(result["case_title"] for result, *_ in found):
             here = [entry for entry in found if entry[0]["case_title"] == title]
-            shown = [
-                told(goal, *entry) for entry in sorted(here, key=lambda entry: entry[1], reverse=goal.figure == "step")
-            ]
+            furthest = (max if goal.figure == "step" else min)(here, key=lambda entry: entry[1])
             missed = [told(goal, *entry) for entry in here if not goal.reached(entry[1])]
             count = f"{len(here) - len(missed)} of {len(here)}"
-            yield [goal.title, bound(goal), title, count, shown[0], ", ".join(missed) or "none"]
+            yield [goal.title, bound(goal), title, count, told(goal, *furthest), ", ".join(missed) or "none"]
 
 
 def bound(goal: Goal) -> str:

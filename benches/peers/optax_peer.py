@@ -27,7 +27,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 #: Where optax computes something else, so that its values are not compared; why: benches/README.md.
-OTHER_FORMULAS = ("Adagrad", "NAdam", "RAdam", "Adafactor", "Muon")
+OTHER_FORMULAS = ("Adagrad", "NAdam", "RAdam", "Rprop", "Adafactor", "Muon")
 
 
 def transformation(contest: Contest) -> Any:

@@ -71,8 +71,8 @@ class Side(ABC):
         gradients_for.cache_clear()
         gc.collect()
 
-    def close(self) -> None:
-        """Ends what there is to end."""
+    def close(self) -> None:  # noqa: B027 - not abstract: a side in this process has nothing to end
+        """Ends the worker, if it has one."""
 
 
 def timed(step: Callable[[], object], batches: int, steps: int) -> list[float]:
