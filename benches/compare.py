@@ -300,8 +300,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.cases = options.cases or [name for name, case in CASES.items() if not (options.quick and case.large)]
     options.rounds = options.rounds or (3 if options.quick else 7)
-    options.turn_secs = 0.03 if options.quick else 0.12
-    options.slow_rounds, options.slow_step_secs = (1, 0.1) if options.quick else (3, 0.2)
+    options.turn_secs = 0.03 if options.quick else 0.1
+    options.slow_rounds, options.slow_step_secs = (1, 0.1) if options.quick else (2, 0.15)
     return options
 
 
@@ -314,6 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
     import roptim
 
     check_registry(roptim.optimizer.REGISTRY)
+    if not any(case in OPTIMIZERS[name].cases for case in options.cases for name in options.optimizers):
+        raise SystemExit("compare.py: --cases must name a case that one of --optimizers has, see peers/cases.py")
     sides = sides_for(options)
     gc.disable()
     try:

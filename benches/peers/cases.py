@@ -86,6 +86,8 @@ CASES = {
         rows=4096,
         without={"limit": "the loop goes over whole tensors", "optax": "it has no sparse gradients"},
     ),
+    # For scaling.py; no optimizer of the table has it.
+    "sixteen": Case("1 tensor of 16 Mi", [(2**24,)]),
     "block": Case(
         "matrices of a GPT-2 block", gpt2_block(), without={"limit": "these optimizers go over a tensor several times"}
     ),

@@ -23,14 +23,8 @@ class TorchSide(Side):
         import torch
 
         super().start(threads)
-        self.use_threads(threads)
-        return {"torch": torch.__version__, "python of torch": platform.python_version()}
-
-    def use_threads(self, threads: int) -> None:
-        """From now on."""
-        import torch
-
         torch.set_num_threads(threads)
+        return {"torch": torch.__version__, "python of torch": platform.python_version()}
 
     def setup(self, case: str, optimizer: str) -> list[str]:
         """See Side."""
@@ -98,7 +92,9 @@ class TorchSide(Side):
         else:
             self._opts[mode].state = self._state
 
-    def setup_numbers(self, optimizer: str, hypers: dict[str, Any], size: int, gradient: float, steps: int) -> None:
+    def setup_numbers(
+        self, mode: str, optimizer: str, hypers: dict[str, Any], size: int, gradient: float, steps: int
+    ) -> None:
         """One parameter that takes some steps and is left with a gradient of zeros: for denormals.py."""
         import torch
 
@@ -108,7 +104,7 @@ class TorchSide(Side):
         for _ in range(steps):
             opt.step()
         p.grad.zero_()
-        self._steps[optimizer] = opt.step
+        self._steps[mode] = opt.step
 
     def free(self) -> None:
         """See Side."""
