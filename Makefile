@@ -9,7 +9,7 @@ STAMP   := $(VENV)/.stamp
 CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
-.PHONY: help demo test test-full test-rust test-python lint format bench wheel sdist docs clean build
+.PHONY: help demo test test-full test-rust test-python lint format bench bench-full wheel sdist docs clean build
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,7 +64,10 @@ format: $(STAMP)-lint  ## format everything
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)-build $(STAMP)-examples  ## compare with hand-written NumPy, and torch where installed
+bench: $(STAMP)-build $(STAMP)-examples  ## compare with torch, NumPy, optax and a C loop on small cases, as far as installed
+	$(BIN)/python benches/compare.py --quick
+
+bench-full: $(STAMP)-build $(STAMP)-examples  ## the same with large cases and long rounds, up to half an hour
 	$(BIN)/python benches/compare.py
 
 wheel: $(STAMP)-test  ## build the wheel into dist/

@@ -10,7 +10,6 @@ from peers.goals import outcomes
 from report import duration, figures, heading
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-GOAL = "goal for torch's fastest"
 #: Name in the record, label, marker, color; torch's slower modes are small.
 PEERS = {
     "numpy": ("NumPy", "s", "#8c8c8c"),
@@ -25,12 +24,16 @@ PEERS = {
 def draw(record: dict[str, Any], path: Path) -> None:
     """Writes the picture."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     results = record["results"]
     titles = list(dict.fromkeys(result["case_title"] for result in results))
     groups = [[result for result in results if result["case_title"] == title] for title in titles]
+    # Panels of few rows stand beside each other, not beside tall ones.
     columns = 2 if len(groups) > 1 else 1
-    lines = [groups[k : k + columns] for k in range(0, len(groups), columns)]
+    lines = []
+    for size in ([g for g in groups if len(g) > 3], [g for g in groups if len(g) <= 3]):
+        lines += [size[k : k + columns] for k in range(0, len(size), columns)]
     heights = [max(len(group) for group in line) + 2.2 for line in lines]
     figure = Figure(figsize=(7.4 * columns, 0.29 * sum(heights) + 1.9), layout="constrained")
     panels = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
@@ -41,16 +44,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for group, panel in zip(line, places, strict=False):
             draw_case(panel, group, goals)
     figure.suptitle(f"Time of one step as a multiple of roptim's (left of 1{TIMES} the peer is faster)", fontsize=13)
-    handles = {}
-    for panel in panels.flat:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    present = {name for result in results for name in result["ratio"]}
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=color, label=label, markeredgewidth=1 + (name == "limit"))
+        for name, (label, marker, color) in PEERS.items()
+        if name in present
+    ]
+    handles += [Line2D([], [], color="black", linewidth=1.6, label="goal for torch's fastest")] * bool(goals)
     note = "Large and with a figure: the fastest of torch's modes. Lines: extremes of the rounds. Hollow: unsteady."
     legend = figure.legend(
-        handles.values(),
-        handles.keys(),
+        handles=handles,
         loc="outside lower center",
-        ncols=4,
+        ncols=len(handles),
         frameon=False,
         fontsize=9,
         title=f"{note}\n{heading(record)}",
@@ -72,12 +77,12 @@ def goal_marks(results: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
 def draw_case(panel: Any, results: list[dict[str, Any]], goals: dict[tuple[str, str], float]) -> None:
     """One panel."""
     for row, result in enumerate(results):
-        for name, (label, marker, color) in PEERS.items():
+        for name, (_, marker, color) in PEERS.items():
             if name in result["ratio"]:
-                draw_mark(panel, row, result, name, {"label": label, "marker": marker, "color": color})
+                draw_mark(panel, row, result, name, {"marker": marker, "color": color})
         goal = goals.get((result["case"], result["optimizer"]))
         if goal is not None:
-            panel.plot([goal, goal], [row - 0.42, row + 0.42], color="black", linewidth=1.6, label=GOAL)
+            panel.plot([goal, goal], [row - 0.42, row + 0.42], color="black", linewidth=1.6)
     reached = [1.0, *(ratio["median"] for result in results for ratio in result["ratio"].values())]
     reached += [goals[key] for result in results if (key := (result["case"], result["optimizer"])) in goals]
     panel.set_xscale("log")
@@ -114,7 +119,7 @@ def draw_mark(panel: Any, row: int, result: dict[str, Any], name: str, style: di
     """One peer of one optimizer: its median, and a line over its extremes."""
     ratio, best = result["ratio"][name], name == result["best_torch"]
     rough = bool({name, "roptim"} & set(result["unsteady"]))
-    color, label = style["color"], style["label"]
+    color = style["color"]
     height = row + {"numpy": 0.12, "optax": -0.12}.get(name, 0.0)
     panel.plot([ratio["min"], ratio["max"]], [height, height], color=color, linewidth=1.6 if best else 0.8, alpha=0.6)
     size = 8 if best else 11 if name == "limit" else 4.5
@@ -127,7 +132,6 @@ def draw_mark(panel: Any, row: int, result: dict[str, Any], name: str, style: di
         markerfacecolor=fill,
         markersize=size,
         markeredgewidth=2 if name == "limit" else 1,
-        label=label,
         zorder=4 if best else 3,
     )
     if best:

@@ -116,6 +116,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             places = [k * record["steps_per_window"] for k in range(len(values))]
             panel.plot(places, [1e6 * value for value in values], color=color, linewidth=width, label=key)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title(name, loc="left", fontweight="bold")
         panel.set_xlabel("step, all gradients zero")
         panel.xaxis.set_major_formatter("{x:,.0f}")
