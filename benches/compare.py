@@ -113,7 +113,7 @@ def measure(
     name: str, optimizer: str, options: argparse.Namespace, sides: dict[str, Side | RemoteSide]
 ) -> dict[str, Any]:
     """The result of one case and optimizer, as written to the JSON file."""
-    case, contest = CASES[name], OPTIMIZERS[optimizer]
+    case, contest, begun = CASES[name], OPTIMIZERS[optimizer], time.perf_counter()
     without = case.without | contest.without
     entrants: dict[str, Entrant] = {}
     for side_name, side in sides.items():
@@ -139,6 +139,7 @@ def measure(
         "dtype": contest.dtype,
         "elements": case.elements,
         "tensors": len(case.shapes),
+        "elapsed_secs": round(time.perf_counter() - begun, 1),
         "steps_per_batch": {key: entrant.steps for key, entrant in entrants.items()},
         "batches_per_turn": {key: entrant.batches for key, entrant in entrants.items()},
         "fewer_rounds": rare,
@@ -300,7 +301,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.cases = options.cases or [name for name, case in CASES.items() if not (options.quick and case.large)]
     options.rounds = options.rounds or (3 if options.quick else 7)
-    options.turn_secs = 0.03 if options.quick else 0.1
+    options.turn_secs = 0.02 if options.quick else 0.1
     options.slow_rounds, options.slow_step_secs = (1, 0.1) if options.quick else (2, 0.15)
     return options
 
@@ -318,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("compare.py: --cases must name a case that one of --optimizers has, see peers/cases.py")
     sides = sides_for(options)
     gc.disable()
+    gc.freeze()
     try:
         record = compare(options, sides)
     finally:

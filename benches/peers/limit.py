@@ -72,7 +72,7 @@ class LimitSide(Side):
         threads = self.threads if case.elements >= 2 * CHUNK else 1
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (length, p, g, s)]
         numbers = ctypes.c_int(threads), ctypes.c_double(1), ctypes.c_double(0)
-        step = functools.partial(loop, ctypes.c_long(len(length)), ctypes.c_long(slots), *pointers, *numbers)
+        step = functools.partial(loop, ctypes.c_longlong(len(length)), ctypes.c_longlong(slots), *pointers, *numbers)
         # The pointers do not keep their arrays alive; the function that stays with the step does.
         self._alive = (params, gradients, state, p, g, s, length)
         return step, lambda: params
@@ -90,4 +90,4 @@ def chunks(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         for array in arrays
         for start in range(0, array.size, CHUNK)
     ]
-    return np.array([at for at, _ in pieces], np.uintp), np.array([n for _, n in pieces], np.int_)
+    return np.array([at for at, _ in pieces], np.uintp), np.array([n for _, n in pieces], np.int64)

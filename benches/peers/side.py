@@ -160,11 +160,14 @@ def serve(name: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     gc.disable()
-    side = worker_side(name)
+    side, frozen = worker_side(name), False
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = {"value": getattr(side, request.pop("do"))(**request)}
         except Exception as error:  # whatever it is, the other process reports it
             answer = {"error": f"{type(error).__name__}: {error}"}
+        if not frozen:
+            gc.freeze()  # what the library's import left need not be looked through after each case
+            frozen = True
         print(json.dumps(answer), file=answers, flush=True)
