@@ -43,6 +43,8 @@ BATCH_SECS = 2e-4
 #: Batches that a turn may have at most.
 MOST_BATCHES = 500
 
+#: A mode of torch whose first steps take less than this many times those of its fastest may turn out faster.
+NEARLY_BEST = 1.15
 #: An entrant whose slowest round takes this many times its fastest is called unsteady.
 UNSTEADY = 2.0
 
@@ -165,10 +167,10 @@ def warm_up(entrants: dict[str, Entrant], optimizer: str) -> dict[str, float | N
 
 def slow_ones(entrants: dict[str, Entrant], options: argparse.Namespace) -> list[str]:
     """Entrants that have a turn in some rounds only, so that a run ends: those with long steps, but for roptim, the
-    limit and the best of torch's modes."""
-    torch = [name for name in entrants if name.startswith("torch ")]
-    best = min(torch, key=lambda name: entrants[name].step_secs, default=None)
-    always = {"roptim", "limit", best}
+    limit and those of torch's modes that may turn out its best."""
+    torch = {name: entrant.step_secs for name, entrant in entrants.items() if name.startswith("torch ")}
+    best = min(torch.values(), default=0.0)
+    always = {"roptim", "limit", *(name for name, secs in torch.items() if secs < NEARLY_BEST * best)}
     return [
         name for name, entrant in entrants.items() if name not in always and entrant.step_secs > options.slow_step_secs
     ]

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peers.cases import CASES, OPTIMIZERS, gradients_for, parameters, touched_rows
+from peers.cases import CASES, OPTIMIZERS, fill_parameters, gradients_for, touched_rows
 from peers.side import Side
 
 MODES = ("default", "foreach", "fused")
@@ -32,7 +32,8 @@ class TorchSide(Side):
 
         self._case, self._contest = case, OPTIMIZERS[optimizer]
         dtype = self._contest.dtype
-        self._params = [torch.nn.Parameter(torch.from_numpy(p).clone()) for p in parameters(CASES[case], dtype)]
+        empty = [torch.empty(shape, dtype=getattr(torch, dtype)) for shape in CASES[case].shapes]
+        self._params = [torch.nn.Parameter(p) for p in empty]
         self._gradients = [torch.from_numpy(g).clone() for g in gradients_for(case, dtype)]
         gradients_for.cache_clear()
         self._opts: dict[str, Any] = {}
@@ -45,9 +46,7 @@ class TorchSide(Side):
         import torch
 
         case, contest, params = CASES[self._case], self._contest, self._params
-        with torch.no_grad():
-            for p, start in zip(params, parameters(case, contest.dtype), strict=True):
-                p.copy_(torch.from_numpy(start))
+        fill_parameters([p.detach().numpy() for p in params])
         if case.rows is None:
             for p, g in zip(params, self._gradients, strict=True):
                 p.grad = g
