@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from peers.goals import GOALS, Goal, outcomes
@@ -120,8 +119,3 @@ def piped(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     rule = "|---|" + "--:|" * (len(rows[0]) - 1)
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def write_markdown(record: dict[str, Any], path: Path) -> None:
-    """The tables as a file."""
-    path.write_text(markdown(record), encoding="utf-8")
