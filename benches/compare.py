@@ -81,11 +81,13 @@ def sides_for(options: argparse.Namespace) -> dict[str, Side | RemoteSide]:
     """All peers that this machine has, by name, in the order of their turns."""
     from peers.local import NumpySide, RoptimSide
 
-    sides: dict[str, Side | RemoteSide] = {"roptim": RoptimSide()}
-    sides |= {name: found for name in ("limit",) if (found := limit_side()) is not None}
-    sides["numpy"] = NumpySide()
-    for side in sides.values():
+    local: dict[str, Side] = {"roptim": RoptimSide()}
+    if "limit" not in options.without and (limit := limit_side()) is not None:
+        local["limit"] = limit
+    local["numpy"] = NumpySide()
+    for side in local.values():
         side.start(options.threads)
+    sides: dict[str, Side | RemoteSide] = {**local}
     for name in ("torch", "optax"):
         python = getattr(options, f"{name}_python")
         if name in options.without:

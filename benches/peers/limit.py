@@ -51,6 +51,7 @@ class LimitSide(Side):
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__()
         self._library = library
+        self._alive: tuple[Any, ...] = ()
 
     def setup(self, case: str, optimizer: str) -> list[str]:
         """See Side."""
@@ -73,7 +74,7 @@ class LimitSide(Side):
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (length, p, g, s)]
         numbers = ctypes.c_int(threads), ctypes.c_double(1), ctypes.c_double(0)
         step = functools.partial(loop, ctypes.c_longlong(len(length)), ctypes.c_longlong(slots), *pointers, *numbers)
-        # The pointers do not keep their arrays alive; the function that stays with the step does.
+        # The pointers do not keep their arrays alive.
         self._alive = (params, gradients, state, p, g, s, length)
         return step, lambda: params
 

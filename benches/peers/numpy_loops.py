@@ -249,13 +249,13 @@ def adafactor(params: Arrays, lr: float = 1e-2, decay: float = -0.8, eps: float 
         t += 1
         w = t**decay
         for p, g, row, col in zip(params, gradients, rows, cols, strict=True):
-            alpha = max(eps, np.linalg.norm(p) / math.sqrt(p.size)) * min(lr, 1 / math.sqrt(t))
+            alpha = max(eps, float(np.linalg.norm(p)) / math.sqrt(p.size)) * min(lr, 1 / math.sqrt(t))
             square = g * g
             row += w * (square.mean(axis=1, keepdims=True) - row)
             col += w * (square.mean(axis=0, keepdims=True) - col)
-            v = row @ col / max(row.mean(), np.finfo(p.dtype).eps)
+            v = row @ col / max(float(row.mean()), float(np.finfo(p.dtype).eps))
             u = g / np.sqrt(np.maximum(v, np.finfo(p.dtype).eps ** 2))
-            p -= alpha / max(1, np.linalg.norm(u) / (math.sqrt(u.size) * d)) * u
+            p -= alpha / max(1, float(np.linalg.norm(u)) / (math.sqrt(u.size) * d)) * u
 
     return step
 
@@ -270,7 +270,7 @@ def muon(params: Arrays, lr: float = 1e-3, decay: float = 0.1, momentum: float =
             buffer += (1 - momentum) * (g - buffer)
             u = g + momentum * (buffer - g)
             x = u.T if u.shape[0] > u.shape[1] else u
-            x = x / max(np.linalg.norm(x), eps)
+            x = x / max(float(np.linalg.norm(x)), eps)
             for _ in range(5):
                 square = x @ x.T
                 x = a * x + (b * square + c * square @ square) @ x
