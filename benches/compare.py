@@ -253,8 +253,15 @@ def compare(options: argparse.Namespace, sides: dict[str, Side | RemoteSide]) ->
                 gc.collect()
                 print("\n".join(report.table(result)), flush=True)
                 record["results"].append(result)
-    record["elapsed_secs"] = round(time.perf_counter() - start, 1)
+                record["elapsed_secs"] = round(time.perf_counter() - start, 1)
+                save(record, options.output)  # a run that is broken off keeps what it has measured
     return record
+
+
+def save(record: dict[str, Any], folder: Path) -> None:
+    """Writes compare.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 # ---- showing --------------------------------------------------------------------------------------------
@@ -329,8 +336,6 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         for side in sides.values():
             side.close()
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
     show(record, options)
 
 
