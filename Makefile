@@ -10,7 +10,7 @@ CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
 .PHONY: help demo test test-full test-rust test-python lint format wheel sdist docs clean build
-.PHONY: bench bench-rules bench-check bench-record-counts bench-import
+.PHONY: bench bench-full bench-rules bench-check bench-record-counts bench-import
 
 help:  ## list the chores
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -65,7 +65,10 @@ format: $(STAMP)-lint  ## format everything
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)-build $(STAMP)-examples  ## compare with hand-written NumPy, and torch where installed
+bench: $(STAMP)-build $(STAMP)-examples  ## compare with torch, NumPy, optax and a C loop on small cases, as far as installed
+	$(BIN)/python benches/compare.py --quick
+
+bench-full: $(STAMP)-build $(STAMP)-examples  ## the same with large cases and long rounds, up to half an hour
 	$(BIN)/python benches/compare.py
 
 bench-rules:  ## time each optimizer's kernels with each instruction set, one thread

@@ -1,14 +1,18 @@
-"""Times roptim's steps against hand-written NumPy and torch.optim, in turns, in one run.
+"""Times roptim's steps against torch.optim, NumPy, optax and the machine's limit, in turns, in one run.
 
-Prints one table per case and optimizer, and writes ``compare.json`` and ``compare.png``. How to read them,
-and how to lend the benchmark a torch from another environment: ``README.md`` beside this file.
+    python benches/compare.py                                    # everything; see --help for less
+    python benches/compare.py --quick                            # without the large cases
+    python benches/compare.py --render benches/output/compare.json --markdown tables.md
 
-One file, two processes. This process runs roptim and NumPy. A worker, the same file started with
-``--worker`` by an interpreter that has torch, runs torch; the two exchange one JSON object per line over
-pipes, and whoever waits for an answer does nothing else. Only the standard library and NumPy are imported
-at the top, so that neither environment needs the other's packages.
+Prints one table per case and optimizer, at the end the goals, and writes ``compare.json`` and ``compare.png``. How to
+read them, and how to lend the benchmark a torch and an optax from other environments: ``README.md`` beside this file.
 
-Not measured: GPUs, dtypes other than float32, ``torch.compile``, anything but ``step``.
+This process runs roptim, the NumPy loops and the C loop. torch and optax each have a worker: this file started with
+``--worker`` by an interpreter that has them. They exchange one JSON object per line over pipes, and whoever waits for
+an answer does nothing else. Only the standard library and NumPy are imported at the top, so that no environment needs
+another's packages. What is measured, and against whom, lies in ``peers/``.
+
+Not measured here: GPUs (``gpu.py``), ``torch.compile``, anything but ``step``.
 """
 
 from __future__ import annotations
@@ -26,371 +30,197 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import report
+from peers.cases import CASES, OPTIMIZERS, check_registry
+from peers.side import WARM_UP_STEPS, RemoteSide, Side, serve
 
-Shapes = list[tuple[int, ...]]
+#: A batch, between two looks at the clock, lasts at least this long: a look costs nearly a microsecond.
+BATCH_SECS = 2e-4
+#: Batches that a turn may have at most.
+MOST_BATCHES = 500
 
-#: Untimed steps before the first round: they allocate the state and give the values that are compared.
-WARM_UP_STEPS = 3
-#: Pause before each turn, in which the threads of the one before fall asleep.
-PAUSE_SECS = 0.01
-#: Steps that a turn may have at most, however short they are.
-MOST_STEPS = 2000
-#: Values per entrant that are compared, spread over all tensors.
-SAMPLE_SIZE = 65536
-
+#: A mode of torch whose first steps take less than this many times those of its fastest may turn out faster.
+NEARLY_BEST = 1.15
 #: An entrant whose slowest round takes this many times its fastest is called unsteady.
 UNSTEADY = 2.0
-
-
-# ---- what is measured -----------------------------------------------------------------------------------
-
-
-def gpt2_small() -> Shapes:
-    """The shapes of GPT-2 small's parameters."""
-    width, vocabulary, context, blocks = 768, 50257, 1024, 12
-    norm: Shapes = [(width,), (width,)]
-    attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    feed_forward: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(vocabulary, width), (context, width)] + (norm + attention + norm + feed_forward) * blocks + norm
-
-
-@dataclass(frozen=True)
-class Case:
-    """Parameters of these shapes, stepped together."""
-
-    title: str
-    shapes: Shapes
-    #: Whether ``--quick`` leaves it out.
-    large: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Numbers in all parameters together."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-
-CASES = {
-    "single": Case("1 tensor of 64 Mi", [(2**26,)], large=True),
-    "gpt2": Case("GPT-2 small", gpt2_small(), large=True),
-    "many": Case("1000 tensors of 1000", [(1000,)] * 1000),
-    "mlp": Case("MLP 784-128-10", [(784, 128), (128,), (128, 10), (10,)]),
-}
-
-
-class NumpyAdamW:
-    """AdamW as people write it in NumPy: in place where that is natural, temporaries elsewhere."""
-
-    def __init__(
-        self, params: list[np.ndarray], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
-        self.params, self.lr, self.betas, self.eps, self.weight_decay = params, lr, betas, eps, weight_decay
-        self.m = [np.zeros_like(p) for p in params]
-        self.v = [np.zeros_like(p) for p in params]
-        self.t = 0
-
-    def step(self, gradients: list[np.ndarray]) -> None:
-        """One update of every parameter, in place."""
-        self.t += 1
-        beta1, beta2 = self.betas
-        for p, g, m, v in zip(self.params, gradients, self.m, self.v, strict=True):
-            p *= 1 - self.lr * self.weight_decay
-            m *= beta1
-            m += (1 - beta1) * g
-            v *= beta2
-            v += (1 - beta2) * g * g
-            m_hat = m / (1 - beta1**self.t)
-            v_hat = v / (1 - beta2**self.t)
-            p -= self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
-
-
-class NumpySGD:
-    """SGD with momentum as people write it in NumPy."""
-
-    def __init__(self, params: list[np.ndarray], lr: float, momentum: float) -> None:
-        self.params, self.lr, self.momentum = params, lr, momentum
-        self.velocity = [np.zeros_like(p) for p in params]
-
-    def step(self, gradients: list[np.ndarray]) -> None:
-        """One update of every parameter, in place."""
-        for p, g, v in zip(self.params, gradients, self.velocity, strict=True):
-            v *= self.momentum
-            v += g
-            p -= self.lr * v
-
-
-@dataclass(frozen=True)
-class Contest:
-    """One optimizer of roptim and torch (both call it by the key of the table) and its NumPy twin."""
-
-    title: str
-    hypers: dict[str, Any]
-    numpy: type
-    torch_modes: tuple[str, ...] = ("default", "foreach", "fused")
-
-
-OPTIMIZERS = {
-    "AdamW": Contest("AdamW", {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}, NumpyAdamW),
-    "SGD": Contest("SGD, momentum 0.9", {"lr": 1e-3, "momentum": 0.9}, NumpySGD),
-}
-
-
-def parameters(shapes: Shapes) -> list[np.ndarray]:
-    """float32 values in [0.5, 1.5), the same in every process; none near zero, for relative differences."""
-    return uniform(shapes, seed=1, low=0.5, width=1.0)
-
-
-def gradients_for(shapes: Shapes) -> list[np.ndarray]:
-    """float32 values in [-0.01, 0.01), the same in every process."""
-    return uniform(shapes, seed=2, low=-0.01, width=0.02)
-
-
-def uniform(shapes: Shapes, seed: int, low: float, width: float) -> list[np.ndarray]:
-    """float32 arrays of these shapes with values in [low, low + width)."""
-    generator = np.random.default_rng(seed)
-    arrays = [generator.random(shape, dtype=np.float32) for shape in shapes]
-    for array in arrays:
-        array *= width
-        array += low
-    return arrays
 
 
 # ---- entrants -------------------------------------------------------------------------------------------
 
 
-class LocalEntrant:
-    """An optimizer in this process."""
+class Entrant:
+    """One mode of one side."""
 
-    def __init__(self, params: Sequence[Any], step: Callable[[], object]) -> None:
-        self._params = params
-        self._step = step
+    def __init__(self, side: Side | RemoteSide, mode: str) -> None:
+        self._side, self._mode = side, mode
+        self.batches = self.steps = 1
 
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of that many steps."""
-        time.sleep(PAUSE_SECS)
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            self._step()
-            seconds.append(time.perf_counter() - start)
-        return seconds
+    def begin(self) -> np.ndarray:
+        """Takes the first steps; returns some values of every parameter, float64, one row."""
+        begun = self._side.begin(self._mode)
+        self.step_secs: float = min(begun["seconds"][1:])
+        return np.frombuffer(base64.b64decode(begun["sample"]), np.float64)
 
-    def sample(self) -> np.ndarray:
-        """Some values of every parameter, float32, one row."""
-        quota = max(1, SAMPLE_SIZE // len(self._params))
-        flat = [np.asarray(p).reshape(-1) for p in self._params]
-        return np.concatenate([values[:: math.ceil(values.size / quota)] for values in flat])
+    def settle(self, turn_secs: float) -> None:
+        """Decides how many batches of how many steps a turn has."""
+        if self.step_secs < 10 * BATCH_SECS:
+            self.step_secs = min(self._side.run(self._mode, 5, math.ceil(BATCH_SECS / self.step_secs)))
+        self.steps = math.ceil(BATCH_SECS / self.step_secs)
+        self.batches = max(1, min(MOST_BATCHES, round(turn_secs / (self.steps * self.step_secs))))
 
-
-class TorchEntrant:
-    """An optimizer in the worker, with the same methods."""
-
-    def __init__(self, worker: Worker, mode: str) -> None:
-        self._worker = worker
-        self._mode = mode
-
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of that many steps."""
-        return self._worker.ask("run", mode=self._mode, steps=steps)
-
-    def sample(self) -> np.ndarray:
-        """Some values of every parameter, float32, one row."""
-        return np.frombuffer(base64.b64decode(self._worker.ask("sample", mode=self._mode)), np.float32)
+    def turn(self) -> float:
+        """Seconds of a step: the median of the batches of a turn."""
+        return statistics.median(self._side.run(self._mode, self.batches, self.steps))
 
 
-Entrant = LocalEntrant | TorchEntrant
+def sides_for(options: argparse.Namespace) -> dict[str, Side | RemoteSide]:
+    """All peers that this machine has, by name, in the order of their turns."""
+    from peers.local import NumpySide, RoptimSide
+
+    local: dict[str, Side] = {"roptim": RoptimSide()}
+    if "limit" not in options.without and (limit := limit_side()) is not None:
+        local["limit"] = limit
+    local["numpy"] = NumpySide()
+    for side in local.values():
+        side.start(options.threads)
+    sides: dict[str, Side | RemoteSide] = {**local}
+    for name in ("torch", "optax"):
+        python = getattr(options, f"{name}_python")
+        if name in options.without:
+            continue
+        if python is None and importlib.util.find_spec(name) is None:
+            print(f"{name} is left out: this Python has none, and --{name}-python names no other.\n")
+        else:
+            sides[name] = RemoteSide(name, python or sys.executable, options.threads)
+    return {name: side for name, side in sides.items() if name not in options.without}
 
 
-def line_up(case: Case, optimizer: str, threads: int, worker: Worker | None) -> dict[str, Entrant]:
-    """All entrants by name, in the order of their turns; roptim and NumPy share gradients."""
-    import roptim
+def limit_side() -> Side | None:
+    """The C loop, if it compiles."""
+    from peers.limit import LimitSide, compiled
 
-    contest = OPTIMIZERS[optimizer]
-    gradients = gradients_for(case.shapes)
-    ours, theirs = parameters(case.shapes), parameters(case.shapes)
-    fast = getattr(roptim, optimizer)(ours, **contest.hypers, threads=threads)
-    plain = contest.numpy(theirs, **contest.hypers)
-    entrants: dict[str, Entrant] = {
-        "roptim": LocalEntrant(ours, lambda: fast.step(gradients)),
-        "numpy": LocalEntrant(theirs, lambda: plain.step(gradients)),
-    }
-    if worker is not None:
-        modes = contest.torch_modes
-        worker.ask("setup", shapes=case.shapes, optimizer=optimizer, hypers=contest.hypers, modes=modes)
-        entrants |= {f"torch {mode}": TorchEntrant(worker, mode) for mode in modes}
-    return entrants
-
-
-# ---- the worker -----------------------------------------------------------------------------------------
-
-
-class Worker:
-    """The process that runs torch, seen from here."""
-
-    def __init__(self, python: str, threads: int) -> None:
-        command = [python, str(Path(__file__).resolve()), "--worker"]
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            raise SystemExit(f"compare.py: --torch-python must be an interpreter, got {python!r}: {error}") from error
-        self.versions: dict[str, str] = self.ask("start", threads=threads)
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Sends one request and waits for its answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise SystemExit(f"compare.py: the torch worker ended during {do!r} (exit code {self._process.wait()})")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise SystemExit(f"compare.py: the torch worker failed during {do!r}: {answer['error']}")
-        return answer["value"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
-
-class TorchSide:
-    """What the worker does: each method answers the request of its name."""
-
-    def __init__(self) -> None:
-        self._entrants: dict[str, LocalEntrant] = {}
-
-    def start(self, threads: int) -> dict[str, str]:
-        """Imports torch."""
-        import torch
-
-        torch.set_num_threads(threads)
-        return {"torch": torch.__version__, "python of torch": platform.python_version()}
-
-    def setup(self, shapes: Shapes, optimizer: str, hypers: dict[str, Any], modes: list[str]) -> None:
-        """One optimizer per mode over parameters of its own; the gradients are shared."""
-        import torch
-
-        gradients = [torch.from_numpy(g).clone() for g in gradients_for(shapes)]
-        for mode in modes:
-            params = [torch.nn.Parameter(torch.from_numpy(p).clone()) for p in parameters(shapes)]
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = g
-            switch = {} if mode == "default" else {mode: True}
-            made = getattr(torch.optim, optimizer)(params, **hypers, **switch)
-            self._entrants[mode] = LocalEntrant([p.detach() for p in params], made.step)
-
-    def run(self, mode: str, steps: int) -> list[float]:
-        """Seconds of each of that many steps."""
-        return self._entrants[mode].run(steps)
-
-    def sample(self, mode: str) -> str:
-        """Some values of every parameter, float32 in base64."""
-        return base64.b64encode(self._entrants[mode].sample().tobytes()).decode()
-
-    def free(self) -> None:
-        """Forgets the case."""
-        self._entrants.clear()
-        gc.collect()
-
-
-def serve() -> None:
-    """Answers requests until the input ends. What libraries print goes to stderr, not into the answers."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    gc.disable()
-    side = TorchSide()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"value": getattr(side, request.pop("do"))(**request)}
-        except Exception as error:  # whatever it is, the other process reports it
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def torch_worker(python: str | None, threads: int) -> Worker | None:
-    """The worker, if an interpreter was named or this one has torch."""
-    if python is None and importlib.util.find_spec("torch") is None:
-        print("torch is left out: this Python has none, and --torch-python names no other.\n")
+    try:
+        return LimitSide(compiled())
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"The machine's limit is left out: it needs a C compiler with OpenMP, cc ({error}).\n")
         return None
-    return Worker(python or sys.executable, threads)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, optimizer: str, options: argparse.Namespace, worker: Worker | None) -> dict[str, Any]:
+def measure(
+    name: str, optimizer: str, options: argparse.Namespace, sides: dict[str, Side | RemoteSide]
+) -> dict[str, Any]:
     """The result of one case and optimizer, as written to the JSON file."""
-    entrants = line_up(case, optimizer, options.threads, worker)
-    differences = warm_up(entrants)
-    steps = {name: steps_per_turn(entrant, options.turn_secs) for name, entrant in entrants.items()}
+    case, contest, begun = CASES[name], OPTIMIZERS[optimizer], time.perf_counter()
+    without = case.without | contest.without
+    entrants: dict[str, Entrant] = {}
+    for side_name, side in sides.items():
+        if side_name not in without:
+            for mode in side.setup(name, optimizer):
+                entrants[f"{side_name} {mode}".rstrip()] = Entrant(side, mode)
+    differences = warm_up(entrants, contest.name)
+    for entrant in entrants.values():
+        entrant.settle(options.turn_secs)
+    rare = slow_ones(entrants, options)
+    chosen = spaced(options.slow_rounds, options.rounds)
     rounds = [
-        {name: statistics.median(entrant.run(steps[name])) for name, entrant in entrants.items()}
-        for _ in range(options.rounds)
+        {key: entrant.turn() for key, entrant in entrants.items() if key not in rare or number in chosen}
+        for number in range(options.rounds)
     ]
-    if worker is not None:
-        worker.ask("free")
+    for side in sides.values():
+        side.free()
     return {
+        "case": name,
+        "case_title": case.title,
+        "optimizer": optimizer,
+        "kind": contest.kind,
+        "dtype": contest.dtype,
         "elements": case.elements,
         "tensors": len(case.shapes),
-        "steps_per_turn": steps,
+        "elapsed_secs": round(time.perf_counter() - begun, 1),
+        "steps_per_batch": {key: entrant.steps for key, entrant in entrants.items()},
+        "batches_per_turn": {key: entrant.batches for key, entrant in entrants.items()},
+        "fewer_rounds": rare,
+        "without": without,
         "difference": differences,
-        **summary(rounds),
+        **summary(rounds, list(entrants)),
     }
 
 
-def warm_up(entrants: dict[str, Entrant]) -> dict[str, float]:
-    """Takes the untimed steps; returns each peer's largest relative difference from roptim after them."""
-    for entrant in entrants.values():
-        entrant.run(WARM_UP_STEPS)
-    ours = entrants["roptim"].sample()
-    peers = {name: entrant.sample() for name, entrant in entrants.items() if name != "roptim"}
-    return {name: float(np.max(np.abs(theirs - ours) / np.abs(theirs))) for name, theirs in peers.items()}
+def warm_up(entrants: dict[str, Entrant], optimizer: str) -> dict[str, float | None]:
+    """Takes the untimed steps; returns each peer's largest relative difference from roptim after them, or None for
+    one that computes something else."""
+    from peers.optax_peer import OTHER_FORMULAS
 
-
-def steps_per_turn(entrant: Entrant, turn_secs: float) -> int:
-    """How many steps fill a turn."""
-    return max(1, min(MOST_STEPS, round(turn_secs / min(entrant.run(2)))))
-
-
-def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Seconds per step, and how many times as long as roptim's, by entrant."""
-    seconds = {name: [turn[name] for turn in rounds] for name in rounds[0]}
-    ratios = {name: [turn[name] / turn["roptim"] for turn in rounds] for name in rounds[0] if name != "roptim"}
-    torch = [name for name in seconds if name.startswith("torch ")]
+    samples = {name: entrant.begin() for name, entrant in entrants.items()}
+    ours = samples.pop("roptim")
+    skipped = {"limit", "optax"} if optimizer in OTHER_FORMULAS else {"limit"}
     return {
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratio": {name: spread(values) for name, values in ratios.items()},
-        "ratio_of_fastest": {name: min(seconds[name]) / min(seconds["roptim"]) for name in ratios},
-        "unsteady": [name for name, values in seconds.items() if max(values) > UNSTEADY * min(values)],
-        "best_torch": min(torch, key=lambda name: statistics.median(seconds[name]), default=None),
+        name: None if name in skipped else float(np.max(np.abs(theirs - ours) / np.abs(theirs)))
+        for name, theirs in samples.items()
     }
 
 
-def spread(values: list[float]) -> dict[str, Any]:
+def slow_ones(entrants: dict[str, Entrant], options: argparse.Namespace) -> list[str]:
+    """Entrants that have a turn in some rounds only, so that a run ends: those with long steps, but for roptim, the
+    limit and those of torch's modes that may turn out its best."""
+    torch = {name: entrant.step_secs for name, entrant in entrants.items() if name.startswith("torch ")}
+    best = min(torch.values(), default=0.0)
+    always = {"roptim", "limit", *(name for name, secs in torch.items() if secs < NEARLY_BEST * best)}
+    return [
+        name for name, entrant in entrants.items() if name not in always and entrant.step_secs > options.slow_step_secs
+    ]
+
+
+def spaced(count: int, rounds: int) -> set[int]:
+    """So many rounds of all, evenly spaced."""
+    return {int(k) for k in np.linspace(0, rounds - 1, min(count, rounds)).round()}
+
+
+def summary(rounds: list[dict[str, float]], names: list[str]) -> dict[str, Any]:
+    """Seconds per step, and how many times as long as roptim's, by entrant; a round without it has None."""
+    seconds = {name: [turn.get(name) for turn in rounds] for name in names}
+    ratios = {
+        name: [turn[name] / turn["roptim"] if name in turn else None for turn in rounds]
+        for name in names
+        if name != "roptim"
+    }
+    spreads = {name: spread(values) for name, values in seconds.items()}
+    torch = [name for name in names if name.startswith("torch ")]
+    return {
+        "seconds": spreads,
+        "ratio": {name: spread(values) for name, values in ratios.items()},
+        "ratio_of_fastest": {name: spreads[name]["min"] / spreads["roptim"]["min"] for name in ratios},
+        "unsteady": [name for name, values in spreads.items() if values["max"] > UNSTEADY * values["min"]],
+        "best_torch": min(torch, key=lambda name: spreads[name]["median"], default=None),
+    }
+
+
+def spread(values: list[float | None]) -> dict[str, Any]:
     """Median, extremes and every round."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
+    there = [value for value in values if value is not None]
+    return {"median": statistics.median(there), "min": min(there), "max": max(there), "rounds": values}
 
 
-def machine(worker: Worker | None) -> dict[str, Any]:
+def machine(sides: dict[str, Side | RemoteSide]) -> dict[str, Any]:
     """What the figures were measured on and with."""
     import roptim
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "roptim": roptim.__version__}
+    for side in sides.values():
+        versions |= side.versions
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": versions | (worker.versions if worker is not None else {}),
+        "versions": versions,
     }
 
 
@@ -404,119 +234,56 @@ def cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-# ---- showing --------------------------------------------------------------------------------------------
-
-
-def heading(record: dict[str, Any]) -> str:
-    """What was measured on and with, in two lines."""
-    where, threads = record["machine"], record["settings"]["threads"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    return (
-        f"{where['cpu']}, {where['cores']} cores, {where['system']}, {record['date']}\n{versions}; threads: {threads}"
-    )
-
-
-def figures(value: float, digits: int = 3) -> str:
-    """The number with that many significant digits, without an exponent."""
-    decimals = max(0, digits - 1 - math.floor(math.log10(value)))
-    return f"{value:.{decimals}f}"
-
-
-def bounds(values: dict[str, Any], unit: float = 1.0) -> str:
-    """From the least to the greatest."""
-    return f"{figures(unit * values['min'])} to {figures(unit * values['max'])}"
-
-
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """The lines of one result."""
-    tensors = f"{result['tensors']} tensor{'s' * (result['tensors'] > 1)}"
-    yield f"{result['optimizer_title']}: {result['case_title']} ({tensors}, {result['elements']:,} elements)"
-    titles = f"{'roptim faster by':>16}   {'min to max':<16} {'fastest rounds':>14}   differ by"
-    yield f"  {'':<15} {'ms per step':>11}   {'min to max':<18} {titles}"
-    for name, seconds in result["seconds"].items():
-        mark = " *" if name == result["best_torch"] else ""
-        line = f"  {name + mark:<15} {figures(1e3 * seconds['median']):>11}   {bounds(seconds, 1e3):<18}"
-        if name in result["ratio"]:
-            ratio, fastest = result["ratio"][name], result["ratio_of_fastest"][name]
-            line += f" {figures(ratio['median']):>15}x   {bounds(ratio):<16} {figures(fastest):>13}x"
-            line += f"   {result['difference'][name]:.1e}"
-        yield line.rstrip()
-    if result["unsteady"]:
-        yield f"  unsteady, repeat on a quieter machine: {', '.join(result['unsteady'])}"
-    yield ""
-
-
-def chart(record: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios, one panel per optimizer; the line at 1 is roptim."""
-    from matplotlib.figure import Figure
-
-    titles = {result["optimizer"]: result["optimizer_title"] for result in record["results"]}
-    figure = Figure(figsize=(10, 3.6 * len(titles) + 0.9), layout="constrained")
-    panels = figure.subplots(len(titles), 1, squeeze=False, sharey=True)[:, 0]
-    for panel, (optimizer, title) in zip(panels, titles.items(), strict=True):
-        draw(panel, [result for result in record["results"] if result["optimizer"] == optimizer])
-        panel.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    title = f"Time of one step in float32, as a multiple of roptim's (below 1{TIMES} the peer is faster)"
-    figure.suptitle(title, fontsize=13)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    medians = [ratio["median"] for result in record["results"] for ratio in result["ratio"].values()]
-    panels[0].set_ylim(0.7 * min(1, *medians), 2.2 * max(1, *medians))
-    note = "*: the fastest of torch's modes; whiskers: extremes of the rounds; hatched: unsteady, not to be quoted"
-    panels[-1].set_xlabel(f"{note}\n{heading(record)}", fontsize=8, color="#555555", labelpad=10)
-    figure.savefig(path, dpi=150)
-
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-COLORS = {"numpy": "#8c8c8c", "torch default": "#f2a65a", "torch foreach": "#d9703a", "torch fused": "#9c3d1f"}
-#: Keeps labels legible over whiskers.
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-
-
-def draw(panel: Any, results: list[dict[str, Any]]) -> None:
-    """One group of bars per case, on a log scale, growing from 1. Whiskers may leave the panel."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    names = list(results[0]["ratio"])
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        ratios = [result["ratio"][name] for result in results]
-        heights = np.array([ratio["median"] for ratio in ratios])
-        reach = [heights - [ratio["min"] for ratio in ratios], [ratio["max"] for ratio in ratios] - heights]
-        places = np.arange(len(results)) + (i - (len(names) - 1) / 2) * width
-        hatches = ["////" if {name, "roptim"} & set(result["unsteady"]) else "" for result in results]
-        color = COLORS.get(name)
-        panel.bar(
-            places, heights - 1, width * 0.92, bottom=1, color=color, hatch=hatches, edgecolor="white", linewidth=0
-        )
-        panel.bar(0, 0, bottom=1, color=color, label=name)
-        panel.errorbar(places, heights, reach, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
-        for x, result in zip(places, results, strict=True):
-            ratio, best = result["ratio"][name], name == result["best_torch"]
-            text = f"{figures(ratio['median'], 2)}{TIMES}" + "*" * best
-            weight = "bold" if best else "normal"
-            style = {"ha": "center", "fontsize": 9, "fontweight": weight, "bbox": LABEL_BOX}
-            panel.annotate(text, (x, max(ratio["median"], 1)), (0, 5), textcoords="offset points", **style)
-    panel.axhline(1, color="black", linewidth=1)
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter("{x:g}" + TIMES)
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.set_xticks(range(len(results)), [result["case_title"] for result in results])
-    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+def compare(options: argparse.Namespace, sides: dict[str, Side | RemoteSide]) -> dict[str, Any]:
+    """Measures every case with every optimizer, printing each result when it is there."""
+    settings = {key: getattr(options, key) for key in ("threads", "rounds", "turn_secs", "quick")}
+    settings |= {key: getattr(options, key) for key in ("slow_rounds", "slow_step_secs")}
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(sides),
+        "settings": settings,
+        "results": [],
+    }
+    print(report.heading(record), end="\n\n")
+    start = time.perf_counter()
+    for name in options.cases:
+        for optimizer in options.optimizers:
+            if name in OPTIMIZERS[optimizer].cases:
+                result = measure(name, optimizer, options, sides)
+                gc.collect()
+                print("\n".join(report.table(result)), flush=True)
+                record["results"].append(result)
+                record["elapsed_secs"] = round(time.perf_counter() - start, 1)
+                save(record, options.output)  # a run that is broken off keeps what it has measured
+    return record
 
 
 def save(record: dict[str, Any], folder: Path) -> None:
-    """Writes the figures, and the chart where matplotlib is installed."""
+    """Writes compare.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+# ---- showing --------------------------------------------------------------------------------------------
+
+
+def show(record: dict[str, Any], options: argparse.Namespace) -> None:
+    """Prints the goals; writes the chart where matplotlib is installed, and the tables where asked for."""
+    rows = list(report.goals(record["results"]))
+    if len(rows) > 1:
+        print("\n".join(report.aligned(rows)), end="\n\n")
+    print("*: the fastest of torch's modes. differ by: the largest relative difference between a peer's parameters and")
+    print(f"roptim's after {WARM_UP_STEPS} steps, on a sample. ~: unsteady. NumPy's arithmetic runs on one thread.")
+    options.output.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("matplotlib") is None:
         print("The chart is left out: this Python has no matplotlib.")
     else:
-        chart(record, folder / "compare.png")
-    print(f"Written to {folder}.")
+        import chart
+
+        chart.draw(record, options.output / "compare.png")
+    if options.markdown is not None:
+        options.markdown.write_text(report.markdown(record), encoding="utf-8")
+    print(f"Written to {options.output}. Measuring took {record['elapsed_secs']:.0f} s.")
 
 
 # ---- command line ---------------------------------------------------------------------------------------
@@ -529,56 +296,51 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
     names = list(OPTIMIZERS)
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--rounds", type=int, help="turns of each entrant (default 9, quick 3)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of roptim and torch (default: all cores)")
-    lent = os.environ.get("ROPTIM_BENCH_TORCH_PYTHON") or None
-    text = "interpreter with torch and NumPy (default: $ROPTIM_BENCH_TORCH_PYTHON, else this one)"
-    parser.add_argument("--torch-python", default=lent, metavar="PATH", help=text)
+    parser.add_argument("--rounds", type=int, help="turns of each entrant (default 7, quick 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all but NumPy (default: all cores)")
+    for name in ("torch", "optax"):
+        variable = f"ROPTIM_BENCH_{name.upper()}_PYTHON"
+        lent = os.environ.get(variable) or None
+        text = f"interpreter with {name} and NumPy (default: ${variable}, else this one)"
+        parser.add_argument(f"--{name}-python", default=lent, metavar="PATH", help=text)
+    peers = ("limit", "numpy", "torch", "optax")
+    parser.add_argument("--without", nargs="+", choices=peers, default=[], metavar="PEER", help=", ".join(peers))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the results")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
+    text = "show this compare.json again, without measuring"
+    parser.add_argument("--render", type=Path, metavar="RECORD", help=text)
     options = parser.parse_args(arguments)
     options.cases = options.cases or [name for name, case in CASES.items() if not (options.quick and case.large)]
-    options.rounds = options.rounds or (3 if options.quick else 9)
-    options.turn_secs = 0.05 if options.quick else 0.3
+    options.rounds = options.rounds or (3 if options.quick else 7)
+    options.turn_secs = 0.02 if options.quick else 0.1
+    options.slow_rounds, options.slow_step_secs = (1, 0.1) if options.quick else (2, 0.15)
     return options
-
-
-def compare(options: argparse.Namespace, worker: Worker | None) -> dict[str, Any]:
-    """Measures every case with every optimizer, printing each result when it is there."""
-    settings = {name: getattr(options, name) for name in ("threads", "rounds", "turn_secs", "quick")}
-    record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(worker),
-        "settings": settings,
-        "results": [],
-    }
-    print(heading(record), end="\n\n")
-    for optimizer in options.optimizers:
-        for name in options.cases:
-            labels = {"case": name, "case_title": CASES[name].title}
-            labels |= {"optimizer": optimizer, "optimizer_title": OPTIMIZERS[optimizer].title}
-            result = labels | measure(CASES[name], optimizer, options, worker)
-            gc.collect()
-            print("\n".join(table(result)), flush=True)
-            record["results"].append(result)
-    print("*: the fastest of torch's modes. differ by: the largest relative difference between a peer's parameters and")
-    print(f"roptim's after {WARM_UP_STEPS} steps, on a sample. NumPy's arithmetic runs on one thread.")
-    return record
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark."""
     options = parse(arguments)
-    worker = torch_worker(options.torch_python, options.threads)
+    if options.render is not None:
+        show(json.loads(options.render.read_text()), options)
+        return
+    import roptim
+
+    check_registry(roptim.optimizer.REGISTRY)
+    if not any(case in OPTIMIZERS[name].cases for case in options.cases for name in options.optimizers):
+        raise SystemExit("compare.py: --cases must name a case that one of --optimizers has, see peers/cases.py")
+    sides = sides_for(options)
     gc.disable()
+    gc.freeze()
     try:
-        save(compare(options, worker), options.output)
+        record = compare(options, sides)
     finally:
-        if worker is not None:
-            worker.close()
+        for side in sides.values():
+            side.close()
+    show(record, options)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        serve()
+    if sys.argv[1:2] == ["--worker"]:
+        serve(sys.argv[2])
     else:
         main()
