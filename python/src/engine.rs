@@ -9,6 +9,7 @@ use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
 use roptim::error::shape_text;
+use roptim::rules::Method;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{
@@ -26,9 +27,15 @@ use crate::shared::{Haste, Home, Shared};
 use crate::sparse::{self, Gradient};
 use crate::values;
 
-/// Steps over fewer elements keep the interpreter lock: giving it up and taking it back costs more than
-/// other threads would gain.
-const HOLD_LOCK_BELOW: usize = 32 * 1024;
+/// Elements from which on a step gives up the interpreter lock: a step of an elementwise rule takes a tenth of a
+/// millisecond then, one of a tensor rule more. Who gives it up beside a thread that computes in Python gets it back
+/// after milliseconds (`benches/lock.py`); nobody misses it for less.
+fn release_lock_from(method: Method) -> usize {
+    match method {
+        Method::Elementwise(_) => 256 * 1024,
+        Method::Tensor(_) | Method::Closure(_) => 32 * 1024,
+    }
+}
 
 /// A gradient as it was given.
 enum Given<'py> {
@@ -86,6 +93,8 @@ pub(crate) struct Engine {
     shared: Arc<Shared>,
     /// Where errors of a step are placed.
     step: String,
+    /// Elements from which on a step gives up the interpreter lock.
+    release_lock_from: usize,
     table: Mutex<Table>,
     on_gpu: bool,
     needs_closure: bool,
@@ -375,7 +384,8 @@ impl Engine {
         let preset = optimizer.preset();
         let shared = Arc::new(Shared { name: preset.name, optimizer: Mutex::new(optimizer) });
         let step = format!("{}.step", preset.name);
-        Ok(Self { shared, step, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
+        let release_lock_from = release_lock_from(preset.method);
+        Ok(Self { shared, step, release_lock_from, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
@@ -971,7 +981,7 @@ impl Engine {
                 call(&mut optimizer, &mut targets)
             })
         };
-        let is_small = elements < HOLD_LOCK_BELOW && !self.on_gpu && haste == Haste::Now;
+        let is_small = elements < self.release_lock_from && !self.on_gpu && haste == Haste::Now;
         let outcome = if is_small { run() } else { py.detach(run) };
         table.targets = (table.epoch, targets);
         outcome.or_raise(py)
