@@ -813,3 +813,30 @@ def test_random_lives(optimizer_class: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             checked_step(opt, gradients)
+
+
+# ---- memory of state ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 16, 1023, 1024, 1025, 1_048_000, 1_048_448, 1_048_576, 1_048_577])
+def test_state_of_every_size_is_memory_of_its_own(elements: int) -> None:
+    """Around a page, and around where memory is mapped; views of it outlive everything."""
+    rng = np.random.default_rng(37)
+    p, g = draw(rng, (elements,)), draw(rng, (elements,))
+    opt = Adam([p])
+    for _ in range(2):
+        checked_step(opt, [g])
+    first, second = opt.state[0]["exp_avg"], opt.state[0]["exp_avg_sq"]
+    assert not np.shares_memory(first, second)
+    assert all(slot.ctypes.data % 64 == 0 and slot.size == elements for slot in (first, second))
+    copies = first.copy(), second.copy()
+    saved = opt.state_dict()
+    opt.reset(0)
+    checked_step(opt, [g])
+    assert np.array_equal(first, copies[0])
+    opt.load_state_dict(saved)
+    assert np.array_equal(opt.state[0]["exp_avg"], copies[0])
+    checked_step(opt, [first])
+    del opt, saved
+    assert np.array_equal(first, copies[0])
+    assert np.array_equal(second, copies[1])
