@@ -840,3 +840,38 @@ def test_state_of_every_size_is_memory_of_its_own(elements: int) -> None:
     del opt, saved
     assert np.array_equal(first, copies[0])
     assert np.array_equal(second, copies[1])
+
+
+# ---- what was found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Setting the dtype")
+def test_a_parameter_whose_dtype_is_another_at_the_address_of_the_one_before() -> None:
+    """A dtype with metadata is an object of its own; when it goes, the next one takes its memory."""
+    g = np.ones(4, np.float32)
+    for _ in range(20):
+        p: Any = np.ones(4, np.dtype(np.float32, metadata={"x": 1}))
+        opt = SGD([p], lr=1.0)
+        opt.step([g])
+        p.dtype = np.float32
+        p.dtype = np.dtype(np.int32, metadata={"x": 1})
+        with pytest.raises(TypeError, match="int32"):
+            opt.step([g])
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_groups_that_differ_in_the_sign_of_zero_are_not_alike(name: str) -> None:
+    """The bits of a group's step do not depend on the group before it."""
+    alone, first, second = (np.full(3, -0.0, np.float32) for _ in range(3))
+    cls, g = getattr(roptim, name), np.ones(3, np.float32)
+    cls([alone], lr=-0.0).step([g])
+    cls([{"params": [first], "lr": 0.0}, {"params": [second], "lr": -0.0}]).step([g, g])
+    assert second.tobytes() == alone.tobytes()
+
+
+def test_state_loads_whatever_switches_a_group_was_given() -> None:
+    """What may be assigned, or given to add_param_group, must not be what a load refuses."""
+    opt = SGD([np.ones(2, np.float32)])
+    with contextlib.suppress(roptim.RoptimError):
+        opt.param_groups[0]["capturable"] = True
+    opt.load_state_dict(opt.state_dict())
