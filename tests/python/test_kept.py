@@ -813,3 +813,65 @@ def test_random_lives(optimizer_class: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             checked_step(opt, gradients)
+
+
+# ---- memory of state ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 16, 1023, 1024, 1025, 1_048_000, 1_048_448, 1_048_576, 1_048_577])
+def test_state_of_every_size_is_memory_of_its_own(elements: int) -> None:
+    """Around a page, and around where memory is mapped; views of it outlive everything."""
+    rng = np.random.default_rng(37)
+    p, g = draw(rng, (elements,)), draw(rng, (elements,))
+    opt = Adam([p])
+    for _ in range(2):
+        checked_step(opt, [g])
+    first, second = opt.state[0]["exp_avg"], opt.state[0]["exp_avg_sq"]
+    assert not np.shares_memory(first, second)
+    assert all(slot.ctypes.data % 64 == 0 and slot.size == elements for slot in (first, second))
+    copies = first.copy(), second.copy()
+    saved = opt.state_dict()
+    opt.reset(0)
+    checked_step(opt, [g])
+    assert np.array_equal(first, copies[0])
+    opt.load_state_dict(saved)
+    assert np.array_equal(opt.state[0]["exp_avg"], copies[0])
+    checked_step(opt, [first])
+    del opt, saved
+    assert np.array_equal(first, copies[0])
+    assert np.array_equal(second, copies[1])
+
+
+# ---- what was found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Setting the dtype")
+def test_a_parameter_whose_dtype_is_another_at_the_address_of_the_one_before() -> None:
+    """A dtype with metadata is an object of its own; when it goes, the next one takes its memory."""
+    g = np.ones(4, np.float32)
+    for _ in range(20):
+        p: Any = np.ones(4, np.dtype(np.float32, metadata={"x": 1}))
+        opt = SGD([p], lr=1.0)
+        opt.step([g])
+        p.dtype = np.float32
+        p.dtype = np.dtype(np.int32, metadata={"x": 1})
+        with pytest.raises(TypeError, match="int32"):
+            opt.step([g])
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_groups_that_differ_in_the_sign_of_zero_are_not_alike(name: str) -> None:
+    """The bits of a group's step do not depend on the group before it."""
+    alone, first, second = (np.full(3, -0.0, np.float32) for _ in range(3))
+    cls, g = getattr(roptim, name), np.ones(3, np.float32)
+    cls([alone], lr=-0.0).step([g])
+    cls([{"params": [first], "lr": 0.0}, {"params": [second], "lr": -0.0}]).step([g, g])
+    assert second.tobytes() == alone.tobytes()
+
+
+def test_state_loads_whatever_switches_a_group_was_given() -> None:
+    """What may be assigned, or given to add_param_group, must not be what a load refuses."""
+    opt = SGD([np.ones(2, np.float32)])
+    with contextlib.suppress(roptim.RoptimError):
+        opt.param_groups[0]["capturable"] = True
+    opt.load_state_dict(opt.state_dict())

@@ -348,3 +348,12 @@ def test_a_forked_child_keeps_the_bound() -> None:
         _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert np.all(p == -1)
+
+
+# ---- what was found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2**64, 10**30])
+def test_bounds_beyond_all_machines_bound_nothing(n: int) -> None:
+    with roptim.threads(n):
+        assert used(SGD([np.zeros(3, np.float32)], threads=3)) == 3

@@ -667,3 +667,33 @@ def test_sums_of_gradients_on_a_gpu(gpu: str) -> None:
     assert np.all(p.data == -2)
     assert is_clear(g)
     assert p.grad is g
+
+
+# ---- what was found -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_numpy_scalar_is_refused_or_cleared(own: bool) -> None:
+    """It cannot be written to; its Parameter can be given another."""
+    p = Parameter(np.array(1.0, np.float32))
+    opt = SGD([p], lr=0.5)
+    given: list[Any] = [np.float32(2.0)]
+    p.grad = given[0] if own else None
+    try:
+        opt.step(None if own else given, zero_grad=True)
+    except roptim.RoptimError:
+        assert p.data == 1
+    else:
+        left: Any = p.grad if own else given[0]
+        assert left == 0
+
+
+def test_an_update_that_raises_later_on_a_gpu_does_not_clear(gpu: str) -> None:
+    """Of a Parameter on a device the error arrives when it is asked for; the docstring promises this of any error."""
+    p = Parameter(np.zeros(4, np.float32))
+    p.grad = g = np.array([1, np.nan, 2, 3], np.float32)
+    opt = SGD([p], nonfinite="raise", backend=gpu, allow_software=True)
+    with pytest.raises(NonfiniteError):  # noqa: PT012  # whichever of the two raises
+        opt.step(zero_grad=True)
+        opt.sync()
+    assert g[0] == 1
