@@ -198,6 +198,18 @@ enum Fit {
     WrongType,
 }
 
+impl Value {
+    fn is_identical(&self, other: &Self) -> bool {
+        let same = |a: &[f64], b: &[f64]| a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits()));
+        match (self, other) {
+            (Self::Float(a), Self::Float(b)) | (Self::HalfPair(a), Self::HalfPair(b)) => same(&[*a], &[*b]),
+            (Self::Pair(a), Self::Pair(b)) => same(a, b),
+            (Self::Triple(a), Self::Triple(b)) => same(a, b),
+            _ => self == other,
+        }
+    }
+}
+
 impl Range {
     /// The same value in the type that the range is declared in: a whole float as an integer, an integer
     /// as a float.
@@ -296,6 +308,11 @@ impl Hypers {
     /// The defaults.
     pub fn new(declared: &'static [Hyper]) -> Self {
         Self { declared, values: declared.iter().map(|h| h.default).collect() }
+    }
+
+    /// Whether all values are the same to the bit: 0 and −0 are equal, but give other updates.
+    pub(crate) fn is_identical(&self, other: &Self) -> bool {
+        self.values.len() == other.values.len() && self.values.iter().zip(&other.values).all(|(a, b)| a.is_identical(b))
     }
 
     /// What is declared, in order.

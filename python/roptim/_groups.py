@@ -115,6 +115,8 @@ class ParamGroup(dict[str, Any]):
                 raise refuse(RoptimKeyError, self._place, key, "left as it is", "an assignment", "use add_param_group")
         for key in changes:
             refuse_misspelling(self._place, key, self._hypers)
+        if self._hypers:
+            check_switches(self._place, **{key: value for key, value in changes.items() if key in SWITCHES})
         changes = {key: settled(value) if key in self._hypers else value for key, value in changes.items()}
         if self._look is not None:
             self._look(changes)

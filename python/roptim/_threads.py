@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,7 +37,7 @@ def threads(n: int) -> Iterator[None]:
     if n < 1:
         raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", repr(n))
     before = _roptim.limit_threads(None)
-    _roptim.limit_threads(int(n) if before is None else min(int(n), before))
+    _roptim.limit_threads(min(int(n), sys.maxsize if before is None else before))
     try:
         yield
     finally:

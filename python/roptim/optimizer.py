@@ -287,6 +287,8 @@ class Optimizer:
         given = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
         for key in given:
             refuse_misspelling(place, key, self._hypers or self.defaults)
+        if self._hypers:
+            check_switches(place, **{key: value for key, value in given.items() if key in SWITCHES})
         if names is None and param_group.get("param_names") is not None:
             given_names = param_group["param_names"]
             if not isinstance(given_names, (list, tuple)):
@@ -391,8 +393,9 @@ class Optimizer:
             ``(loss, gradients)``.
         zero_grad : bool
             Whether the gradient arrays are filled with zeros as well, while the update has them at hand, for loops
-            that add to them. They must be writeable and share no memory with each other. An update that
-            ``nonfinite="skip"`` leaves out clears them, too; an error does not.
+            that add to them. They must be writeable arrays that share no memory with each other. An update that
+            ``nonfinite="skip"`` leaves out clears them, too; a step that raises does not. (A ``NonfiniteError`` on a
+            GPU comes after the step, unless ``nonfinite_sync`` is on: they are cleared by then.)
 
         Returns
         -------

@@ -52,7 +52,7 @@ pub(crate) struct Context<'a> {
 }
 
 /// An array as last seen.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Seen {
     /// What the engine gets: of complex arrays their parts.
     pub(crate) raw: RawTensor,
@@ -60,13 +60,9 @@ pub(crate) struct Seen {
     pub(crate) dtype: Dtype,
     shape: Vec<usize>,
     strides: Vec<isize>,
-    descr: *mut std::ffi::c_void,
+    /// Held, so that no other dtype takes its address.
+    descr: Py<PyArrayDescr>,
 }
-
-// SAFETY: the pointers are compared, or handed to the engine with its duties; never dereferenced here.
-unsafe impl Send for Seen {}
-// SAFETY: as above.
-unsafe impl Sync for Seen {}
 
 struct Header {
     data: *mut u8,
@@ -239,7 +235,7 @@ pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: C
         Arc::new(layout)
     });
     let raw = RawTensor { ptr: head.data, len: array.len() * dtype.parts(), dtype: part, strides: layout };
-    Ok(Seen { raw, dtype, shape, strides, descr: head.descr })
+    Ok(Seen { raw, dtype, shape, strides, descr: array.dtype().unbind() })
 }
 
 impl Seen {
@@ -254,7 +250,7 @@ impl Seen {
             array.strides() == self.strides
         };
         head.data == self.raw.ptr
-            && head.descr == self.descr
+            && head.descr == self.descr.as_ptr().cast()
             && access.allows(head.flags)
             && is_laid_out
             && self.has_shape(array)
@@ -266,7 +262,7 @@ impl Seen {
     pub(crate) fn glance(&self, gradient: &Bound<'_, PyUntypedArray>, access: Access) -> Option<*mut u8> {
         let head = header(gradient);
         let in_order = head.flags & NPY_ARRAY_C_CONTIGUOUS != 0;
-        (head.descr == self.descr && in_order && access.allows(head.flags) && self.has_shape(gradient))
+        (head.descr == self.descr.as_ptr().cast() && in_order && access.allows(head.flags) && self.has_shape(gradient))
             .then_some(head.data)
     }
 

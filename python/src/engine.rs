@@ -220,6 +220,7 @@ impl Engine {
         py: Python<'py>,
         table: &Table,
         gradients: Option<&Bound<'py, PyList>>,
+        access: Access,
         place: &str,
     ) -> PyResult<Vec<Option<Given<'py>>>> {
         let count = table.params.len();
@@ -234,7 +235,11 @@ impl Engine {
             let parameter = registered.parameter.as_ref().map(|p| p.get());
             let object = match (gradients, parameter) {
                 (Some(list), p) => {
-                    let item = list.get_item(index)?;
+                    // Converting one before it may have run code that took some out.
+                    let item = list.get_item(index).map_err(|_| {
+                        let want = format!("{count} in number");
+                        refuse(py, ErrorKind::Value, place, "gradients", want, list.len(), None)
+                    })?;
                     let wanted = !item.is_none() && p.is_none_or(ParameterBase::wants_gradient);
                     wanted.then_some(item)
                 }
@@ -253,7 +258,7 @@ impl Engine {
                 None => None,
                 Some(object) => match object.cast_into_exact::<PyUntypedArray>() {
                     Ok(array) => Some(Given::Host(Gradient { array, touched: None })),
-                    Err(other) => Some(self.converted(&other.into_inner(), registered, place)?),
+                    Err(other) => Some(self.converted(&other.into_inner(), registered, access, place)?),
                 },
             });
         }
@@ -261,7 +266,13 @@ impl Engine {
     }
 
     /// A gradient that is no plain array.
-    fn converted<'py>(&self, object: &Bound<'py, PyAny>, registered: &Registered, place: &str) -> PyResult<Given<'py>> {
+    fn converted<'py>(
+        &self,
+        object: &Bound<'py, PyAny>,
+        registered: &Registered,
+        access: Access,
+        place: &str,
+    ) -> PyResult<Given<'py>> {
         let home;
         let object = match object.cast::<DeviceArray>() {
             Ok(array) if self.on_gpu && !self.needs_closure => return Ok(Given::Device(array.clone())),
@@ -276,7 +287,7 @@ impl Engine {
         if let Some(sparse) = sparse::of_rows(object, registered.seen.shape(), context)? {
             return Ok(Given::Host(sparse));
         }
-        let array = as_array(object, Access::Read, context)?;
+        let array = as_array(object, access, context)?;
         Ok(Given::Host(Gradient { array, touched: None }))
     }
 
@@ -385,7 +396,14 @@ impl Engine {
         let shared = Arc::new(Shared { name: preset.name, optimizer: Mutex::new(optimizer) });
         let step = format!("{}.step", preset.name);
         let release_lock_from = release_lock_from(preset.method);
-        Ok(Self { shared, step, release_lock_from, table: Mutex::new(Table::default()), on_gpu, needs_closure: preset.needs_closure() })
+        Ok(Self {
+            shared,
+            step,
+            release_lock_from,
+            table: Mutex::new(Table::default()),
+            on_gpu,
+            needs_closure: preset.needs_closure(),
+        })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
@@ -863,7 +881,7 @@ impl Engine {
         let table = &mut *guard;
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
         // does, up to the engine's own step.
-        let arrays = self.collect(py, table, gradients, place)?;
+        let arrays = self.collect(py, table, gradients, access, place)?;
         self.settle_homes(py, table)?;
         self.verify(py, table, place, haste)?;
         let mut tensors = std::mem::take(&mut table.gradients);

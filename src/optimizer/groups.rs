@@ -62,7 +62,7 @@ impl Groups {
                 Method::Tensor(_) | Method::Closure(_) => None,
             };
             let first_alike = match group.checked_sub(1) {
-                Some(before) if self.hypers[before] == *h => self.readings[before].first_alike,
+                Some(before) if self.hypers[before].is_identical(h) => self.readings[before].first_alike,
                 _ => group,
             };
             self.readings.push(Reading {
