@@ -1,7 +1,8 @@
 """What it costs a step to give up the interpreter lock, which elementwise optimizers do from 256 Ki elements on.
 
 AdamW on one thread, by size, alone and beside a Python thread that computes all the time. Who gives the lock up gets it
-back when that thread lets go of it, after ``sys.getswitchinterval()`` (5 milliseconds): short steps keep it. Prints the time of a step, and how far the other thread came in it, as part of what it does alone.
+back when that thread lets go of it, after ``sys.getswitchinterval()`` (5 milliseconds): short steps keep it. Prints the
+time of a step, and how far the other thread came in it, as part of what it does alone.
 """
 
 from __future__ import annotations

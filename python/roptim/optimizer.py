@@ -373,9 +373,7 @@ class Optimizer:
 
     # ---- steps ------------------------------------------------------------------------------------------
 
-    def step(
-        self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False
-    ) -> Any:
+    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False) -> Any:
         """One update of every parameter that has a gradient, in place.
 
         Parameters
@@ -875,9 +873,7 @@ def _hooked(own: Callable[..., Any]) -> Callable[..., Any]:
 class ClosureOptimizer(Optimizer):
     """Base class of the engine's optimizers whose step evaluates the loss several times."""
 
-    def step(
-        self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False
-    ) -> Any:
+    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False) -> Any:
         """One step: up to ``max_iter`` iterations along directions downhill.
 
         Parameters
