@@ -15,6 +15,8 @@ pub(crate) const SUM_BLOCK: usize = 4096;
 const LANES: usize = 16;
 /// Elements that a thread works on at once where each is by itself.
 pub(crate) const STRETCH: usize = 16 * 1024;
+/// Elements that [`squares_of`] computes at once.
+pub(crate) const SQUARES_BLOCK: usize = 16 * LANES;
 /// Rows of a panel of a product.
 const PANEL: usize = 128;
 /// Rows that are transposed together: floats of a cache line.
@@ -42,20 +44,21 @@ pub(crate) fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f
     values.first().copied().unwrap_or(0.0)
 }
 
-/// [`tree`] of each column.
-pub(crate) fn tree_of_rows(mut rows: Vec<Vec<f64>>) -> Vec<f64> {
-    while rows.len() > 1 {
-        let mut pairs = rows.into_iter();
-        rows = std::iter::from_fn(|| {
-            let mut sum = pairs.next()?;
-            if let Some(other) = pairs.next() {
-                sum.iter_mut().zip(other).for_each(|(a, b)| *a += b);
-            }
-            Some(sum)
-        })
-        .collect();
+/// [`tree`] of each column of a matrix in C order, which is used up.
+pub(crate) fn tree_of_columns(x: &mut [f64], columns: usize) -> &[f64] {
+    let mut n = x.len() / columns;
+    while n > 1 {
+        for i in 0..n / 2 {
+            x.copy_within(2 * i * columns..(2 * i + 1) * columns, i * columns);
+            let (sums, rest) = x[i * columns..].split_at_mut(columns);
+            sums.iter_mut().zip(&rest[i * columns..]).for_each(|(a, b)| *a += b);
+        }
+        if n % 2 == 1 {
+            x.copy_within((n - 1) * columns..n * columns, n / 2 * columns);
+        }
+        n = n.div_ceil(2);
     }
-    rows.pop().unwrap_or_default()
+    &x[..columns]
 }
 
 /// Joins `term(i)` over `0..n` in 16 lanes, each from `neutral` on: lane k joins the terms k, k + 16, …
@@ -88,6 +91,12 @@ pub(crate) fn join_array<F: Real>(
     join: impl Fn(f64, f64) -> f64,
 ) -> f64 {
     let mut joined = [neutral; LANES];
+    join_to(&mut joined, x, term, &join);
+    join_tree(&mut joined, join)
+}
+
+#[inline(always)]
+fn join_to<F: Real>(joined: &mut [f64; LANES], x: &[F], term: impl Fn(F) -> f64, join: impl Fn(f64, f64) -> f64) {
     let (whole, rest) = x.as_chunks::<LANES>();
     for chunk in whole {
         for (lane, &x) in joined.iter_mut().zip(chunk) {
@@ -97,12 +106,45 @@ pub(crate) fn join_array<F: Real>(
     for (lane, &x) in joined.iter_mut().zip(rest) {
         *lane = join(*lane, term(x));
     }
-    join_tree(&mut joined, join)
+}
+
+/// Sum of the squares of an array in one set of lanes.
+#[inline(always)]
+fn sum_in_lanes<F: Real>(x: &[F]) -> f64 {
+    let mut sums = [0.0; LANES];
+    add_squares(&mut sums, x);
+    tree_of_lanes(&mut sums, x.len())
+}
+
+/// Sum of the squares of `f(x, y)` over two arrays in one set of lanes. `f` has a loop of its own: what it computes takes
+/// longer than the sum and is worth the longest vectors.
+#[inline(always)]
+pub(crate) fn squares_of<F: Real>(x: &[F], y: &[F], block: &mut [F; SQUARES_BLOCK], f: impl Fn(F, F) -> F) -> f64 {
+    let mut sums = [0.0; LANES];
+    for (x, y) in x.chunks(block.len()).zip(y.chunks(block.len())) {
+        let block = &mut block[..x.len()];
+        for ((value, &x), &y) in block.iter_mut().zip(x).zip(y) {
+            *value = f(x, y);
+        }
+        add_squares(&mut sums, block);
+    }
+    tree_of_lanes(&mut sums, x.len())
+}
+
+#[inline(always)]
+fn add_squares<F: Real>(sums: &mut [f64; LANES], x: &[F]) {
+    join_to(sums, x, |x| x.to_f64() * x.to_f64(), |a, b| a + b);
+}
+
+/// [`tree`] of lanes that so many squares were added to: the zeros behind them change nothing.
+#[inline(always)]
+fn tree_of_lanes(sums: &mut [f64; LANES], n: usize) -> f64 {
+    if n < LANES { tree(&mut sums[..n]) } else { tree(sums) }
 }
 
 /// [`join_array`] of `term(x, y)` over two arrays of a length.
 #[inline(always)]
-pub(crate) fn join_arrays<F: Real>(
+fn join_arrays<F: Real>(
     x: &[F],
     y: &[F],
     neutral: f64,
@@ -211,8 +253,10 @@ pub(crate) fn sum_of_squares<F: Real>(loops: Loops, x: &[F]) -> f64 {
 /// [`sum_of_squares`] within a [`Loop`].
 #[inline(always)]
 pub(crate) fn squares<F: Real>(x: &[F]) -> f64 {
-    let block = |x| join_array(x, 0.0, |x: F| x.to_f64() * x.to_f64(), |a, b| a + b);
-    if x.len() <= SUM_BLOCK { block(x) } else { tree(&mut x.chunks(SUM_BLOCK).map(block).collect::<Vec<_>>()) }
+    if x.len() <= SUM_BLOCK {
+        return sum_in_lanes(x);
+    }
+    tree(&mut x.chunks(SUM_BLOCK).map(|x| sum_in_lanes(x)).collect::<Vec<_>>())
 }
 
 /// x·y in f64.
@@ -246,17 +290,17 @@ pub(crate) fn sum_scaled<F: Real>(loops: Loops, out: &mut [F], x: &[F], a: f64, 
 pub(crate) fn transposed<F: Real>(loops: Loops, x: &[F], columns: usize) -> Vec<F> {
     let rows = x.len() / columns;
     let mut out = vec![F::ZERO; x.len()];
-    each_part(loops, &mut out, STRIP * rows, |i, out| turn(&x[i * STRIP..], columns, out, rows));
+    each_part(loops, &mut out, STRIP * rows, |i, out| turn(&x[i * STRIP..], columns, out, rows, 0));
     out
 }
 
-/// Writes the first columns of `x` as rows of `out`; each has rows of so many elements, and `out` as many rows as are
-/// written.
-fn turn<F: Real>(x: &[F], x_len: usize, out: &mut [F], out_len: usize) {
-    let count = out.len() / out_len;
-    for (j, x) in x.chunks(x_len).enumerate() {
-        for (out, &x) in out.iter_mut().skip(j).step_by(out_len).zip(&x[..count]) {
-            *out = x;
+/// Writes the first columns of `x` to the rows of `out`, from element `at` of each on; their rows have so many elements.
+fn turn<F: Real>(x: &[F], x_len: usize, out: &mut [F], out_len: usize, at: usize) {
+    for (j, x) in x.chunks(STRIP * x_len).enumerate() {
+        for (i, out) in out.chunks_exact_mut(out_len).enumerate() {
+            for (out, x) in out[at + j * STRIP..].iter_mut().zip(x.chunks(x_len)) {
+                *out = x[i];
+            }
         }
     }
 }
@@ -309,10 +353,10 @@ impl<F: Real> Product<'_, F> {
         each_part(loops, below, (PANEL * n).max(1), |i, out| self.panel(i * PANEL, n.min((i + 1) * PANEL), out));
         let below = &*below;
         each_part(loops, out, (STRIP * n).max(1), |i, out| {
-            turn(&below[i * STRIP..], n, out, n);
+            let first = i * STRIP;
+            turn(&below[first * (n + 1)..], n, out, n, first);
             for (k, out) in out.chunks_exact_mut(n).enumerate() {
-                let row = i * STRIP + k;
-                out[..row].copy_from_slice(&below[row * n..][..row]);
+                out[..first + k].copy_from_slice(&below[(first + k) * n..][..first + k]);
             }
         });
     }
@@ -418,10 +462,18 @@ mod tests {
         }
 
         #[test]
-        fn trees_of_rows_are_those_of_columns(rows in 1usize..40, columns in 1usize..5) {
-            let x: Vec<Vec<f64>> = (0..rows).map(|i| (0..columns).map(|k| 1.0 / (i * 5 + k + 1) as f64).collect()).collect();
-            let want: Vec<f64> = (0..columns).map(|k| tree(&mut x.iter().map(|x| x[k]).collect::<Vec<_>>())).collect();
-            prop_assert_eq!(tree_of_rows(x), want);
+        fn trees_of_columns(rows in 1usize..40, columns in 1usize..5) {
+            let mut x: Vec<f64> = (0..rows * columns).map(|i| 1.0 / (i + 1) as f64).collect();
+            let column = |k: usize| x.iter().skip(k).step_by(columns).copied().collect::<Vec<_>>();
+            let want: Vec<f64> = (0..columns).map(|k| tree(&mut column(k))).collect();
+            prop_assert_eq!(tree_of_columns(&mut x, columns), want);
+        }
+
+        #[test]
+        fn squares_have_the_bits_of_sixteen_lanes(n in 0usize..600) {
+            let x: Vec<f32> = (0..n).map(|i| 1.0 / (i as f32 - 7.5)).collect();
+            let want = join_lanes(n, 0.0, |i| f64::from(x[i] * 0.3) * f64::from(x[i] * 0.3), |a, b| a + b);
+            prop_assert_eq!(squares_of(&x, &x, &mut [0.0; SQUARES_BLOCK], |x, _| x * 0.3).to_bits(), want.to_bits());
         }
 
         #[test]

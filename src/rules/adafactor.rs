@@ -28,7 +28,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::isa::{Loop, Loops};
 use crate::linear::{
-    STRETCH, SUM_BLOCK, each, each_part, join_array, join_arrays, map, squares, sum_of_squares, tree, tree_of_rows,
+    SQUARES_BLOCK, STRETCH, SUM_BLOCK, each, each_part, join_array, map, squares, squares_of, sum_of_squares, tree,
+    tree_of_columns,
 };
 use crate::real::{Dtype, Real};
 use crate::rule::{
@@ -202,13 +203,10 @@ impl<F: Real> Loop for Squares<'_, F> {
 
     #[inline(always)]
     fn run(self) {
+        let mut block = [F::ZERO; SQUARES_BLOCK];
         for (i, (g, sum)) in self.g.chunks(self.estimate.columns).zip(self.sums).enumerate() {
             let (values, u) = self.estimate.line(self.first + i);
-            let square = |g, c| {
-                let u = u(g, c).to_f64();
-                u * u
-            };
-            *sum = join_arrays(g, &values[..g.len()], 0.0, square, |a, b| a + b);
+            *sum = squares_of(g, values, &mut block, u);
         }
     }
 }
@@ -238,9 +236,10 @@ impl<F: Real> Loop for Apply<'_, F> {
     }
 }
 
-/// Sums of the squares of each row and of each column.
+/// Sums of the squares of each row, and of each column of each matrix, of several matrices or of a part of one.
 struct Sums<'a, F> {
     g: &'a [F],
+    rows: usize,
     columns: usize,
 }
 
@@ -249,25 +248,35 @@ impl<F: Real> Loop for Sums<'_, F> {
 
     #[inline(always)]
     fn run(self) -> Self::Out {
-        let mut of_columns = vec![0.0; self.columns];
-        let mut of_rows = Vec::with_capacity(self.g.len() / self.columns);
-        for row in self.g.chunks_exact(self.columns) {
-            of_rows.push(squares(row));
-            for (sum, x) in of_columns.iter_mut().zip(row) {
-                *sum += x.to_f64() * x.to_f64();
+        let Self { g, rows, columns } = self;
+        let mut of_columns = vec![0.0; g.len().div_ceil(rows * columns) * columns];
+        let mut of_rows = Vec::with_capacity(g.len() / columns);
+        for (matrix, sums) in g.chunks(rows * columns).zip(of_columns.chunks_exact_mut(columns)) {
+            for row in matrix.chunks_exact(columns) {
+                of_rows.push(squares(row));
+                for (sum, x) in sums.iter_mut().zip(row) {
+                    *sum += x.to_f64() * x.to_f64();
+                }
             }
         }
         (of_rows, of_columns)
     }
 }
 
-/// Means of the squares of each row and of each column of one matrix.
-fn means<F: Real>(loops: Loops, g: &[F], rows: usize, columns: usize) -> [Vec<f64>; 2] {
-    let band = |g| loops.isa.run(Sums { g, columns });
-    let bands: Vec<&[F]> = g.chunks(BAND * columns).collect();
-    let (of_rows, of_columns): (Vec<_>, Vec<_>) = map(loops, bands.len(), |i| band(bands[i])).into_iter().unzip();
-    let divided = |sums: Vec<f64>, n: usize| sums.into_iter().map(|sum| sum / n as f64).collect();
-    [divided(of_rows.concat(), columns), divided(tree_of_rows(of_columns), rows)]
+/// Sums of the squares of all rows, and of the columns of each matrix or of each band of it.
+fn sums<F: Real>(loops: Loops, g: &[F], rows: usize, columns: usize) -> [Vec<f64>; 2] {
+    let len = rows * columns;
+    // Small matrices together, parts of large ones.
+    let (whole, part) = if rows > BAND {
+        (len, BAND * columns)
+    } else {
+        let several = (STRETCH / len).max(1) * len;
+        (several, several)
+    };
+    let parts: Vec<&[F]> = g.chunks(whole).flat_map(|g| g.chunks(part)).collect();
+    let of_part = |i: usize| loops.isa.run(Sums { g: parts[i], rows, columns });
+    let (of_rows, of_columns): (Vec<_>, Vec<_>) = map(loops, parts.len(), of_part).into_iter().unzip();
+    [of_rows.concat(), of_columns.concat()]
 }
 
 impl TensorRule for Adafactor {
@@ -331,15 +340,16 @@ impl TensorRule for Adafactor {
         let mut floors = Vec::new();
         let (rows, columns) = matrix(shape).unwrap_or((1, SUM_BLOCK));
         if matrix(shape).is_some() {
-            let averaged = |averages: &mut [F], means: Vec<f64>| {
-                averages.iter_mut().zip(means).for_each(|(x, mean)| *x = F::lerp(*x, F::from_f64(mean), weight));
+            let averaged = |averages: &mut [F], sums: &[f64], n: usize| {
+                for (x, sum) in averages.iter_mut().zip(sums) {
+                    *x = F::lerp(*x, F::from_f64(sum / n as f64), weight);
+                }
             };
-            let matrices: Vec<&[F]> = g.chunks_exact(rows * columns).collect();
-            let means = map(loops, matrices.len(), |i| means(loops, matrices[i], rows, columns));
-            let slots = row.chunks_exact_mut(rows).zip(column.chunks_exact_mut(columns));
-            for ((row, column), [row_means, column_means]) in slots.zip(means) {
-                averaged(row, row_means);
-                averaged(column, column_means);
+            let [of_rows, mut of_columns] = sums(loops, g, rows, columns);
+            averaged(row, &of_rows, columns);
+            let bands = of_columns.chunks_exact_mut(rows.div_ceil(BAND) * columns);
+            for ((row, column), bands) in row.chunks_exact(rows).zip(column.chunks_exact_mut(columns)).zip(bands) {
+                averaged(column, tree_of_columns(bands, columns), rows);
                 let mean = join_array(row, 0.0, F::to_f64, |a, b| a + b) / rows as f64;
                 floors.push(F::from_f64(if mean < eps1 { eps1 } else { mean }));
             }
