@@ -142,7 +142,7 @@ impl<F: Real> Vector for Arc<[F]> {
     fn scale(&mut self, a: f64) {
         let a = F::from_f64(a);
         match Arc::get_mut(self) {
-            Some(x) => x.iter_mut().for_each(|x| *x = *x * a),
+            Some(x) => linear::each(loops(), x, [], |x, []| x * a),
             None => *self = self.iter().map(|&x| x * a).collect(),
         }
     }

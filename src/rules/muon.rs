@@ -19,8 +19,9 @@
 //! | λ | `weight_decay` |
 //! | B | state `momentum_buffer` |
 //!
-//! The momentum is an average, as torch runs it. Deviation: the iteration runs in the compute type of the
-//! parameter; torch's runs in bfloat16.
+//! The momentum is an average, as torch runs it. Of X·Xᵀ and Xᵀ·X the smaller is iterated: where there are no more
+//! columns than rows, `A = Xᵀ·X` and `X ← a·X + X·(b·A + c·A²)`. Deviation: the iteration runs in the compute type of
+//! the parameter; torch's runs in bfloat16.
 
 use super::common::{WEIGHT_DECAY, lr};
 use crate::error::{Error, ErrorKind, Result, shape_text};
@@ -110,8 +111,8 @@ fn parted(form: &Form) -> usize {
     if parts(form) > 1 { wide(form)[0].pow(2) } else { 0 }
 }
 
-/// The iteration's result for the matrix `x` with no more columns than rows, where `A = Xᵀ·X` and `X ← a·X + X·(b·A +
-/// c·A²)`.
+/// The iteration's result for the matrix `x` with no more columns than rows: rows of `Xᵀ` and `X` lie so that products
+/// read them in order, which those of a wide matrix are worth two transposes for.
 fn orthogonalize<F: Real>(loops: Loops, mut x: Vec<F>, columns: usize, [a, b, c]: [F; 3], steps: u32) -> Vec<F> {
     let mut gram = vec![F::ZERO; columns * columns];
     let (mut polynomial, mut below, mut next) = (gram.clone(), gram.clone(), x.clone());
