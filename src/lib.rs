@@ -9,6 +9,7 @@
 //! | [`error`] | one error type, one sentence form |
 //! | [`hyper`] | hyperparameters: name, default and range as data |
 //! | [`real`] | compute and storage types |
+//! | `isa` | instruction sets of loops |
 //! | `linear` | sums and matrix products of whole tensors |
 //! | [`rule`] | what a rule declares, and the coefficients of a step |
 //! | [`rules`] | one file per optimizer; the registry |
@@ -29,6 +30,7 @@ pub mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod hyper;
+mod isa;
 mod linear;
 pub mod optimizer;
 pub mod real;

@@ -1,19 +1,26 @@
 //! Sums and matrix products of whole tensors, on the CPU.
 //!
 //! Sums have a fixed shape: blocks of 4096 elements in C order, each summed in f64 in 16 fixed lanes and a
-//! fixed tree, then a fixed tree over the blocks. Matrix products are cut into fixed panels of rows. So
-//! the bits depend neither on threads nor on the instruction sets of this crate; those of a matrix product
+//! fixed tree, then a fixed tree over the blocks. Matrix products are cut into fixed panels of rows, of a symmetric
+//! one those at and below the diagonal. So the bits depend neither on threads nor on the instruction sets of this crate; those of a matrix product
 //! depend on the kernel that the `matrixmultiply` crate picks for the machine.
 
 use rayon::prelude::*;
 
+use crate::isa::{Loop, Loops};
 use crate::real::{Dtype, Real};
 
 /// Elements of a block of a sum.
 pub(crate) const SUM_BLOCK: usize = 4096;
 const LANES: usize = 16;
+/// Elements that a thread works on at once where each is by itself.
+pub(crate) const STRETCH: usize = 16 * 1024;
+/// Elements that [`squares_of`] computes at once.
+pub(crate) const SQUARES_BLOCK: usize = 16 * LANES;
 /// Rows of a panel of a product.
-const PANEL: usize = 64;
+const PANEL: usize = 128;
+/// Rows that are transposed together: floats of a cache line.
+const STRIP: usize = 16;
 
 /// Adds by a fixed tree, neighbours first; 0 without values.
 pub(crate) fn tree(values: &mut [f64]) -> f64 {
@@ -37,13 +44,24 @@ pub(crate) fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f
     values.first().copied().unwrap_or(0.0)
 }
 
-/// Sum of `term(i)` over `0..n` in f64: lane k adds the terms k, k + 16, …
-#[inline(always)]
-pub(crate) fn lanes(n: usize, term: impl FnMut(usize) -> f64) -> f64 {
-    join_lanes(n, 0.0, term, |a, b| a + b)
+/// [`tree`] of each column of a matrix in C order, which is used up.
+pub(crate) fn tree_of_columns(x: &mut [f64], columns: usize) -> &[f64] {
+    let mut n = x.len() / columns;
+    while n > 1 {
+        for i in 0..n / 2 {
+            x.copy_within(2 * i * columns..(2 * i + 1) * columns, i * columns);
+            let (sums, rest) = x[i * columns..].split_at_mut(columns);
+            sums.iter_mut().zip(&rest[i * columns..]).for_each(|(a, b)| *a += b);
+        }
+        if n % 2 == 1 {
+            x.copy_within((n - 1) * columns..n * columns, n / 2 * columns);
+        }
+        n = n.div_ceil(2);
+    }
+    &x[..columns]
 }
 
-/// Joins `term(i)` over `0..n` in the lanes of [`lanes`], each from `neutral` on.
+/// Joins `term(i)` over `0..n` in 16 lanes, each from `neutral` on: lane k joins the terms k, k + 16, …
 #[inline(always)]
 pub(crate) fn join_lanes(
     n: usize,
@@ -73,6 +91,12 @@ pub(crate) fn join_array<F: Real>(
     join: impl Fn(f64, f64) -> f64,
 ) -> f64 {
     let mut joined = [neutral; LANES];
+    join_to(&mut joined, x, term, &join);
+    join_tree(&mut joined, join)
+}
+
+#[inline(always)]
+fn join_to<F: Real>(joined: &mut [f64; LANES], x: &[F], term: impl Fn(F) -> f64, join: impl Fn(f64, f64) -> f64) {
     let (whole, rest) = x.as_chunks::<LANES>();
     for chunk in whole {
         for (lane, &x) in joined.iter_mut().zip(chunk) {
@@ -82,32 +106,115 @@ pub(crate) fn join_array<F: Real>(
     for (lane, &x) in joined.iter_mut().zip(rest) {
         *lane = join(*lane, term(x));
     }
+}
+
+/// Sum of the squares of an array in one set of lanes.
+#[inline(always)]
+fn sum_in_lanes<F: Real>(x: &[F]) -> f64 {
+    let mut sums = [0.0; LANES];
+    add_squares(&mut sums, x);
+    tree_of_lanes(&mut sums, x.len())
+}
+
+/// Sum of the squares of `f(x, y)` over two arrays in one set of lanes. `f` has a loop of its own: what it computes takes
+/// longer than the sum and is worth the longest vectors.
+#[inline(always)]
+pub(crate) fn squares_of<F: Real>(x: &[F], y: &[F], block: &mut [F; SQUARES_BLOCK], f: impl Fn(F, F) -> F) -> f64 {
+    let mut sums = [0.0; LANES];
+    for (x, y) in x.chunks(block.len()).zip(y.chunks(block.len())) {
+        let block = &mut block[..x.len()];
+        for ((value, &x), &y) in block.iter_mut().zip(x).zip(y) {
+            *value = f(x, y);
+        }
+        add_squares(&mut sums, block);
+    }
+    tree_of_lanes(&mut sums, x.len())
+}
+
+#[inline(always)]
+fn add_squares<F: Real>(sums: &mut [f64; LANES], x: &[F]) {
+    join_to(sums, x, |x| x.to_f64() * x.to_f64(), |a, b| a + b);
+}
+
+/// [`tree`] of lanes that so many squares were added to: the zeros behind them change nothing.
+#[inline(always)]
+fn tree_of_lanes(sums: &mut [f64; LANES], n: usize) -> f64 {
+    if n < LANES { tree(&mut sums[..n]) } else { tree(sums) }
+}
+
+/// [`join_array`] of `term(x, y)` over two arrays of a length.
+#[inline(always)]
+fn join_arrays<F: Real>(
+    x: &[F],
+    y: &[F],
+    neutral: f64,
+    term: impl Fn(F, F) -> f64,
+    join: impl Fn(f64, f64) -> f64,
+) -> f64 {
+    let mut joined = [neutral; LANES];
+    let ((xs, x_rest), (ys, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (xs, ys) in xs.iter().zip(ys) {
+        for ((lane, &x), &y) in joined.iter_mut().zip(xs).zip(ys) {
+            *lane = join(*lane, term(x, y));
+        }
+    }
+    for ((lane, &x), &y) in joined.iter_mut().zip(x_rest).zip(y_rest) {
+        *lane = join(*lane, term(x, y));
+    }
     join_tree(&mut joined, join)
 }
 
-/// `f(0), f(1), …, f(n − 1)`, on the current pool if `parallel`.
-pub(crate) fn map<T: Send>(parallel: bool, n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-    if parallel { (0..n).into_par_iter().map(f).collect() } else { (0..n).map(f).collect() }
+/// `f(0), f(1), …, f(n − 1)`.
+pub(crate) fn map<T: Send>(loops: Loops, n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    if loops.parallel && n > 1 { (0..n).into_par_iter().map(f).collect() } else { (0..n).map(f).collect() }
 }
 
-/// Calls `f` with each row of `columns` elements and its index, on the current pool if `parallel`.
-pub(crate) fn each_row<F: Real>(
-    parallel: bool,
-    x: &mut [F],
-    columns: usize,
-    f: impl Fn(usize, &mut [F]) + Sync + Send,
-) {
-    if parallel {
-        x.par_chunks_mut(columns).enumerate().for_each(|(i, row)| f(i, row));
+/// Calls `f` with each part of `len` elements, the last one shorter, and its index.
+pub(crate) fn each_part<T: Send>(loops: Loops, x: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    if loops.parallel && x.len() > len {
+        x.par_chunks_mut(len).enumerate().for_each(|(i, part)| f(i, part));
     } else {
-        x.chunks_mut(columns).enumerate().for_each(|(i, row)| f(i, row));
+        x.chunks_mut(len).enumerate().for_each(|(i, part)| f(i, part));
+    }
+}
+
+/// `x[i] ← f(x[i], [y[i], z[i], …])` for each element of arrays of a length.
+pub(crate) fn each<F: Real, const N: usize>(
+    loops: Loops,
+    x: &mut [F],
+    from: [&[F]; N],
+    f: impl Fn(F, [F; N]) -> F + Sync + Send,
+) {
+    each_part(loops, x, STRETCH, |i, x| {
+        let from = from.map(|y| &y[i * STRETCH..][..x.len()]);
+        loops.isa.run(Each { x, from, f: &f });
+    });
+}
+
+struct Each<'a, F, T, const N: usize> {
+    x: &'a mut [F],
+    from: [&'a [F]; N],
+    f: &'a T,
+}
+
+impl<F: Real, T: Fn(F, [F; N]) -> F, const N: usize> Loop for Each<'_, F, T, N> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { x, from, f } = self;
+        let n = x.len();
+        let from = from.map(|y| &y[..n]);
+        for i in 0..n {
+            x[i] = f(x[i], std::array::from_fn(|k| from[k][i]));
+        }
     }
 }
 
 /// Joins `term(x[i], y[i])` over all elements, starting from 0: blocks, lanes and trees of a fixed shape.
 #[inline(always)]
 fn joined<F: Real>(
-    parallel: bool,
+    loops: Loops,
     x: &[F],
     y: &[F],
     term: impl Fn(f64, f64) -> f64 + Sync + Send,
@@ -116,51 +223,86 @@ fn joined<F: Real>(
     let n = x.len().min(y.len());
     let block = |i: usize| {
         let range = i * SUM_BLOCK..((i + 1) * SUM_BLOCK).min(n);
-        let (x, y) = (&x[range.clone()], &y[range]);
-        join_lanes(x.len(), 0.0, |k| term(x[k].to_f64(), y[k].to_f64()), &join)
+        loops.isa.run(Joined { x: &x[range.clone()], y: &y[range], term: &term, join: &join })
     };
-    join_tree(&mut map(parallel, n.div_ceil(SUM_BLOCK), block), &join)
+    join_tree(&mut map(loops, n.div_ceil(SUM_BLOCK), block), &join)
+}
+
+struct Joined<'a, F, T, J> {
+    x: &'a [F],
+    y: &'a [F],
+    term: &'a T,
+    join: &'a J,
+}
+
+impl<F: Real, T: Fn(f64, f64) -> f64, J: Fn(f64, f64) -> f64> Loop for Joined<'_, F, T, J> {
+    type Out = f64;
+
+    #[inline(always)]
+    fn run(self) -> f64 {
+        let Self { x, y, term, join } = self;
+        join_arrays(x, y, 0.0, |x, y| term(x.to_f64(), y.to_f64()), join)
+    }
 }
 
 /// Sum of squares in f64.
-pub(crate) fn sum_of_squares<F: Real>(parallel: bool, x: &[F]) -> f64 {
-    dot(parallel, x, x)
+pub(crate) fn sum_of_squares<F: Real>(loops: Loops, x: &[F]) -> f64 {
+    dot(loops, x, x)
+}
+
+/// [`sum_of_squares`] within a [`Loop`].
+#[inline(always)]
+pub(crate) fn squares<F: Real>(x: &[F]) -> f64 {
+    if x.len() <= SUM_BLOCK {
+        return sum_in_lanes(x);
+    }
+    tree(&mut x.chunks(SUM_BLOCK).map(|x| sum_in_lanes(x)).collect::<Vec<_>>())
 }
 
 /// x·y in f64.
-pub(crate) fn dot<F: Real>(parallel: bool, x: &[F], y: &[F]) -> f64 {
-    joined(parallel, x, y, |x, y| x * y, |a, b| a + b)
+pub(crate) fn dot<F: Real>(loops: Loops, x: &[F], y: &[F]) -> f64 {
+    joined(loops, x, y, |x, y| x * y, |a, b| a + b)
 }
 
 /// Σ|xᵢ| in f64.
-pub(crate) fn sum_abs<F: Real>(parallel: bool, x: &[F]) -> f64 {
-    joined(parallel, x, x, |x, _| x.abs(), |a, b| a + b)
+pub(crate) fn sum_abs<F: Real>(loops: Loops, x: &[F]) -> f64 {
+    joined(loops, x, x, |x, _| x.abs(), |a, b| a + b)
 }
 
 /// max|xᵢ|, NaN where an element is NaN, 0 without elements.
-pub(crate) fn largest<F: Real>(parallel: bool, x: &[F]) -> f64 {
-    joined(parallel, x, x, |x, _| x.abs(), f64::max_nan)
+pub(crate) fn largest<F: Real>(loops: Loops, x: &[F]) -> f64 {
+    joined(loops, x, x, |x, _| x.abs(), f64::max_nan)
 }
 
 /// y ← y + a·x.
-pub(crate) fn axpy<F: Real>(parallel: bool, y: &mut [F], a: f64, x: &[F]) {
+pub(crate) fn axpy<F: Real>(loops: Loops, y: &mut [F], a: f64, x: &[F]) {
     let a = F::from_f64(a);
-    each_row(parallel, y, SUM_BLOCK, |i, y| {
-        for (y, &x) in y.iter_mut().zip(&x[i * SUM_BLOCK..]) {
-            *y = *y + a * x;
-        }
-    });
+    each(loops, y, [x], |y, [x]| y + a * x);
 }
 
 /// out ← x + a·y.
-pub(crate) fn sum_scaled<F: Real>(parallel: bool, out: &mut [F], x: &[F], a: f64, y: &[F]) {
+pub(crate) fn sum_scaled<F: Real>(loops: Loops, out: &mut [F], x: &[F], a: f64, y: &[F]) {
     let a = F::from_f64(a);
-    each_row(parallel, out, SUM_BLOCK, |i, out| {
-        let start = i * SUM_BLOCK;
-        for ((out, &x), &y) in out.iter_mut().zip(&x[start..]).zip(&y[start..]) {
-            *out = x + a * y;
+    each(loops, out, [x, y], |_, [x, y]| x + a * y);
+}
+
+/// The transpose of a matrix with so many columns, in C order.
+pub(crate) fn transposed<F: Real>(loops: Loops, x: &[F], columns: usize) -> Vec<F> {
+    let rows = x.len() / columns;
+    let mut out = vec![F::ZERO; x.len()];
+    each_part(loops, &mut out, STRIP * rows, |i, out| turn(&x[i * STRIP..], columns, out, rows, 0));
+    out
+}
+
+/// Writes the first columns of `x` to the rows of `out`, from element `at` of each on; their rows have so many elements.
+fn turn<F: Real>(x: &[F], x_len: usize, out: &mut [F], out_len: usize, at: usize) {
+    for (j, x) in x.chunks(STRIP * x_len).enumerate() {
+        for (i, out) in out.chunks_exact_mut(out_len).enumerate() {
+            for (out, x) in out[at + j * STRIP..].iter_mut().zip(x.chunks(x_len)) {
+                *out = x[i];
+            }
         }
-    });
+    }
 }
 
 /// A matrix in someone else's memory.
@@ -185,29 +327,63 @@ impl<'a, F> Matrix<'a, F> {
     }
 }
 
-/// `out ← α·a·b + β·out`, `out` in C order.
-pub(crate) fn product<F: Real>(parallel: bool, alpha: F, a: Matrix<'_, F>, b: Matrix<'_, F>, beta: F, out: &mut [F]) {
-    assert!(a.columns == b.rows && out.len() == a.rows * b.columns, "the matrices fit");
-    if out.is_empty() {
-        return;
+/// `α·a·b + β·c`, without `c` where there is none.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product<'a, F> {
+    pub(crate) alpha: F,
+    pub(crate) a: Matrix<'a, F>,
+    pub(crate) b: Matrix<'a, F>,
+    /// β and c, which is in C order.
+    pub(crate) plus: Option<(F, &'a [F])>,
+}
+
+impl<F: Real> Product<'_, F> {
+    /// Writes it to `out`, in C order.
+    pub(crate) fn write(self, loops: Loops, out: &mut [F]) {
+        let n = self.b.columns;
+        assert!(out.len() == self.a.rows * n, "the product fits");
+        each_part(loops, out, (PANEL * n).max(1), |i, out| self.panel(i * PANEL, n, out));
     }
-    each_row(parallel, out, PANEL * b.columns, |panel, out| {
-        let rows = out.len() / b.columns;
-        let (m, k, n) = (rows, a.columns, b.columns);
+
+    /// Writes it to `out`, in C order. It is symmetric: what lies above the diagonal is copied from below, and `below`
+    /// is used up.
+    pub(crate) fn write_symmetric(self, loops: Loops, below: &mut [F], out: &mut [F]) {
+        let n = self.b.columns;
+        assert!(self.a.rows == n && below.len() == n * n && out.len() == n * n, "the product fits");
+        each_part(loops, below, (PANEL * n).max(1), |i, out| self.panel(i * PANEL, n.min((i + 1) * PANEL), out));
+        let below = &*below;
+        each_part(loops, out, (STRIP * n).max(1), |i, out| {
+            let first = i * STRIP;
+            turn(&below[first * (n + 1)..], n, out, n, first);
+            for (k, out) in out.chunks_exact_mut(n).enumerate() {
+                out[..first + k].copy_from_slice(&below[(first + k) * n..][..first + k]);
+            }
+        });
+    }
+
+    /// Computes the first columns of the rows from `first` on, which are `out`'s.
+    fn panel(self, first: usize, columns: usize, out: &mut [F]) {
+        let Self { alpha, a, b, plus } = self;
+        let (m, k, width) = (out.len() / b.columns, a.columns, b.columns);
+        let (beta, c) = plus.unwrap_or((F::ZERO, &[]));
+        assert!(a.columns == b.rows && first + m <= a.rows && columns <= width, "the matrices fit");
+        for (out, c) in out.chunks_exact_mut(width).zip(c.chunks_exact(width).skip(first)) {
+            out[..columns].copy_from_slice(&c[..columns]);
+        }
         let [a_row, a_column] = a.strides.map(|s| s as isize);
         let [b_row, b_column] = b.strides.map(|s| s as isize);
-        // Without columns of `a` there is no first element of the panel's rows.
-        let a_first = if k == 0 { a.data } else { &a.data[panel * PANEL * a.strides[0]..] }.as_ptr();
+        // Without columns of `a` there is no first element of its rows.
+        let a_first = if k == 0 { a.data } else { &a.data[first * a.strides[0]..] }.as_ptr();
         let (b_first, out) = (b.data.as_ptr(), out.as_mut_ptr());
-        // SAFETY: rows panel·PANEL … + m of `a`, all of `b` and of the panel lie within their slices, by the
-        // assertions here and in `Matrix::new`; the panel overlaps neither, being borrowed mutably; the
-        // pointers are cast to the type that F is.
+        // SAFETY: rows first … + m of `a`, the first columns of `b` and of the rows of `out` lie within their slices, by
+        // the assertions here and in `Matrix::new`; `out` overlaps neither, being borrowed mutably; the pointers are
+        // cast to the type that F is.
         unsafe {
             match F::DTYPE {
                 Dtype::F64 => matrixmultiply::dgemm(
                     m,
                     k,
-                    n,
+                    columns,
                     alpha.to_f64(),
                     a_first.cast(),
                     a_row,
@@ -217,13 +393,13 @@ pub(crate) fn product<F: Real>(parallel: bool, alpha: F, a: Matrix<'_, F>, b: Ma
                     b_column,
                     beta.to_f64(),
                     out.cast(),
-                    n as isize,
+                    width as isize,
                     1,
                 ),
                 _ => matrixmultiply::sgemm(
                     m,
                     k,
-                    n,
+                    columns,
                     alpha.to_f64() as f32,
                     a_first.cast(),
                     a_row,
@@ -233,40 +409,78 @@ pub(crate) fn product<F: Real>(parallel: bool, alpha: F, a: Matrix<'_, F>, b: Ma
                     b_column,
                     beta.to_f64() as f32,
                     out.cast(),
-                    n as isize,
+                    width as isize,
                     1,
                 ),
             }
         }
-    });
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
     use proptest::prelude::*;
+
+    const SERIAL: Loops = Loops { isa: Isa::Baseline, parallel: false };
 
     proptest! {
         #[test]
         fn products_are_those_of_the_textbook(m in 0usize..150, k in 0usize..20, n in 0usize..20, turned: bool) {
             let a: Vec<f64> = (0..m * k).map(|i| (i * 7 % 13) as f64 - 6.0).collect();
             let b: Vec<f64> = (0..k * n).map(|i| (i * 5 % 11) as f64 - 5.0).collect();
+            let c: Vec<f64> = (0..m * n).map(|i| (i * 3 % 7) as f64).collect();
             let at = |i: usize, j: usize| if turned { a[j * m + i] } else { a[i * k + j] };
             let left = if turned { Matrix::new(&a, k, m).transposed() } else { Matrix::new(&a, m, k) };
             let mut out = vec![2.0; m * n];
-            product(false, 3.0, left, Matrix::new(&b, k, n), 0.5, &mut out);
+            Product { alpha: 3.0, a: left, b: Matrix::new(&b, k, n), plus: Some((0.5, &c)) }.write(SERIAL, &mut out);
             for i in 0..m {
                 for j in 0..n {
                     let want: f64 = (0..k).map(|l| at(i, l) * b[l * n + j]).sum();
-                    prop_assert_eq!(out[i * n + j], 3.0 * want + 1.0);
+                    prop_assert_eq!(out[i * n + j], 3.0 * want + 0.5 * c[i * n + j]);
                 }
             }
         }
 
         #[test]
+        fn symmetric_products_are_whole(n in 0usize..300, k in 0usize..9) {
+            let x: Vec<f64> = (0..n * k).map(|i| (i * 7 % 13) as f64 - 6.0).collect();
+            let x = Matrix::new(&x, n, k);
+            let product = Product { alpha: 1.0, a: x, b: x.transposed(), plus: None };
+            let (mut want, mut below, mut out) = (vec![1.0; n * n], vec![2.0; n * n], vec![3.0; n * n]);
+            product.write(SERIAL, &mut want);
+            product.write_symmetric(SERIAL, &mut below, &mut out);
+            prop_assert_eq!(out, want);
+        }
+
+        #[test]
+        fn transposing(rows in 1usize..70, columns in 1usize..70) {
+            let x: Vec<f64> = (0..rows * columns).map(|i| i as f64).collect();
+            let want: Vec<f64> = (0..rows * columns).map(|i| x[(i % rows) * columns + i / rows]).collect();
+            prop_assert_eq!(transposed(SERIAL, &x, columns), want);
+        }
+
+        #[test]
+        fn trees_of_columns(rows in 1usize..40, columns in 1usize..5) {
+            let mut x: Vec<f64> = (0..rows * columns).map(|i| 1.0 / (i + 1) as f64).collect();
+            let column = |k: usize| x.iter().skip(k).step_by(columns).copied().collect::<Vec<_>>();
+            let want: Vec<f64> = (0..columns).map(|k| tree(&mut column(k))).collect();
+            prop_assert_eq!(tree_of_columns(&mut x, columns), want);
+        }
+
+        #[test]
+        fn squares_have_the_bits_of_sixteen_lanes(n in 0usize..600) {
+            let x: Vec<f32> = (0..n).map(|i| 1.0 / (i as f32 - 7.5)).collect();
+            let want = join_lanes(n, 0.0, |i| f64::from(x[i] * 0.3) * f64::from(x[i] * 0.3), |a, b| a + b);
+            prop_assert_eq!(squares_of(&x, &x, &mut [0.0; SQUARES_BLOCK], |x, _| x * 0.3).to_bits(), want.to_bits());
+        }
+
+        #[test]
         fn every_term_is_added_once(n in 0usize..10_000) {
             let ones = vec![1.0f32; n];
-            prop_assert_eq!(sum_of_squares(false, &ones), n as f64);
+            prop_assert_eq!(sum_of_squares(SERIAL, &ones), n as f64);
+            prop_assert_eq!(squares(&ones), n as f64);
         }
     }
 }

@@ -12,6 +12,7 @@ use std::fmt::Debug;
 
 use crate::error::Result;
 use crate::hyper::{Hyper, Hypers, Value};
+use crate::isa::Loops;
 use crate::real::{Dtype, Real};
 
 /// Most slots a rule may have.
@@ -315,8 +316,8 @@ pub struct Work<'a, F> {
     pub g: &'a [F],
     /// Its slots; empty where it has none.
     pub slots: [&'a mut [F]; MAX_SLOTS],
-    /// Whether loops may be spread over the current thread pool.
-    pub parallel: bool,
+    /// How its loops run.
+    pub loops: Loops,
 }
 
 /// The mathematics of an optimizer that sees the whole tensor.

@@ -9,13 +9,16 @@ use super::parts::{Part, Parts};
 use super::vector::Vector;
 use super::wolfe::{Rules, Search, Trial};
 use super::{Ask, ConjugateGradient, Lbfgs, Machine};
+use crate::isa::{Isa, Loops};
 use crate::linear;
 use crate::real::Real;
 
 type Host<F> = Arc<[F]>;
 
+const SERIAL: Loops = Loops { isa: Isa::Baseline, parallel: false };
+
 fn largest<F: Real>(x: &[F]) -> f64 {
-    linear::largest(false, x)
+    linear::largest(SERIAL, x)
 }
 
 /// Loss at a point; the gradient goes into the second argument.
@@ -200,7 +203,7 @@ fn the_first_step_is_short_along_the_gradient() {
         let settings = Settings { lr: 0.5, ..settings.clone() };
         step(&mut Descent::<Host<f64>, M>::default(), &settings, &[3.0, -1.0], |x, g| {
             g.copy_from_slice(x);
-            0.5 * linear::dot(false, x, x)
+            0.5 * linear::dot(SERIAL, x, x)
         })[1]
             .clone()
     }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::isa::{Isa, Loops};
 use crate::linear;
 use crate::real::Real;
 
@@ -94,9 +95,9 @@ pub trait Vector: Clone + Debug + Default + Send + Sync {
     }
 }
 
-/// Whether work may be spread over threads: a caller enters its pool where it is worth it.
-fn in_a_pool() -> bool {
-    rayon::current_thread_index().is_some()
+/// Work is spread over threads where a caller entered its pool, which it does where it is worth it.
+fn loops() -> Loops {
+    Loops { isa: Isa::detect(), parallel: rayon::current_thread_index().is_some() }
 }
 
 impl<F: Real> Vector for Arc<[F]> {
@@ -121,9 +122,9 @@ impl<F: Real> Vector for Arc<[F]> {
 
     fn reduce<const N: usize>(wanted: [Reduction<'_, Self>; N]) -> [f64; N] {
         wanted.map(|one| match one {
-            Reduction::Dot(a, b) => linear::dot(in_a_pool(), a, b),
-            Reduction::SumAbs(x) => linear::sum_abs(in_a_pool(), x),
-            Reduction::Largest(x, part) => linear::largest(in_a_pool(), &x[part]),
+            Reduction::Dot(a, b) => linear::dot(loops(), a, b),
+            Reduction::SumAbs(x) => linear::sum_abs(loops(), x),
+            Reduction::Largest(x, part) => linear::largest(loops(), &x[part]),
         })
     }
 
@@ -131,17 +132,17 @@ impl<F: Real> Vector for Arc<[F]> {
         if Arc::get_mut(self).is_none_or(|own| own.len() != x.len()) {
             *self = Arc::from(&**x);
         }
-        linear::sum_scaled(in_a_pool(), Arc::make_mut(self), x, a, y);
+        linear::sum_scaled(loops(), Arc::make_mut(self), x, a, y);
     }
 
     fn add_scaled(&mut self, a: f64, x: &Self) {
-        linear::axpy(in_a_pool(), Arc::make_mut(self), a, x);
+        linear::axpy(loops(), Arc::make_mut(self), a, x);
     }
 
     fn scale(&mut self, a: f64) {
         let a = F::from_f64(a);
         match Arc::get_mut(self) {
-            Some(x) => x.iter_mut().for_each(|x| *x = *x * a),
+            Some(x) => linear::each(loops(), x, [], |x, []| x * a),
             None => *self = self.iter().map(|&x| x * a).collect(),
         }
     }

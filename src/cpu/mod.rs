@@ -5,7 +5,6 @@
 //! threads, [`reduce`] the sums whose bits do not depend on threads or chunks. Tensor rules go through
 //! `whole`, one tensor at a time.
 
-pub mod isa;
 pub(crate) mod memory;
 pub mod plan;
 pub mod pool;
@@ -17,11 +16,12 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+pub use crate::isa::Isa;
+use crate::isa::Loops;
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
 use crate::tensor::{RawTensor, Rows, TensorMut, TensorRef};
-pub use isa::Isa;
 pub use memory::fingerprint;
 use plan::{Piece, Plan};
 pub use pool::Threads;
@@ -177,9 +177,9 @@ impl Executor {
     /// # Safety
     /// As for [`Executor::execute`]; a job's slots have the lengths it says.
     pub unsafe fn execute_tensors(&mut self, rule: TensorRuleId, jobs: &mut [TensorJob<'_>]) {
-        let elements = jobs.iter().map(|job| job.p.len).sum::<usize>();
+        let (elements, isa) = (jobs.iter().map(|job| job.p.len).sum::<usize>(), self.isa);
         // SAFETY: the caller's duty.
-        let run = |parallel: bool, job: &mut TensorJob<'_>| unsafe { whole::run(rule, job, parallel) };
+        let run = |parallel: bool, job: &mut TensorJob<'_>| unsafe { whole::run(rule, job, Loops { isa, parallel }) };
         match self.threads.pool(elements >= INLINE_ELEMENTS) {
             Some(pool) => pool.install(|| jobs.par_iter_mut().for_each(|job| run(true, job))),
             None => jobs.iter_mut().for_each(|job| run(false, job)),

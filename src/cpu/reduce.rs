@@ -5,9 +5,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::isa::{Isa, Loop};
 use super::memory::{BLOCK, load, whole};
 use super::pool::Threads;
+use crate::isa::{Isa, Loop};
 use crate::linear::{SUM_BLOCK, join_array, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};

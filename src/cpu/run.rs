@@ -18,9 +18,9 @@
 use std::marker::PhantomData;
 
 use super::Job;
-use super::isa::Isa;
 use super::memory::{BLOCK, clear, load, load_rows, store_rows, whole, whole_mut};
 use super::plan::Piece;
+use crate::isa::Isa;
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
 use crate::tensor::RawTensor;

@@ -4,6 +4,8 @@ use super::SlotPointers;
 use super::memory::{load, store_rows, whole, whole_mut};
 use super::run::Frame;
 use crate::hyper::Hypers;
+use crate::isa::Loops;
+use crate::linear::{STRETCH, each, each_part};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{MAX_SLOTS, Moment, Shared, Work};
 use crate::rules::TensorRuleId;
@@ -38,14 +40,15 @@ unsafe impl Send for TensorJob<'_> {}
 struct Run<'a, 'j> {
     rule: TensorRuleId,
     job: &'a mut TensorJob<'j>,
-    parallel: bool,
+    loops: Loops,
 }
 
 impl StorageVisitor for Run<'_, '_> {
     type Out = ();
 
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
-        let TensorJob { hypers, at, shared, shape, dtype, p, g, slots: pointers, lengths } = self.job;
+        let Self { rule, job, loops } = self;
+        let TensorJob { hypers, at, shared, shape, dtype, p, g, slots: pointers, lengths } = job;
         let n = p.len;
         let frame = Frame::<F>::new(shared);
         let (mut p_copy, mut g_copy) = (Vec::new(), Vec::new());
@@ -53,11 +56,11 @@ impl StorageVisitor for Run<'_, '_> {
         unsafe {
             let p_lies = p.strides.is_none() && E::IS_COMPUTE_TYPE;
             if !p_lies {
-                copy::<E, F>(p, &mut p_copy);
+                copy::<E, F>(loops, p, &mut p_copy);
             }
             if g.strides.is_some() || !G::IS_COMPUTE_TYPE || !frame.leaves_gradients() {
-                copy::<G, F>(g, &mut g_copy);
-                g_copy.iter_mut().for_each(|x| *x = frame.prepared(*x));
+                copy::<G, F>(loops, g, &mut g_copy);
+                each(loops, &mut g_copy, [], |g, []| frame.prepared(g));
             }
             let slot = |k: usize| whole_mut::<F>(pointers[k], 0, lengths[k]);
             let work = Work {
@@ -66,15 +69,15 @@ impl StorageVisitor for Run<'_, '_> {
                 p: if p_lies { whole_mut(p.ptr, 0, n) } else { &mut p_copy },
                 g: if g_copy.is_empty() { whole(g.ptr, 0, n) } else { &g_copy },
                 slots: std::array::from_fn(slot),
-                parallel: self.parallel,
+                loops,
             };
-            self.rule.update(hypers, *at, work);
+            rule.update(hypers, *at, work);
             if !p_lies {
-                store_rows::<E, F>(p, None, 0, &p_copy);
+                each_part(loops, &mut p_copy, STRETCH, |i, part| store_rows::<E, F>(p, None, i * STRETCH, part));
             }
             if shared.flush_subnormals {
-                for value in (0..MAX_SLOTS).flat_map(slot) {
-                    *value = if value.abs() < F::MIN_POSITIVE { F::ZERO } else { *value };
+                for slot in (0..MAX_SLOTS).map(slot) {
+                    each(loops, slot, [], |x, []| if x.abs() < F::MIN_POSITIVE { F::ZERO } else { x });
                 }
             }
         }
@@ -83,19 +86,19 @@ impl StorageVisitor for Run<'_, '_> {
 
 /// # Safety
 /// The tensor stores `E`.
-unsafe fn copy<E: Element<F>, F: Real>(from: &RawTensor, to: &mut Vec<F>) {
+unsafe fn copy<E: Element<F>, F: Real>(loops: Loops, from: &RawTensor, to: &mut Vec<F>) {
     to.resize(from.len, F::ZERO);
     // SAFETY: the caller's duty.
-    unsafe { load::<E, F>(from, 0, to) };
+    each_part(loops, to, STRETCH, |i, part| unsafe { load::<E, F>(from, i * STRETCH, part) });
 }
 
-/// One update of one tensor; `parallel` inside a pool.
+/// One update of one tensor; spread inside a pool.
 ///
 /// # Safety
 /// As for [`super::Executor::execute_tensors`].
-pub(super) unsafe fn run(rule: TensorRuleId, job: &mut TensorJob<'_>, parallel: bool) {
+pub(super) unsafe fn run(rule: TensorRuleId, job: &mut TensorJob<'_>, loops: Loops) {
     if job.p.len > 0 {
         let (parameter, gradient) = (job.p.dtype, job.g.dtype);
-        with_storage(parameter, gradient, Run { rule, job, parallel });
+        with_storage(parameter, gradient, Run { rule, job, loops });
     }
 }

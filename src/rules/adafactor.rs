@@ -26,7 +26,11 @@
 use super::common::{MAXIMIZE, WEIGHT_DECAY, lr};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
-use crate::linear::{SUM_BLOCK, each_row, lanes, map, sum_of_squares, tree};
+use crate::isa::{Loop, Loops};
+use crate::linear::{
+    SQUARES_BLOCK, STRETCH, SUM_BLOCK, each, each_part, join_array, map, squares, squares_of, sum_of_squares, tree,
+    tree_of_columns,
+};
 use crate::real::{Dtype, Real};
 use crate::rule::{
     Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work,
@@ -150,7 +154,7 @@ fn matrix(shape: &[usize]) -> Option<(usize, usize)> {
     }
 }
 
-/// V̂ of a tensor and how it is bounded.
+/// V̂ of a tensor and how it is bounded, by lines: the rows of all matrices, or blocks of a tensor without rows.
 struct Estimate<'a, F> {
     row: &'a [F],
     column: &'a [F],
@@ -162,34 +166,117 @@ struct Estimate<'a, F> {
     smallest: F,
 }
 
-impl<F: Real> Estimate<'_, F> {
-    /// U of element k of row i (of all matrices' rows), or of a block of a tensor without rows.
+impl<'a, F: Real> Estimate<'a, F> {
+    /// What U of the elements of line i follows from, with the elements' columns or, where r and floor are 1, variances.
     #[inline(always)]
-    fn update(&self, i: usize, k: usize, g: F) -> F {
-        let v = if self.floors.is_empty() {
-            self.variance[i * self.columns + k]
+    fn line(&self, i: usize) -> (&'a [F], impl Fn(F, F) -> F + use<'a, F>) {
+        let (values, r, floor) = if self.floors.is_empty() {
+            (&self.variance[i * self.columns..], F::ONE, F::ONE)
         } else {
             let matrix = i / self.rows;
-            (self.row[i] * self.column[matrix * self.columns + k]) / self.floors[matrix]
+            (&self.column[matrix * self.columns..][..self.columns], self.row[i], self.floors[matrix])
         };
-        let v = if v < self.smallest { self.smallest } else { v };
-        (F::ONE / v.sqrt()) * g
+        let smallest = self.smallest;
+        (values, move |g: F, c: F| {
+            let v = (r * c) / floor;
+            let v = if v < smallest { smallest } else { v };
+            (F::ONE / v.sqrt()) * g
+        })
+    }
+
+    /// How many lines a thread works on at once.
+    fn lines_at_once(&self) -> usize {
+        (STRETCH / self.columns).max(1)
     }
 }
 
-/// Means of the squares of each column of one matrix.
-fn column_means<F: Real>(parallel: bool, g: &[F], columns: usize) -> Vec<f64> {
-    let rows = g.len() / columns;
-    let bands = map(parallel, rows.div_ceil(BAND), |band| {
-        let mut sums = vec![0.0f64; columns];
-        for row in g[band * BAND * columns..].chunks_exact(columns).take(BAND) {
-            for (sum, x) in sums.iter_mut().zip(row) {
-                *sum += x.to_f64() * x.to_f64();
+/// ΣU² of each line.
+struct Squares<'a, F> {
+    estimate: &'a Estimate<'a, F>,
+    first: usize,
+    g: &'a [F],
+    sums: &'a mut [f64],
+}
+
+impl<F: Real> Loop for Squares<'_, F> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let mut block = [F::ZERO; SQUARES_BLOCK];
+        for (i, (g, sum)) in self.g.chunks(self.estimate.columns).zip(self.sums).enumerate() {
+            let (values, u) = self.estimate.line(self.first + i);
+            *sum = squares_of(g, values, &mut block, u);
+        }
+    }
+}
+
+/// The update of parameters, line by line.
+struct Apply<'a, F> {
+    estimate: &'a Estimate<'a, F>,
+    first: usize,
+    p: &'a mut [F],
+    g: &'a [F],
+    shrink: F,
+    factor: F,
+}
+
+impl<F: Real> Loop for Apply<'_, F> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let columns = self.estimate.columns;
+        for (i, (p, g)) in self.p.chunks_mut(columns).zip(self.g.chunks(columns)).enumerate() {
+            let (values, u) = self.estimate.line(self.first + i);
+            for ((p, &g), &c) in p.iter_mut().zip(g).zip(values) {
+                *p = *p * self.shrink + self.factor * u(g, c);
             }
         }
-        sums
-    });
-    (0..columns).map(|k| tree(&mut bands.iter().map(|band| band[k]).collect::<Vec<_>>()) / rows as f64).collect()
+    }
+}
+
+/// Sums of the squares of each row, and of each column of each matrix, of several matrices or of a part of one.
+struct Sums<'a, F> {
+    g: &'a [F],
+    rows: usize,
+    columns: usize,
+}
+
+impl<F: Real> Loop for Sums<'_, F> {
+    type Out = (Vec<f64>, Vec<f64>);
+
+    #[inline(always)]
+    fn run(self) -> Self::Out {
+        let Self { g, rows, columns } = self;
+        let mut of_columns = vec![0.0; g.len().div_ceil(rows * columns) * columns];
+        let mut of_rows = Vec::with_capacity(g.len() / columns);
+        for (matrix, sums) in g.chunks(rows * columns).zip(of_columns.chunks_exact_mut(columns)) {
+            for row in matrix.chunks_exact(columns) {
+                of_rows.push(squares(row));
+                for (sum, x) in sums.iter_mut().zip(row) {
+                    *sum += x.to_f64() * x.to_f64();
+                }
+            }
+        }
+        (of_rows, of_columns)
+    }
+}
+
+/// Sums of the squares of all rows, and of the columns of each matrix or of each band of it.
+fn sums<F: Real>(loops: Loops, g: &[F], rows: usize, columns: usize) -> [Vec<f64>; 2] {
+    let len = rows * columns;
+    // Small matrices together, parts of large ones.
+    let (whole, part) = if rows > BAND {
+        (len, BAND * columns)
+    } else {
+        let several = (STRETCH / len).max(1) * len;
+        (several, several)
+    };
+    let parts: Vec<&[F]> = g.chunks(whole).flat_map(|g| g.chunks(part)).collect();
+    let of_part = |i: usize| loops.isa.run(Sums { g: parts[i], rows, columns });
+    let (of_rows, of_columns): (Vec<_>, Vec<_>) = map(loops, parts.len(), of_part).into_iter().unzip();
+    [of_rows.concat(), of_columns.concat()]
 }
 
 impl TensorRule for Adafactor {
@@ -242,10 +329,10 @@ impl TensorRule for Adafactor {
     }
 
     fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>) {
-        let Work { shape, dtype, p, g, slots: [row, column, variance, _], parallel } = work;
+        let Work { shape, dtype, p, g, slots: [row, column, variance, _], loops } = work;
         let Scalars { eps1, eps2, weight, rho, d, shrink, smallest } = Scalars::new(h, at, dtype);
         let (n, weight) = (p.len() as f64, F::from_f64(weight));
-        let size = libm::sqrt(sum_of_squares(parallel, p) / n);
+        let size = libm::sqrt(sum_of_squares(loops, p) / n);
         // A size that is not a number makes the update so.
         let size = if size < eps2 { eps2 } else { size };
         let alpha = size * rho;
@@ -253,40 +340,35 @@ impl TensorRule for Adafactor {
         let mut floors = Vec::new();
         let (rows, columns) = matrix(shape).unwrap_or((1, SUM_BLOCK));
         if matrix(shape).is_some() {
-            let squares = |i: usize| sum_of_squares(false, &g[i * columns..][..columns]) / columns as f64;
-            for (r, mean) in row.iter_mut().zip(map(parallel, g.len() / columns, squares)) {
-                *r = F::lerp(*r, F::from_f64(mean), weight);
-            }
-            for (g, column) in g.chunks_exact(rows * columns).zip(column.chunks_exact_mut(columns)) {
-                for (c, mean) in column.iter_mut().zip(column_means(parallel, g, columns)) {
-                    *c = F::lerp(*c, F::from_f64(mean), weight);
+            let averaged = |averages: &mut [F], sums: &[f64], n: usize| {
+                for (x, sum) in averages.iter_mut().zip(sums) {
+                    *x = F::lerp(*x, F::from_f64(sum / n as f64), weight);
                 }
+            };
+            let [of_rows, mut of_columns] = sums(loops, g, rows, columns);
+            averaged(row, &of_rows, columns);
+            let bands = of_columns.chunks_exact_mut(rows.div_ceil(BAND) * columns);
+            for ((row, column), bands) in row.chunks_exact(rows).zip(column.chunks_exact_mut(columns)).zip(bands) {
+                averaged(column, tree_of_columns(bands, columns), rows);
+                let mean = join_array(row, 0.0, F::to_f64, |a, b| a + b) / rows as f64;
+                floors.push(F::from_f64(if mean < eps1 { eps1 } else { mean }));
             }
-            floors.extend(row.chunks_exact(rows).map(|row| {
-                let mean = lanes(rows, |i| row[i].to_f64()) / rows as f64;
-                F::from_f64(if mean < eps1 { eps1 } else { mean })
-            }));
         } else {
-            for (v, &g) in variance.iter_mut().zip(g) {
-                *v = F::lerp(*v, g * g, weight);
-            }
+            each(loops, variance, [g], |v, [g]| F::lerp(v, g * g, weight));
         }
         let smallest = F::from_f64(smallest);
-        let estimate = Estimate { row, column, variance, floors, columns, rows, smallest };
-        let squares = map(parallel, g.len().div_ceil(columns), |i| {
-            let g = &g[i * columns..((i + 1) * columns).min(g.len())];
-            lanes(g.len(), |k| {
-                let u = estimate.update(i, k, g[k]).to_f64();
-                u * u
-            })
+        let estimate = &Estimate { row, column, variance, floors, columns, rows, smallest };
+        let (lines, stretch) = (estimate.lines_at_once(), estimate.lines_at_once() * columns);
+        let part = |i: usize| &g[i * stretch..g.len().min((i + 1) * stretch)];
+        let mut sums = vec![0.0; g.len().div_ceil(columns)];
+        each_part(loops, &mut sums, lines, |i, sums| {
+            loops.isa.run(Squares { estimate, first: i * lines, g: part(i), sums });
         });
-        let clipping = libm::sqrt(tree(&mut { squares }) / n) / d;
+        let clipping = libm::sqrt(tree(&mut sums) / n) / d;
         let factor = F::from_f64(-alpha / if clipping < 1.0 { 1.0 } else { clipping });
         let shrink = F::from_f64(shrink);
-        each_row(parallel, p, columns, |i, p| {
-            for (k, p) in p.iter_mut().enumerate() {
-                *p = *p * shrink + factor * estimate.update(i, k, g[i * columns + k]);
-            }
+        each_part(loops, p, stretch, |i, p| {
+            loops.isa.run(Apply { estimate, first: i * lines, p, g: part(i), shrink, factor });
         });
     }
 

@@ -19,13 +19,15 @@
 //! | λ | `weight_decay` |
 //! | B | state `momentum_buffer` |
 //!
-//! The momentum is an average, as torch runs it. Deviation: the iteration runs in the compute type of the
-//! parameter; torch's runs in bfloat16.
+//! The momentum is an average, as torch runs it. Of X·Xᵀ and Xᵀ·X the smaller is iterated: where there are no more
+//! columns than rows, `A = Xᵀ·X` and `X ← a·X + X·(b·A + c·A²)`. Deviation: the iteration runs in the compute type of
+//! the parameter; torch's runs in bfloat16.
 
 use super::common::{WEIGHT_DECAY, lr};
 use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::hyper::{Choice, Hyper, Hypers, Range, Value};
-use crate::linear::{Matrix, product, sum_of_squares};
+use crate::isa::Loops;
+use crate::linear::{Matrix, Product, each, sum_of_squares, transposed};
 use crate::real::{Dtype, Real};
 use crate::rule::{Area, Declaration, Form, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work, coefficients};
 
@@ -109,25 +111,26 @@ fn parted(form: &Form) -> usize {
     if parts(form) > 1 { wide(form)[0].pow(2) } else { 0 }
 }
 
-/// The iteration's result for the matrix `u` with no more rows than columns, in place.
-fn orthogonalize<F: Real>(parallel: bool, u: &mut Vec<F>, rows: usize, columns: usize, [a, b, c]: [F; 3], steps: u32) {
-    let mut gram = vec![F::ZERO; rows * rows];
-    let mut polynomial = gram.clone();
-    let mut next = u.clone();
+/// The iteration's result for the matrix `x` with no more columns than rows: rows of `Xᵀ` and `X` lie so that products
+/// read them in order, which those of a wide matrix are worth two transposes for.
+fn orthogonalize<F: Real>(loops: Loops, mut x: Vec<F>, columns: usize, [a, b, c]: [F; 3], steps: u32) -> Vec<F> {
+    let mut gram = vec![F::ZERO; columns * columns];
+    let (mut polynomial, mut below, mut next) = (gram.clone(), gram.clone(), x.clone());
     for _ in 0..steps {
-        let x = Matrix::new(u, rows, columns);
-        product(parallel, F::ONE, x, x.transposed(), F::ZERO, &mut gram);
-        polynomial.copy_from_slice(&gram);
-        let square = Matrix::new(&gram, rows, rows);
-        product(parallel, c, square, square, b, &mut polynomial);
-        next.copy_from_slice(u);
-        product(parallel, F::ONE, Matrix::new(&polynomial, rows, rows), x, a, &mut next);
-        std::mem::swap(u, &mut next);
+        let tall = Matrix::new(&x, x.len() / columns, columns);
+        Product { alpha: F::ONE, a: tall.transposed(), b: tall, plus: None }
+            .write_symmetric(loops, &mut below, &mut gram);
+        let square = Matrix::new(&gram, columns, columns);
+        Product { alpha: c, a: square, b: square, plus: Some((b, &gram)) }.write_symmetric(
+            loops,
+            &mut below,
+            &mut polynomial,
+        );
+        let by = Matrix::new(&polynomial, columns, columns);
+        Product { alpha: F::ONE, a: tall, b: by, plus: Some((a, &x)) }.write(loops, &mut next);
+        std::mem::swap(&mut x, &mut next);
     }
-}
-
-fn transposed<F: Real>(x: &[F], rows: usize, columns: usize) -> Vec<F> {
-    (0..rows * columns).map(|i| x[(i % rows) * columns + i / rows]).collect()
+    x
 }
 
 impl TensorRule for Muon {
@@ -186,32 +189,25 @@ impl TensorRule for Muon {
     }
 
     fn update<F: Real>(h: &Hypers, _: Moment, work: Work<'_, F>) {
-        let Work { shape, p, g, slots: [buffer, ..], parallel, .. } = work;
+        let Work { shape, p, g, slots: [buffer, ..], loops, .. } = work;
         let &[rows, columns] = shape else { unreachable!("accept refused other shapes") };
         let Scalars { weight, ahead, nesterov, a, b, c, eps, shrink, factor, .. } = Scalars::new(h, shape);
-        let (weight, ahead) = (F::from_f64(weight), F::from_f64(ahead));
-        for (b, &g) in buffer.iter_mut().zip(g) {
-            *b = F::lerp(*b, g, weight);
-        }
-        let is_nesterov = nesterov != 0.0;
-        let mut u: Vec<F> =
-            buffer.iter().zip(g).map(|(&b, &g)| if is_nesterov { F::lerp(g, b, ahead) } else { b }).collect();
-        let norm = libm::sqrt(sum_of_squares(parallel, &u));
+        let (weight, ahead, is_nesterov) = (F::from_f64(weight), F::from_f64(ahead), nesterov != 0.0);
+        each(loops, buffer, [g], |b, [g]| F::lerp(b, g, weight));
+        let mut u = vec![F::ZERO; g.len()];
+        each(loops, &mut u, [g, buffer], |_, [g, b]| if is_nesterov { F::lerp(g, b, ahead) } else { b });
+        let norm = libm::sqrt(sum_of_squares(loops, &u));
         let norm = F::from_f64(if norm < eps { eps } else { norm });
-        u.iter_mut().for_each(|x| *x = *x / norm);
-        let tall = rows > columns;
-        if tall {
-            u = transposed(&u, rows, columns);
-        }
+        each(loops, &mut u, [], |u, []| u / norm);
         let coefficients = [a, b, c].map(F::from_f64);
-        orthogonalize(parallel, &mut u, rows.min(columns), rows.max(columns), coefficients, turns(h));
-        if tall {
-            u = transposed(&u, columns, rows);
-        }
+        let x = if rows < columns {
+            let x = orthogonalize(loops, transposed(loops, &u, columns), rows, coefficients, turns(h));
+            transposed(loops, &x, rows)
+        } else {
+            orthogonalize(loops, u, columns, coefficients, turns(h))
+        };
         let (shrink, factor) = (F::from_f64(shrink), F::from_f64(factor));
-        for (p, &x) in p.iter_mut().zip(&u) {
-            *p = *p * shrink + factor * x;
-        }
+        each(loops, p, [&x], |p, [x]| p * shrink + factor * x);
     }
 
     const PROGRAM: Program = {

@@ -1,9 +1,9 @@
-//! Which instruction set the loops run with; chosen once. All give the same bits.
+//! How loops run: with which instruction set, chosen once, and whether spread over threads. All ways give the same bits.
 
 use std::sync::OnceLock;
 
 /// A loop that is compiled once for each instruction set. `run` must be `#[inline(always)]`, like all it calls in the loop.
-pub(super) trait Loop {
+pub(crate) trait Loop {
     /// What it returns.
     type Out;
     /// The loop.
@@ -70,7 +70,7 @@ impl Isa {
 
     /// Runs the loop compiled for this level, or for what the machine has if that is less.
     #[inline]
-    pub(super) fn run<L: Loop>(self, work: L) -> L::Out {
+    pub(crate) fn run<L: Loop>(self, work: L) -> L::Out {
         match self.min(Self::detect()) {
             // SAFETY: `detect` found these features.
             #[cfg(target_arch = "x86_64")]
@@ -90,4 +90,13 @@ impl Isa {
             Self::Avx512 => "avx512",
         }
     }
+}
+
+/// How the loops over a tensor run.
+#[derive(Debug, Clone, Copy)]
+pub struct Loops {
+    /// The instruction set.
+    pub isa: Isa,
+    /// Whether they may be spread over the current thread pool.
+    pub parallel: bool,
 }
