@@ -111,8 +111,8 @@ fn parted(form: &Form) -> usize {
     if parts(form) > 1 { wide(form)[0].pow(2) } else { 0 }
 }
 
-/// The iteration's result for the matrix `x` with no more columns than rows: rows of `Xᵀ` and `X` lie so that products
-/// read them in order, which those of a wide matrix are worth two transposes for.
+/// The iteration's result for the matrix `x` with no more columns than rows. `Xᵀ·X` reads both in order, `X·Xᵀ` neither:
+/// that is worth transposing a wide matrix before and after.
 fn orthogonalize<F: Real>(loops: Loops, mut x: Vec<F>, columns: usize, [a, b, c]: [F; 3], steps: u32) -> Vec<F> {
     let mut gram = vec![F::ZERO; columns * columns];
     let (mut polynomial, mut below, mut next) = (gram.clone(), gram.clone(), x.clone());
