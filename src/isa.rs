@@ -2,7 +2,8 @@
 
 use std::sync::OnceLock;
 
-/// A loop that is compiled once for each instruction set. `run` must be `#[inline(always)]`, like all it calls in the loop.
+/// A loop that is compiled once for each instruction set. `run` must be `#[inline(always)]`, like all that it calls in
+/// the loop.
 pub(crate) trait Loop {
     /// What it returns.
     type Out;

@@ -2,8 +2,8 @@
 //!
 //! Sums have a fixed shape: blocks of 4096 elements in C order, each summed in f64 in 16 fixed lanes and a
 //! fixed tree, then a fixed tree over the blocks. Matrix products are cut into fixed panels of rows, of a symmetric
-//! one those at and below the diagonal. So the bits depend neither on threads nor on the instruction sets of this crate; those of a matrix product
-//! depend on the kernel that the `matrixmultiply` crate picks for the machine.
+//! one those at and below the diagonal. So the bits depend neither on threads nor on the instruction sets of this
+//! crate; those of a matrix product depend on the kernel that the `matrixmultiply` crate picks for the machine.
 
 use rayon::prelude::*;
 

@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::{Dtype, Real};
@@ -119,6 +119,11 @@ impl TensorMut<'_> {
 }
 
 impl TensorRef<'_> {
+    /// Where it lies.
+    pub fn raw(&self) -> &RawTensor {
+        &self.raw
+    }
+
     /// Brings it to another array of the same length; whether it is in C order and of that dtype, which is needed.
     ///
     /// # Safety
@@ -201,7 +206,7 @@ fn next_start() -> usize {
 #[derive(Debug)]
 enum Memory {
     Allocated { ptr: NonNull<u8>, layout: Layout },
-    Mapped(MmapMut),
+    Mapped(MmapRaw),
 }
 
 // SAFETY: the buffer owns its memory; reads and writes go through raw pointers in cpu::memory.
@@ -232,7 +237,7 @@ impl Buffer {
             // A wish: without huge pages everything works.
             #[cfg(target_os = "linux")]
             let _ = map.advise(memmap2::Advice::HugePage);
-            Memory::Mapped(map)
+            Memory::Mapped(map.into())
         } else {
             // SAFETY: the layout's size is at least 1.
             let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refuse)?;
@@ -244,7 +249,7 @@ impl Buffer {
     fn ptr(&self) -> *mut u8 {
         let memory = match &self.memory {
             Memory::Allocated { ptr, .. } => ptr.as_ptr(),
-            Memory::Mapped(map) => map.as_ptr().cast_mut(),
+            Memory::Mapped(map) => map.as_mut_ptr(),
         };
         memory.wrapping_add(self.start)
     }

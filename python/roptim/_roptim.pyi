@@ -29,6 +29,7 @@ __all__ = [
     "examine",
     "from_json",
     "half_cosine",
+    "limit_threads",
     "load",
     "loads",
     "match_parameters",
@@ -49,7 +50,10 @@ __version__: str
 def registry() -> list[dict[str, Any]]:
     """Every optimizer: name, hyperparameters with defaults and ranges, slots, paper."""
 
-def limit_threads(limit: int | None) -> int | None: ...
+def limit_threads(limit: int | None) -> int | None:
+    """Bounds the threads of whatever the calling thread asks for from now on, None for no bound; returns the bound
+    before."""
+
 def devices() -> list[tuple[str, str, str, str, bool, str, int, int]]:
     """Every device: what chooses it, name, kind, driver, whether it is a software adapter, its interface, and the
     bytes of its largest buffer and binding."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from roptim import _roptim
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+
+#: The bounds of the blocks that a thread is in.
+_ACTIVE = threading.local()
 
 
 @contextlib.contextmanager
@@ -36,9 +40,16 @@ def threads(n: int) -> Iterator[None]:
         raise refuse(RoptimTypeError, "threads", "n", "a whole number >= 1", repr(n))
     if n < 1:
         raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", repr(n))
-    before = _roptim.limit_threads(None)
-    _roptim.limit_threads(min(int(n), sys.maxsize if before is None else before))
+    bounds = _ACTIVE.__dict__.setdefault("bounds", [])
+    bounds.append(min(int(n), sys.maxsize))
+    _apply(bounds)
     try:
         yield
     finally:
-        _roptim.limit_threads(before)
+        # Blocks of one thread that do not nest, as in coroutines, may end in any order.
+        bounds.remove(min(int(n), sys.maxsize))
+        _apply(bounds)
+
+
+def _apply(bounds: list[int]) -> None:
+    _roptim.limit_threads(min(bounds, default=None))

@@ -393,7 +393,9 @@ class Optimizer:
             Whether the gradient arrays are filled with zeros as well, while the update has them at hand, for loops
             that add to them. They must be writeable arrays that share no memory with each other. An update that
             ``nonfinite="skip"`` leaves out clears them, too; a step that raises does not. (A ``NonfiniteError`` on a
-            GPU comes after the step, unless ``nonfinite_sync`` is on: they are cleared by then.)
+            GPU comes after the step, unless ``nonfinite_sync`` is on: they are cleared by then, as they are when post
+            hooks run.) Gradients of Parameters with ``requires_grad=False`` stay; after :meth:`accumulate` it is every
+            ``.grad``, as in :meth:`zero_grad` without ``set_to_none``.
 
         Returns
         -------
@@ -417,15 +419,17 @@ class Optimizer:
         if self._scheduled:
             self._follow_schedules()
         if zero_grad:
-            self._step_and_clear(gradients)
+            self._step_and_clear(gradients, zero_grad)
         else:
             self._engine.step(None if gradients is None else self._read(gradients))
         if self._scheduled:
             self._show_schedules()
         return loss
 
-    def _step_and_clear(self, gradients: Any) -> None:
+    def _step_and_clear(self, gradients: Any, zero_grad: bool) -> None:
         assert self._engine is not None
+        if not isinstance(zero_grad, (bool, np.bool_)):
+            raise refuse(RoptimTypeError, f"{self._place}.step", "zero_grad", "True or False", repr(zero_grad))
         if gradients is None and self._engine.has_sums:
             self._engine.step()
             self.zero_grad(set_to_none=False)

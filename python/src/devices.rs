@@ -31,11 +31,3 @@ pub(crate) fn devices(py: Python<'_>) -> PyResult<Vec<Row>> {
     }
     Ok(rows)
 }
-
-/// Bounds the threads of what the calling thread does from now on, or does not; returns the bound before.
-#[pyfunction]
-#[pyo3(signature = (limit))]
-pub(crate) fn limit_threads(limit: Option<usize>) -> Option<usize> {
-    const NONE: usize = usize::MAX;
-    Some(roptim::cpu::pool::limit(limit.unwrap_or(NONE))).filter(|&before| before != NONE)
-}

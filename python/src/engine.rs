@@ -27,9 +27,9 @@ use crate::shared::{Haste, Home, Shared};
 use crate::sparse::{self, Gradient};
 use crate::values;
 
-/// Elements from which on a step gives up the interpreter lock: a step of an elementwise rule takes a tenth of a
-/// millisecond then, one of a tensor rule more. Who gives it up beside a thread that computes in Python gets it back
-/// after milliseconds (`benches/lock.py`); nobody misses it for less.
+/// Work from which on a step gives up the interpreter lock, in elements of a float32 array in order: an elementwise rule
+/// takes a tenth of a millisecond or two then, a tensor rule more. Who gives it up beside a thread that computes in
+/// Python gets it back after milliseconds (`benches/lock.py`); nobody misses it for less.
 fn release_lock_from(method: Method) -> usize {
     match method {
         Method::Elementwise(_) => 256 * 1024,
@@ -63,6 +63,22 @@ struct Registered {
 }
 
 impl Registered {
+    /// The work of a step, in elements of a float32 array in order; roughly, as measured. A sparse gradient may touch
+    /// all of its parameter, in momentum.
+    fn work(&self, gradient: &RawTensor, is_sparse: bool) -> usize {
+        const BY_BLOCKS: usize = 16;
+        let own = &self.seen.raw;
+        let is_narrow = |raw: &RawTensor| matches!(raw.dtype, Dtype::F16 | Dtype::BF16);
+        let is_gathered = [own, gradient].into_iter().any(|raw| raw.strides.is_some() || is_narrow(raw)) || is_sparse;
+        let weight = match (is_gathered, own.dtype) {
+            (false, Dtype::F64) => 3,
+            (false, _) => 1,
+            (true, Dtype::F64) => 2 * BY_BLOCKS,
+            (true, _) => BY_BLOCKS,
+        };
+        own.len.saturating_mul(weight)
+    }
+
     /// Address of a gradient that looks like the parameter and lies where one was found to be clear of what steps write.
     #[inline]
     fn recognized(&self, Gradient { array, touched }: &Gradient<'_>, access: Access, epoch: u64) -> Option<*mut u8> {
@@ -93,7 +109,7 @@ pub(crate) struct Engine {
     shared: Arc<Shared>,
     /// Where errors of a step are placed.
     step: String,
-    /// Elements from which on a step gives up the interpreter lock.
+    /// Work from which on a step gives up the interpreter lock.
     release_lock_from: usize,
     table: Mutex<Table>,
     on_gpu: bool,
@@ -276,6 +292,11 @@ impl Engine {
         let home;
         let object = match object.cast::<DeviceArray>() {
             Ok(array) if self.on_gpu && !self.needs_closure => return Ok(Given::Device(array.clone())),
+            Ok(_) if access == Access::Write => {
+                let (py, label) = (object.py(), format!("gradient of {}", registered.label));
+                let remedy = Some("clear it after the step");
+                return Err(refuse(py, ErrorKind::Type, place, &label, "an array", "one on a device", remedy));
+            }
             Ok(array) => {
                 home = array.get().home(object.py())?;
                 &home
@@ -888,7 +909,7 @@ impl Engine {
         tensors.resize(arrays.len(), None);
         // What holds more than an address is not kept until the next step.
         let mut is_light = true;
-        let mut elements = 0;
+        let mut work = 0;
         for (index, (array, tensor)) in arrays.iter().zip(&mut tensors).enumerate() {
             match array {
                 None => *tensor = None,
@@ -903,12 +924,12 @@ impl Engine {
                         // SAFETY: as below; dtype and length are the parameter's, like those of the gradient before.
                         && unsafe { tensor.move_to(address, registered.seen.raw.dtype) }
                     {
-                        elements += registered.seen.raw.len;
+                        work += registered.work(&registered.seen.raw, false);
                         continue;
                     }
                     is_light &= gradient.touched.is_none();
                     let raw = self.look_at_gradient(py, table, index, gradient, access, place)?;
-                    elements += raw.len;
+                    work += table.params[index].work(&raw, gradient.touched.is_some());
                     // SAFETY: address, alignment, dtype and overlap with everything the step writes were looked at
                     // just now, and `arrays` holds the array until the step is over.
                     let looked_at = unsafe { TensorRef::from_raw(raw) };
@@ -920,10 +941,10 @@ impl Engine {
             }
         }
         if access == Access::Write {
-            self.refuse_common_memory(py, table, &arrays, place)?;
+            self.refuse_common_memory(py, table, &arrays, &tensors, place)?;
         }
         let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| call(optimizer, params, &tensors);
-        let outcome = self.call(py, place, table, elements, haste, run);
+        let outcome = self.call(py, place, table, work, haste, run);
         drop(arrays);
         if is_light {
             table.gradients = tensors;
@@ -938,14 +959,17 @@ impl Engine {
         py: Python<'_>,
         table: &Table,
         arrays: &[Option<Given<'_>>],
+        tensors: &[Option<TensorRef<'_>>],
         place: &str,
     ) -> PyResult<()> {
-        let mut known = Map::default();
-        for (index, array) in arrays.iter().enumerate() {
-            let Some(Given::Host(Gradient { array, touched: None })) = array else { continue };
+        let intervals = tensors.iter().enumerate().filter_map(|(i, g)| Some(Interval::of(g.as_ref()?.raw(), i, false)));
+        let map = Map::new(intervals.collect());
+        for (index, (array, tensor)) in arrays.iter().zip(tensors).enumerate() {
+            let (Some(Given::Host(Gradient { array, touched: None })), Some(tensor)) = (array, tensor) else {
+                continue;
+            };
             let label = &table.params[index].label;
-            let raw = look(array, Access::Write, Context { place, label })?.raw;
-            for other in known.meeting(&raw) {
+            for other in map.meeting(tensor.raw()).filter(|other| other.index < index) {
                 let Some(Given::Host(met)) = &arrays[other.index] else { continue };
                 if share_memory(array, &met.array) {
                     let (label, got) = (format!("gradient of {label}"), &table.params[other.index].label);
@@ -954,7 +978,6 @@ impl Engine {
                     return Err(refuse(py, ErrorKind::Value, place, &label, "memory of its own", got, remedy));
                 }
             }
-            known.insert(Interval::of(&raw, index, false));
         }
         Ok(())
     }
@@ -969,8 +992,8 @@ impl Engine {
         let mut guard = self.table_in(py, haste)?;
         self.settle_homes(py, &guard)?;
         self.verify(py, &mut guard, &self.step, haste)?;
-        let elements = guard.params.iter().map(|registered| registered.seen.raw.len).sum();
-        self.call(py, &self.step, &mut guard, elements, haste, call)
+        let work = guard.params.iter().map(|registered| registered.work(&registered.seen.raw, false)).sum();
+        self.call(py, &self.step, &mut guard, work, haste, call)
     }
 
     /// Calls the engine with the parameters of a table that was verified just now, without the interpreter lock
@@ -980,7 +1003,7 @@ impl Engine {
         py: Python<'_>,
         place: &str,
         table: &mut Table,
-        elements: usize,
+        work: usize,
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
@@ -999,7 +1022,7 @@ impl Engine {
                 call(&mut optimizer, &mut targets)
             })
         };
-        let is_small = elements < self.release_lock_from && !self.on_gpu && haste == Haste::Now;
+        let is_small = work < self.release_lock_from && !self.on_gpu && haste == Haste::Now;
         let outcome = if is_small { run() } else { py.detach(run) };
         table.targets = (table.epoch, targets);
         outcome.or_raise(py)

@@ -16,6 +16,7 @@ mod schedules;
 mod series;
 mod shared;
 mod sparse;
+mod threads;
 mod values;
 
 use pyo3::prelude::*;
@@ -29,7 +30,7 @@ mod _roptim {
     #[pymodule_export]
     use crate::device_array::{DeviceArray, DeviceNorm, clip_norm_on_device, synchronize};
     #[pymodule_export]
-    use crate::devices::{devices, limit_threads};
+    use crate::devices::devices;
     #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
@@ -48,6 +49,8 @@ mod _roptim {
 
     #[pymodule_export]
     use crate::series::{Series, Snapshot, examine};
+    #[pymodule_export]
+    use crate::threads::limit_threads;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

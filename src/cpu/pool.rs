@@ -104,8 +104,9 @@ impl Threads {
         if !large || count == 1 { None } else { kept(&mut self.whole, count) }
     }
 
-    /// Calls `f(0), …, f(tasks − 1)`, each once, on the calling thread and on others. Which thread begins with which
-    /// task is the same at every call, so that what a small step works on stays in the cache of one core.
+    /// Calls `f(0), …, f(tasks − 1)`, each once, on the calling thread and on others. The calling thread begins with the
+    /// same tasks at every call, and with two threads so does the other, so that what a small step works on stays in
+    /// the cache of one core.
     ///
     /// Panics if one of the calls does, after all that were begun have ended.
     pub fn spread(&mut self, tasks: usize, f: impl Fn(usize) + Sync) {
@@ -117,14 +118,19 @@ impl Threads {
         self.stretches
             .extend((0..=others).map(|k| Stretch::new(k * tasks / (others + 1), (k + 1) * tasks / (others + 1))));
         let call = Call { f: &f, stretches: &self.stretches, arrived: AtomicUsize::new(1) };
-        // SAFETY: `call` outlives every use of the reference. A thread uses it only inside the gate, which lets nobody
-        // in once it is closed; `closing` closes it before `call` goes, on a panic as well, and waits for who is inside.
-        let shared = unsafe { std::mem::transmute::<&Call<'_>, &'static Call<'static>>(&call) };
+        let lent = Lent((&raw const call).cast());
         let gate = Arc::new(Gate::default());
         let closing = Closing(&gate);
         for _ in 0..others {
             let gate = Arc::clone(&gate);
-            pool.spawn(move || gate.pass(|| shared.work(shared.arrived.fetch_add(1, Ordering::Relaxed))));
+            pool.spawn(move || {
+                gate.pass(|| {
+                    // SAFETY: the gate lets nobody in once it is closed. `closing` closes it before `call` goes, on a
+                    // panic as well, and waits for who is inside: `call` is there.
+                    let call = unsafe { &*lent.address() };
+                    call.work(call.arrived.fetch_add(1, Ordering::Relaxed));
+                });
+            });
         }
         call.work(0);
         drop(closing);
@@ -154,6 +160,20 @@ struct Call<'a> {
     f: &'a (dyn Fn(usize) + Sync),
     stretches: &'a [Stretch],
     arrived: AtomicUsize,
+}
+
+/// The address of a call, for threads that may come when it is over.
+#[derive(Clone, Copy)]
+struct Lent(*const Call<'static>);
+
+// SAFETY: an address; the duty is its user's.
+unsafe impl Send for Lent {}
+
+impl Lent {
+    /// The whole of it, so that a closure captures what may be sent.
+    fn address<'a>(self) -> *const Call<'a> {
+        self.0.cast()
+    }
 }
 
 impl Call<'_> {
@@ -193,7 +213,7 @@ impl Gate {
         self.state.fetch_sub(ONE, Ordering::Release);
     }
 
-    /// Lets nobody in any more and waits for who is inside: for at most one task.
+    /// Lets nobody in any more and waits for who is inside: for one task each, or all that are left after a panic here.
     fn close(&self) {
         const TURNS_BEFORE_YIELDING: usize = 1000;
         self.state.fetch_or(CLOSED, Ordering::Relaxed);

@@ -64,7 +64,8 @@ impl<T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<
         let Self { isa, x, pairs, start, len, fold } = self;
         if E::IS_COMPUTE_TYPE && x.strides.is_none() {
             // SAFETY: the caller keeps the range within the tensor, whose type E is.
-            return isa.run(Joining { x: unsafe { whole::<F>(x.ptr, start, len) }, pairs, fold });
+            let x = unsafe { whole::<F>(x.ptr, start, len) };
+            return isa.run(Joining { x, pairs, fold });
         }
         let mut buffer = [F::ZERO; SUM_BLOCK];
         for (i, part) in buffer[..len].chunks_mut(BLOCK).enumerate() {

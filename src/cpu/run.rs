@@ -28,9 +28,9 @@ use crate::tensor::RawTensor;
 /// One kernel over pieces of jobs that share a row of coefficients.
 ///
 /// # Safety
-/// The machine has the instruction set. Each piece lies within the gradient of its job, and tensors and slots (of a parameter with rows, within these) are
-/// allocated, aligned and of the dtype the function was selected for; parameter and slots, and a
-/// gradient that is cleared, are writable and touched by no other thread of the step.
+/// The machine has the instruction set. Each piece lies within the gradient of its job, and tensors and slots (of a
+/// parameter with rows, within these) are allocated, aligned and of the dtype the function was selected for; parameter
+/// and slots, and a gradient that is cleared, are writable and touched by no other thread of the step.
 pub(super) type Pass = unsafe fn(Isa, &Row, &[Job], &[Piece]);
 
 /// A selected loop and the instruction set it runs with.

@@ -744,6 +744,10 @@ impl Optimizer {
         // rows and dtypes, and the slots were allocated for exactly these. Gradients are cleared where
         // `step_and_clear_raw` was promised that they may be.
         unsafe { executor.execute(&scratch.rows) };
+        if executor.jobs_mut().iter().any(|job| job.rows.is_some()) {
+            // Rows are of one step: nothing of them is kept.
+            executor.clear();
+        }
         scratch.clears_gradients = false;
         Ok(())
     }

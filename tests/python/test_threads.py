@@ -357,3 +357,19 @@ def test_a_forked_child_keeps_the_bound() -> None:
 def test_bounds_beyond_all_machines_bound_nothing(n: int) -> None:
     with roptim.threads(n):
         assert used(SGD([np.zeros(3, np.float32)], threads=3)) == 3
+
+
+def test_blocks_that_do_not_nest_leave_no_bound_behind() -> None:
+    """Two coroutines of one thread, of which the first to enter is the first to leave."""
+    opt = SGD([np.zeros(3, np.float32)], threads=3)
+
+    async def block(before: float, within: float, n: int) -> None:
+        await asyncio.sleep(before)
+        with roptim.threads(n):
+            await asyncio.sleep(within)
+
+    async def both() -> None:
+        await asyncio.gather(block(0, 0.02, 1), block(0.01, 0.02, 2))
+
+    asyncio.run(both())
+    assert used(opt) == 3

@@ -698,3 +698,22 @@ def test_an_update_that_raises_on_a_gpu_clears_where_the_step_did_not_raise(gpu:
         opt.step(zero_grad=True)
         opt.sync()
     assert g[0] == (1 if sync else 0)
+
+
+def test_a_gradient_on_a_device_is_refused(gpu: str) -> None:
+    """The copy that the CPU works on would be cleared, and the gradient not."""
+    p, g = np.ones(3, np.float32), roptim.gpu.array(np.ones(3, np.float32), device=gpu, allow_software=True)
+    with pytest.raises(TypeError, match="must be an array, got one on a device"):
+        SGD([p], lr=0.5).step([g], zero_grad=True)
+    assert p.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_zero_grad_is_true_or_false(value: Any) -> None:
+    p, g = np.ones(3, np.float32), np.ones(3, np.float32)
+    if value is None:
+        SGD([p], lr=0.5).step([g], zero_grad=value)
+    else:
+        with pytest.raises(TypeError, match="zero_grad must be True or False"):
+            SGD([p], lr=0.5).step([g], zero_grad=value)
+    assert g.tolist() == [1, 1, 1]
