@@ -100,7 +100,7 @@ def test_errors_of_steps_pass_through() -> None:
 def test_a_refused_bound_changes_nothing() -> None:
     with roptim.threads(3):
         for wrong in (0, -1, None, 2.5):
-            with pytest.raises(roptim.RoptimError), roptim.threads(wrong):  # type: ignore[arg-type]  # on purpose
+            with pytest.raises(roptim.RoptimError), roptim.threads(wrong):  # type: ignore[arg-type]  # a type to refuse
                 pytest.fail("entered")
             assert bound() == 3
 
