@@ -127,15 +127,17 @@ def moved_bytes(opt: Any, p: Any) -> float:
 def torch_steps(torch: Any, name: str, n: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """torch's forms of an optimizer on its device."""
     steps: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
-    for mode in ("fused", "foreach"):
+    for mode in ("fused", "foreach", None):
+        if mode is None and steps:
+            continue
         p = torch.nn.Parameter(torch.ones(shape_of(name, n), device="cuda"))
         p.grad = torch.full_like(p, 1e-3)
         try:
-            opt = getattr(torch.optim, name)([p], **{mode: True})
+            opt = getattr(torch.optim, name)([p], **({mode: True} if mode else {}))
             opt.step()
         except (AttributeError, TypeError, RuntimeError, ValueError):
             continue
-        steps[f"torch {mode}"] = (opt.step, torch.cuda.synchronize)
+        steps[f"torch {mode or 'default'}"] = (opt.step, torch.cuda.synchronize)
     return steps
 
 
@@ -146,20 +148,27 @@ def rules(bench: Bench, n: int, record: dict[str, Any]) -> None:
     def copy() -> None:
         target[...] = source
 
+    copies = {"copy": (copy, bench.wait)}
+    if bench.torch is not None:
+        # The driver's Vulkan copies may be slower than CUDA's: the faster one is the yardstick.
+        theirs, ours = (bench.torch.ones(n, device="cuda") for _ in range(2))
+        copies["CUDA copy"] = (lambda: theirs.copy_(ours), bench.torch.cuda.synchronize)
+
     rows, found = [], {}
     for name, entry in REGISTRY.items():
         if "gpu" not in entry["backends"] or entry["needs_closure"]:
             continue
         for title, hypers in [(name, {}), *([("AdamW, clip_norm", {"clip_norm": 1.0})] if name == "AdamW" else [])]:
-            # Muon computes more than it moves: on a software adapter a small matrix is long enough.
-            size = min(n, 2**14) if bench.is_software and name == "Muon" else n
+            # Muon computes far more than it moves: a smaller matrix is long enough.
+            size = min(n, 2**14 if bench.is_software else 2**22) if name == "Muon" else n
             opt, p = resident(bench, name, size, **hypers)
-            entrants = {"copy": (copy, bench.wait), "roptim": (opt.step, bench.wait)}
+            entrants = {**copies, "roptim": (opt.step, bench.wait)}
             if bench.torch is not None and not hypers:
                 entrants |= torch_steps(bench.torch, name, size)
             times = bench.times(entrants)
             bytes_ = moved_bytes(opt, p) + (4 if hypers else 0)
-            of_copy = bytes_ * p.size / 8 / n * median_ratio(times["copy"], times["roptim"])
+            yardstick = min((times[key] for key in copies), key=statistics.median)
+            of_copy = bytes_ * p.size / 8 / n * median_ratio(yardstick, times["roptim"])
             peers = [
                 f"{key} {median_ratio(value, times['roptim']):.2f}x" for key, value in times.items() if "torch" in key
             ]

@@ -43,7 +43,7 @@ pub mod tensor;
 
 pub use error::{Error, ErrorKind, Result};
 pub use hyper::{Hyper, Hypers, Range, Value};
-pub use optimizer::{Guard, Nonfinite, Optimizer, Options};
+pub use optimizer::{Besides, Guard, Nonfinite, Optimizer, Options};
 pub use real::Dtype;
 pub use rules::{Preset, REGISTRY};
 pub use store::{ParamInfo, StateDict};

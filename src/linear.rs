@@ -228,11 +228,12 @@ fn joined<F: Real>(
     join_tree(&mut map(loops, n.div_ceil(SUM_BLOCK), block), &join)
 }
 
-struct Joined<'a, F, T, J> {
-    x: &'a [F],
-    y: &'a [F],
-    term: &'a T,
-    join: &'a J,
+/// The terms of a block of two arrays, joined in lanes.
+pub(crate) struct Joined<'a, F, T, J> {
+    pub(crate) x: &'a [F],
+    pub(crate) y: &'a [F],
+    pub(crate) term: &'a T,
+    pub(crate) join: &'a J,
 }
 
 impl<F: Real, T: Fn(f64, f64) -> f64, J: Fn(f64, f64) -> f64> Loop for Joined<'_, F, T, J> {

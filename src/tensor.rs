@@ -182,6 +182,16 @@ impl<'a, F: Real> From<&'a [F]> for TensorRef<'a> {
     }
 }
 
+/// An empty vector with room for `n` values, or an error where there is no memory for them.
+pub(crate) fn reserved<T>(n: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(n).map_err(|_| {
+        let bytes = n.saturating_mul(size_of::<T>());
+        Error::plain(ErrorKind::OutOfMemory, format!("roptim: {bytes} bytes of working memory could not be allocated"))
+    })?;
+    Ok(values)
+}
+
 /// One slot of one parameter: zeroed memory, aligned to a cache line, that never moves.
 ///
 /// Shared (`Arc`) between the store and whatever array views the binding hands out. Large ones are mapped: the system

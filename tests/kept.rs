@@ -4,7 +4,8 @@ use roptim::real::Real;
 use roptim::rule::Sparse;
 use roptim::tensor::Rows;
 use roptim::{
-    Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, Preset, REGISTRY, TensorMut, TensorRef, Value,
+    Besides, Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, Preset, REGISTRY, TensorMut, TensorRef,
+    Value,
 };
 
 /// Matrices, which every optimizer takes; the last is worth several threads.
@@ -217,4 +218,72 @@ fn norms_have_the_same_bits_for_any_number_of_threads() {
             }
         }
     }
+}
+
+#[test]
+fn an_average_that_follows_has_the_bits_of_one_that_comes_after() {
+    for preset in dense() {
+        for decay in [Value::None, Value::Float(0.9)] {
+            let options = Options::default();
+            let mut both = [optimizer(preset, &options), optimizer(preset, &options)];
+            let mut averages = both.each_ref().map(|_| {
+                let mut average = Optimizer::cpu("AveragedModel", &options).unwrap();
+                let infos = SHAPES.map(|shape| ParamInfo::vector("w", shape.iter().product(), Dtype::F32)).into();
+                average.add_group(&[("decay", decay)], infos).unwrap();
+                average
+            });
+            let mut values = [arrays(1), arrays(1)];
+            let mut averaged = [arrays(1), arrays(1)];
+            for at in 0..6usize {
+                let g = arrays(100 + at as u64);
+                let is_present = |i: usize| at < 2 || (i + at) % 3 != 0;
+                let gradients: Vec<Option<TensorRef<'_>>> =
+                    g.iter().enumerate().map(|(i, g)| is_present(i).then(|| g.as_slice().into())).collect();
+                let [one, two] = &mut both;
+                let [follower, later] = &mut averages;
+                let before = values[0].clone();
+                let besides = Besides { average: Some((follower, &mut writable(&mut averaged[0]))), measures: true };
+                one.step_with(&mut writable(&mut values[0]), &gradients, besides).unwrap();
+                two.step(&mut writable(&mut values[1]), &gradients).unwrap();
+                let now: Vec<Option<TensorRef<'_>>> = values[1].iter().map(|p| Some(p.as_slice().into())).collect();
+                later.step(&mut writable(&mut averaged[1]), &now).unwrap();
+                assert_eq!(values[0], values[1], "{} step {at}", preset.name);
+                assert_eq!(averaged[0], averaged[1], "{} step {at}", preset.name);
+                assert_eq!(one.squares().len(), SHAPES.len());
+                assert!(two.squares().is_empty());
+                for (i, squares) in one.squares().iter().enumerate() {
+                    let Some(squares) = squares else {
+                        assert!(!is_present(i));
+                        continue;
+                    };
+                    let sum = |terms: &mut dyn Iterator<Item = f64>| terms.map(|x| x * x).sum::<f64>();
+                    let wide = |x: &f32| f64::from(*x);
+                    let want = [
+                        (squares.gradient, sum(&mut g[i].iter().map(wide))),
+                        (squares.parameter, sum(&mut values[0][i].iter().map(wide))),
+                        (squares.update, sum(&mut values[0][i].iter().zip(&before[i]).map(|(a, b)| wide(a) - wide(b)))),
+                    ];
+                    for (got, want) in want {
+                        assert!((got - want).abs() <= 1e-12 * want, "{}: {got} in place of {want}", preset.name);
+                    }
+                }
+            }
+            let [follower, later] = &averages;
+            assert!(follower.entries().iter().zip(later.entries()).all(|(a, b)| (a.step, b.step) == (6, 6)));
+        }
+    }
+}
+
+#[test]
+fn an_average_that_does_not_fit_changes_nothing() {
+    let options = Options::default();
+    let mut sgd = Optimizer::cpu("SGD", &options).unwrap();
+    sgd.add_group(&[], vec![ParamInfo::vector("w", 3, Dtype::F32)]).unwrap();
+    let mut average = Optimizer::cpu("AveragedModel", &options).unwrap();
+    average.add_group(&[], vec![ParamInfo::vector("w", 4, Dtype::F32)]).unwrap();
+    let (mut p, mut a, g) = (vec![1.0f32; 3], vec![0.0f32; 4], [1.0f32; 3]);
+    let besides = Besides { average: Some((&mut average, &mut [a.as_mut_slice().into()])), measures: false };
+    let error = sgd.step_with(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())], besides).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Value);
+    assert_eq!((p, a, sgd.update_count(), average.update_count()), (vec![1.0; 3], vec![0.0; 4], 0, 0));
 }

@@ -38,6 +38,7 @@ from roptim._loading import LoadReport
 from roptim._parameter import Parameter
 from roptim._roptim import __version__
 from roptim._sparse import SparseGrad
+from roptim._statistics import Norms, Statistics
 from roptim._threads import threads
 from roptim.optimizer import Optimizer
 from roptim.optimizers import (
@@ -91,6 +92,7 @@ __all__ = [
     "NAdam",
     "NoAdapterError",
     "NonfiniteError",
+    "Norms",
     "Optimizer",
     "OutOfMemoryError",
     "ParamGroup",
@@ -105,6 +107,7 @@ __all__ = [
     "Rprop",
     "SparseAdam",
     "SparseGrad",
+    "Statistics",
     "TornError",
     "__version__",
     "clip_grad_norm_",

@@ -174,12 +174,13 @@ class AveragedModel:
         self.module = _built(self._spec, iter(self._averages))
         self._engine: Engine | None = None
         options = checked_options(_PLACE, {**OPTIONS, "flush_denormals": False, **self._options})
+        self._on_cpu = options["backend"] == "cpu"
         if isinstance(self._function, _Known):
             self._engine = Engine("AveragedModel", **options)
             known = {"decay": self._function.decay, "lerp": self._function.lerp}
             self._engine.add_group(known, self._averages, None)
             self.n_averaged = self._count
-        elif options["backend"] != "cpu":
+        elif not self._on_cpu:
             allowed = '"cpu" for a function of your own'
             raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(options["backend"]))
 
@@ -211,9 +212,12 @@ class AveragedModel:
             If something does not fit; nothing has changed then, nor after an error of a function of your own.
         """
         place = f"{_PLACE}.update_parameters"
+        self._update(place, self._read(place, model), buffers)
+
+    def _update(self, place: str, params: list[Any], buffers: Any = None) -> None:
         values = [
             _numbers(place, f"parameter {i}", p, average)
-            for i, (p, average) in enumerate(zip(self._read(place, model), self._averages, strict=True))
+            for i, (p, average) in enumerate(zip(params, self._averages, strict=True))
         ]
         # The average of a model may be joined to itself, and to others.
         own = [average._array if isinstance(average, Parameter) else average for average in self._averages]
@@ -232,6 +236,31 @@ class AveragedModel:
         for mine, theirs in zip(self._buffers, new_buffers, strict=True):
             mine[...] = theirs
         self._count += 1
+
+    def _check_fit(self, place: str, params: list[Any]) -> None:
+        """Refuses to be the average of these parameters, which a step is about to change."""
+        if self._buffer_spec is not None:
+            remedy = "call its update_parameters after the step"
+            raise refuse(RoptimValueError, place, "average", "one without buffers", "one with buffers", remedy)
+        if len(params) != len(self._averages):
+            got = str(len(self._averages))
+            raise refuse(RoptimValueError, place, "average", f"of {len(params)} parameters, as the optimizer", got)
+        for i, (p, average) in enumerate(zip(params, self._averages, strict=True)):
+            if (p.shape, p.dtype) != (average.shape, average.dtype):
+                want, got = f"{p.dtype} of shape {p.shape}", f"{average.dtype} of shape {average.shape}"
+                raise refuse(RoptimValueError, place, f"average of parameter {i}", want, got)
+
+    @property
+    def _follower(self) -> Engine | None:
+        """The engine that joins parameters in the pass of their update, where one can."""
+        return self._engine if self._on_cpu else None
+
+    def _stepped(self, params: list[Any] | None) -> None:
+        """After a step in which the average joined the parameters; it does so now where they are given."""
+        if params is None:
+            self._count += 1
+        else:
+            self._update(f"{_PLACE}.update_parameters", params)
 
     def _joined(self, what: str, averages: list[Any], values: list[Any]) -> list[Any]:
         """The new averages, apart from the old ones, in their dtypes."""

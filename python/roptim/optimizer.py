@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -40,6 +40,10 @@ from roptim._roptim import Engine
 from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at, values_at
 from roptim._signals import deferred
 from roptim._state import State
+from roptim._statistics import Statistics, statistics_of
+
+if TYPE_CHECKING:
+    from roptim._averaging import AveragedModel
 
 __all__ = ["REGISTRY", "Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
@@ -373,7 +377,15 @@ class Optimizer:
 
     # ---- steps ------------------------------------------------------------------------------------------
 
-    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False) -> Any:
+    def step(
+        self,
+        gradients: Any = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        zero_grad: bool = False,
+        average: AveragedModel | None = None,
+        statistics: bool = False,
+    ) -> Any:
         """One update of every parameter that has a gradient, in place.
 
         Parameters
@@ -396,6 +408,12 @@ class Optimizer:
             GPU comes after the step, unless ``nonfinite_sync`` is on: they are cleared by then, as they are when post
             hooks run.) Gradients of Parameters with ``requires_grad=False`` stay; after :meth:`accumulate` it is every
             ``.grad``, as in :meth:`zero_grad` without ``set_to_none``.
+        average : AveragedModel, optional
+            An average of all parameters, in their order, which joins them after the update as its
+            ``update_parameters`` would, to the bit, also where the update is left out. An average that the engine
+            computes does so on the CPU while the update has the parameters at hand, which spares reading them again.
+        statistics : bool
+            Whether :attr:`statistics` are taken while the update has the numbers at hand. Of steps on the CPU.
 
         Returns
         -------
@@ -408,7 +426,7 @@ class Optimizer:
         """
         self._step_called = True
         if (self._hooks is not None or _PRE or _POST) and self._has_hooks():
-            return self._step_with_hooks(Optimizer.step, *_given(gradients, closure, zero_grad))
+            return self._step_with_hooks(Optimizer.step, *_given(gradients, closure, zero_grad, average, statistics))
         if self._engine is None:
             raise NotImplementedError(f"{type(self).__name__} must define step")
         loss = None
@@ -418,23 +436,47 @@ class Optimizer:
                 loss, gradients = _evaluated(closure)
         if self._scheduled:
             self._follow_schedules()
-        if zero_grad:
-            self._step_and_clear(gradients, zero_grad)
+        if zero_grad or average is not None or statistics is not False:
+            self._step_and_more(gradients, zero_grad, average, statistics)
         else:
             self._engine.step(None if gradients is None else self._read(gradients))
         if self._scheduled:
             self._show_schedules()
         return loss
 
-    def _step_and_clear(self, gradients: Any, zero_grad: bool) -> None:
-        assert self._engine is not None
-        if not isinstance(zero_grad, (bool, np.bool_)):
-            raise refuse(RoptimTypeError, f"{self._place}.step", "zero_grad", "True or False", repr(zero_grad))
-        if gradients is None and self._engine.has_sums:
-            self._engine.step()
-            self.zero_grad(set_to_none=False)
+    def _step_and_more(self, gradients: Any, zero_grad: bool, average: Any, statistics: bool) -> None:
+        engine = self._engine
+        assert engine is not None
+        place = f"{self._place}.step"
+        for name, switch in (("zero_grad", zero_grad or False), ("statistics", statistics)):
+            if not isinstance(switch, (bool, np.bool_)):
+                raise refuse(RoptimTypeError, place, name, "True or False", repr(switch))
+        accumulated = gradients is None and engine.has_sums
+        given = None if gradients is None else self._read(gradients)
+        # Sums of gradients are the engine's own: nothing of them is cleared in the pass.
+        clears = bool(zero_grad) and not accumulated
+        if average is None:
+            engine.step(given, clears, None, bool(statistics))
         else:
-            self._engine.step(None if gradients is None else self._read(gradients), True)
+            objects = self._state._objects
+            follower = _average(average, place, objects)._follower
+            follows = follower is not None and not accumulated and self._options["backend"] == "cpu"
+            engine.step(given, clears, follower if follows else None, bool(statistics))
+            average._stepped(None if follows else objects)
+        if zero_grad and accumulated:
+            self.zero_grad(set_to_none=False)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Norms of gradients, updates and parameters in the last step, if it was ``step(..., statistics=True)``.
+
+        None after another step, and where no parameter was updated.
+        """
+        if self._engine is None:
+            return None
+        squares = self._engine.squares()
+        names: list[str | int] = list(self._state._by_name)
+        return statistics_of(squares, names or list(range(len(squares))))
 
     def accumulate(self, gradients: Any = None) -> None:
         """Adds gradients to sums that the next ``step()`` without gradients takes; they begin anew then.
@@ -877,7 +919,15 @@ def _hooked(own: Callable[..., Any]) -> Callable[..., Any]:
 class ClosureOptimizer(Optimizer):
     """Base class of the engine's optimizers whose step evaluates the loss several times."""
 
-    def step(self, gradients: Any = None, *, closure: Callable[[], Any] | None = None, zero_grad: bool = False) -> Any:
+    def step(
+        self,
+        gradients: Any = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+        zero_grad: bool = False,
+        average: AveragedModel | None = None,
+        statistics: bool = False,
+    ) -> Any:
         """One step: up to ``max_iter`` iterations along directions downhill.
 
         Parameters
@@ -890,6 +940,11 @@ class ClosureOptimizer(Optimizer):
             Only the place of the first argument; gradients alone are refused.
         zero_grad : bool
             Must be False: the closure decides what becomes of its gradients.
+        average : AveragedModel, optional
+            An average of all parameters, in their order, which joins them after the step as its
+            ``update_parameters`` would.
+        statistics : bool
+            Must be False: a step is no single update.
 
         Returns
         -------
@@ -904,7 +959,8 @@ class ClosureOptimizer(Optimizer):
         assert self._engine is not None
         self._step_called = True
         if self._has_hooks():
-            return self._step_with_hooks(ClosureOptimizer.step, *_given(gradients, closure, zero_grad))
+            given = _given(gradients, closure, zero_grad, average, statistics)
+            return self._step_with_hooks(ClosureOptimizer.step, *given)
         gradients, closure = self._told_apart(gradients, closure)
         place = f"{self._place}.step"
         if closure is None or gradients is not None:
@@ -914,6 +970,11 @@ class ClosureOptimizer(Optimizer):
         if zero_grad:
             remedy = "clear the gradients in the closure"
             raise refuse(RoptimValueError, place, "zero_grad", "False", repr(zero_grad), remedy)
+        if statistics is not False:
+            raise refuse(RoptimValueError, place, "statistics", "False", repr(statistics))
+        objects = self._state._objects
+        if average is not None:
+            _average(average, place, objects)
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:
@@ -934,6 +995,8 @@ class ClosureOptimizer(Optimizer):
         self._engine.minimize(evaluate)
         if self._scheduled:
             self._show_schedules()
+        if average is not None:
+            average._stepped(objects)
         return losses[0]
 
 
@@ -943,11 +1006,25 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
     return loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
 
 
-def _given(gradients: Any, closure: Any, zero_grad: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _average(average: Any, place: str, objects: list[Any]) -> AveragedModel:
+    """An average that fits to these parameters."""
+    from roptim._averaging import AveragedModel
+
+    if not isinstance(average, AveragedModel):
+        got = f"an object of type {type(average).__name__}"
+        raise refuse(RoptimTypeError, place, "average", "an AveragedModel", got)
+    average._check_fit(place, objects)
+    return average
+
+
+def _given(
+    gradients: Any, closure: Any, zero_grad: bool, average: Any, statistics: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
     by_name = {"closure": closure} if closure is not None else {}
-    if zero_grad:
-        by_name["zero_grad"] = zero_grad
+    for name, value in (("zero_grad", zero_grad), ("average", average), ("statistics", statistics)):
+        if value is not None and value is not False:
+            by_name[name] = value
     return () if gradients is None else (gradients,), by_name
 
 

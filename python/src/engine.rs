@@ -13,7 +13,7 @@ use roptim::rules::Method;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
 use roptim::{
-    Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value,
+    Besides, Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value,
 };
 
 use crate::arrays::{self, Access, Context, Seen, Taking, as_array, look, share_memory};
@@ -84,6 +84,58 @@ impl Registered {
     fn recognized(&self, Gradient { array, touched }: &Gradient<'_>, access: Access, epoch: u64) -> Option<*mut u8> {
         let address = self.seen.glance(array, access).filter(|_| touched.is_none())?;
         ((address as usize, epoch) == self.clear_of).then_some(address)
+    }
+}
+
+/// An average that joins parameters in their step.
+struct Lent<'e> {
+    engine: &'e Engine,
+    table: MutexGuard<'e, Table>,
+}
+
+impl<'e> Lent<'e> {
+    /// An average of the parameters of `engine`.
+    fn from(py: Python<'_>, average: &'e Engine, engine: &Engine, place: &str) -> PyResult<Self> {
+        if average.name() != "AveragedModel" || average.on_gpu || engine.on_gpu {
+            let (allowed, got) = ("an AveragedModel on the CPU, as is the optimizer", average.name());
+            return Err(refuse(py, ErrorKind::Type, place, "average", allowed, got, None));
+        }
+        Ok(Self { engine: average, table: average.table(py)? })
+    }
+
+    /// The averages, verified: as many as there are parameters, of their shapes, in memory that is neither theirs nor
+    /// that of gradients.
+    fn tensors(
+        &mut self,
+        py: Python<'_>,
+        of: &Table,
+        gradients: &[Option<TensorRef<'_>>],
+        place: &str,
+    ) -> PyResult<Vec<TensorMut<'static>>> {
+        let refuse =
+            |name: &str, allowed: &str, got: String| Err(refuse(py, ErrorKind::Value, place, name, allowed, got, None));
+        self.engine.verify(py, &mut self.table, place, Haste::Now)?;
+        let averages = &self.table.params;
+        if averages.len() != of.params.len() {
+            return refuse("average", &format!("of {} parameters", of.params.len()), averages.len().to_string());
+        }
+        for (p, average) in of.params.iter().zip(averages) {
+            let (want, got) = (p.seen.shape(), average.seen.shape());
+            if want != got {
+                let name = format!("average of {}", p.label);
+                return refuse(&name, &format!("of shape {}", shape_text(want)), shape_text(got));
+            }
+        }
+        let given = gradients.iter().zip(&of.params).filter_map(|(g, p)| Some((g.as_ref()?.raw(), "gradient of ", p)));
+        for (raw, what, p) in of.params.iter().map(|p| (&p.seen.raw, "", p)).chain(given) {
+            // Averages are copies without gaps: who lies between their first and last byte shares memory with them.
+            if self.table.writable.meeting(raw).next().is_some() {
+                return refuse(&format!("{what}{}", p.label), "memory of its own", "memory of the average".into());
+            }
+        }
+        // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table, which is locked,
+        // holds them. With what else the step reads and writes they share no memory.
+        Ok(averages.iter().map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) }).collect())
     }
 }
 
@@ -561,30 +613,60 @@ impl Engine {
     }
 
     /// One update. `gradients` in order of registration, None for "no gradient"; without the list each
-    /// Parameter's own gradient. With `clear` they are set to zero then.
-    #[pyo3(signature = (gradients=None, clear=false))]
-    fn step(&self, py: Python<'_>, gradients: Option<&Bound<'_, PyList>>, clear: bool) -> PyResult<()> {
-        if gradients.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
-            return self.with_parameters(py, Haste::Now, Optimizer::step_accumulated);
+    /// Parameter's own gradient. With `clear` they are set to zero then, an `average` joins the parameters, and with
+    /// `measures` sums of squares are taken, all in the pass of the update where the optimizer allows it.
+    #[pyo3(signature = (gradients=None, clear=false, average=None, measures=false))]
+    fn step(
+        &self,
+        py: Python<'_>,
+        gradients: Option<&Bound<'_, PyList>>,
+        clear: bool,
+        average: Option<PyRef<'_, Self>>,
+        measures: bool,
+    ) -> PyResult<()> {
+        let average = average.as_deref();
+        if gradients.is_none() && average.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
+            let besides = || Besides { average: None, measures };
+            return self
+                .with_parameters(py, Haste::Now, |optimizer, params| optimizer.step_accumulated(params, besides()));
         }
         let access = if clear { Access::Write } else { Access::Read };
-        self.with_gradients(py, &self.step, gradients, access, Haste::Now, |optimizer, params, gradients| {
-            if clear {
-                // SAFETY: they were looked at as what is written, and for memory in common.
-                unsafe { optimizer.step_and_clear_raw(params, gradients) }
-            } else {
-                optimizer.step(params, gradients)
-            }
-        })
+        let mut lent = average.map(|average| Lent::from(py, average, self, &self.step)).transpose()?;
+        let lent = lent.as_mut();
+        self.with_gradients(
+            py,
+            &self.step,
+            gradients,
+            access,
+            Haste::Now,
+            lent,
+            |optimizer, besides, params, gradients| {
+                let besides = Besides { measures, ..besides };
+                if clear {
+                    // SAFETY: they were looked at as what is written, and for memory in common.
+                    unsafe { optimizer.step_and_clear_raw(params, gradients, besides) }
+                } else {
+                    optimizer.step_with(params, gradients, besides)
+                }
+            },
+        )
+    }
+
+    /// By parameter, of the last step where it was asked for them: squares of gradient, update and parameter, summed.
+    fn squares(&self, py: Python<'_>) -> PyResult<Vec<Option<(f64, f64, f64)>>> {
+        let optimizer = self.shared.try_use().or_raise(py)?;
+        let squares = optimizer.squares().iter();
+        Ok(squares.map(|squares| squares.map(|s| (s.gradient, s.update, s.parameter))).collect())
     }
 
     /// Adds gradients to sums on the device, which the next step without gradients takes.
     fn accumulate(&self, py: Python<'_>, gradients: &Bound<'_, PyList>) -> PyResult<()> {
-        let add = |optimizer: &mut Optimizer, _: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]| {
-            optimizer.accumulate(gradients)
-        };
+        let add = |optimizer: &mut Optimizer,
+                   _: Besides<'_, '_>,
+                   _: &mut [TensorMut<'_>],
+                   gradients: &[Option<TensorRef<'_>>]| { optimizer.accumulate(gradients) };
         let place = format!("{}.accumulate", self.name());
-        self.with_gradients(py, &place, Some(gradients), Access::Read, Haste::Now, add)
+        self.with_gradients(py, &place, Some(gradients), Access::Read, Haste::Now, None, add)
     }
 
     /// Forgets such sums.
@@ -658,7 +740,8 @@ impl Engine {
                 gradients.as_ref(),
                 Access::Read,
                 Haste::Wait,
-                |optimizer, params, gradients| optimizer.tell(loss, params, gradients),
+                None,
+                |optimizer, _, params, gradients| optimizer.tell(loss, params, gradients),
             )
         };
         loop {
@@ -896,7 +979,14 @@ impl Engine {
         gradients: Option<&Bound<'_, PyList>>,
         access: Access,
         haste: Haste,
-        call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>], &[Option<TensorRef<'_>>]) -> roptim::Result<T> + Send,
+        mut average: Option<&mut Lent<'_>>,
+        call: impl FnOnce(
+            &mut Optimizer,
+            Besides<'_, '_>,
+            &mut [TensorMut<'_>],
+            &[Option<TensorRef<'_>>],
+        ) -> roptim::Result<T>
+        + Send,
     ) -> PyResult<T> {
         let mut guard = self.table_in(py, haste)?;
         let table = &mut *guard;
@@ -904,6 +994,9 @@ impl Engine {
         // does, up to the engine's own step.
         let arrays = self.collect(py, table, gradients, access, place)?;
         self.settle_homes(py, table)?;
+        if let Some(average) = &average {
+            average.engine.settle_homes(py, &average.table)?;
+        }
         self.verify(py, table, place, haste)?;
         let mut tensors = std::mem::take(&mut table.gradients);
         tensors.resize(arrays.len(), None);
@@ -943,7 +1036,22 @@ impl Engine {
         if access == Access::Write {
             self.refuse_common_memory(py, table, &arrays, &tensors, place)?;
         }
-        let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| call(optimizer, params, &tensors);
+        let mut averages = match &mut average {
+            Some(average) => average.tensors(py, table, &tensors, place)?,
+            None => Vec::new(),
+        };
+        let joined = average.map(|average| &*average.engine.shared);
+        if joined.is_some() {
+            work = work.saturating_mul(2);
+        }
+        let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| match joined {
+            None => call(optimizer, Besides::default(), params, &tensors),
+            Some(shared) => {
+                let mut average = shared.try_use()?;
+                let besides = Besides { average: Some((&mut average, &mut averages)), measures: false };
+                call(optimizer, besides, params, &tensors)
+            }
+        };
         let outcome = self.call(py, place, table, work, haste, run);
         drop(arrays);
         if is_light {

@@ -5,6 +5,7 @@
 //! threads, [`reduce`] the sums whose bits do not depend on threads or chunks. Tensor rules go through
 //! `whole`, one tensor at a time.
 
+mod measure;
 pub(crate) mod memory;
 pub mod plan;
 pub mod pool;
@@ -16,12 +17,17 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::error::Result;
 pub use crate::isa::Isa;
 use crate::isa::Loops;
+use crate::linear::SUM_BLOCK;
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
 use crate::tensor::{RawTensor, Rows, TensorMut, TensorRef};
+pub(crate) use measure::Before;
+pub use measure::Squares;
+use measure::Sums;
 pub use memory::fingerprint;
 use plan::{Piece, Plan};
 pub use pool::Threads;
@@ -59,6 +65,15 @@ pub struct Job {
 unsafe impl Send for Job {}
 // SAFETY: as above.
 unsafe impl Sync for Job {}
+
+/// What is done besides the jobs, piece by piece, while the numbers are in the cache.
+#[derive(Debug, Default)]
+pub struct Besides<'a> {
+    /// Jobs on the same elements, one for each of the executor's, that come after it; and their rows.
+    pub followers: Option<(&'a [Job], &'a [Row])>,
+    /// Where the sums of squares of each job go.
+    pub squares: Option<&'a mut Vec<Squares>>,
+}
 
 /// Picks the compiled loop of a kernel for dtypes and instruction set.
 struct Select {
@@ -99,6 +114,11 @@ impl Executor {
         self.chunk = Some(chunk.max(1));
         self.plan = Plan::default();
         self.jobs.clear();
+    }
+
+    /// The jobs.
+    pub fn jobs(&self) -> &[Job] {
+        &self.jobs
     }
 
     /// The jobs, whose rows may be changed.
@@ -142,27 +162,33 @@ impl Executor {
         self.jobs.push(job);
     }
 
-    /// Runs the jobs pushed since [`Executor::clear`].
+    /// Runs the jobs pushed since [`Executor::clear`]. On an error nothing has changed.
     ///
     /// # Safety
     /// Each job's tensors must be allocated and aligned for the dtypes its loop was picked for, of equal
     /// length or the gradient as long as the rows, which lie within the parameter; parameter and slots
     /// must be writable, and so must gradients whose row clears them; nothing written by one job may overlap anything of
-    /// another.
-    pub unsafe fn execute(&mut self, rows: &[Row]) {
+    /// another, but for what a follower reads of its own job. With squares no job has rows.
+    pub unsafe fn execute(&mut self, rows: &[Row], Besides { followers, squares }: Besides<'_>) -> Result<()> {
         let elements: usize = self.jobs.iter().map(|job| job.g.len).sum();
         let chunk = self.chunk.unwrap_or_else(|| plan::chunk(elements, self.threads.count()));
-        self.plan.update(chunk, self.jobs.iter().map(|j| j.g.len));
+        let lengths = self.jobs.iter().map(|job| job.g.len);
+        let sums = squares.is_some().then(|| Sums::of(lengths.clone())).transpose()?;
+        self.plan.update(chunk, if sums.is_some() { SUM_BLOCK } else { 1 }, lengths);
         let (plan, jobs) = (&self.plan, &self.jobs[..]);
         let run = |pieces: &[Piece]| {
-            let key = |piece: &Piece| {
-                let Job { pass: PassFn { pass, isa }, row, .. } = jobs[piece.tensor];
-                (pass as usize, isa, row)
-            };
-            for alike in pieces.chunk_by(|a, b| key(a) == key(b)) {
-                let Job { pass: PassFn { pass, isa }, row, .. } = jobs[alike[0].tensor];
-                // SAFETY: the caller's duty; pieces of one tensor are disjoint and within its length.
-                unsafe { pass(isa, &rows[row], jobs, alike) };
+            // SAFETY: the caller's duty; pieces of one tensor are disjoint and within its length, and where sums are
+            // taken they begin at a block.
+            unsafe {
+                match followers {
+                    None => run_pieces(jobs, rows, pieces, sums.as_ref()),
+                    Some(followers) => {
+                        for piece in pieces.iter().flat_map(Piece::blocks) {
+                            run_pieces(jobs, rows, &[piece], sums.as_ref());
+                            run_pieces(followers.0, followers.1, &[piece], None);
+                        }
+                    }
+                }
             }
         };
         if elements < INLINE_ELEMENTS {
@@ -170,6 +196,10 @@ impl Executor {
         } else {
             self.threads.spread(plan.tasks().len(), |i| run(plan.pieces(&plan.tasks()[i])));
         }
+        if let (Some(squares), Some(sums)) = (squares, sums) {
+            squares.extend(sums.each());
+        }
+        Ok(())
     }
 
     /// Runs a tensor rule, several tensors at a time.
@@ -183,6 +213,31 @@ impl Executor {
         match self.threads.pool(elements >= INLINE_ELEMENTS) {
             Some(pool) => pool.install(|| jobs.par_iter_mut().for_each(|job| run(true, job))),
             None => jobs.iter_mut().for_each(|job| run(false, job)),
+        }
+    }
+}
+
+/// Runs jobs on pieces of them.
+///
+/// # Safety
+/// As for [`run::PassFn`]'s function; with sums, each piece begins at a block of a job without rows.
+unsafe fn run_pieces(jobs: &[Job], rows: &[Row], pieces: &[Piece], sums: Option<&Sums>) {
+    let key = |piece: &Piece| {
+        let Job { pass: PassFn { pass, isa }, row, .. } = jobs[piece.tensor];
+        (pass as usize, isa, row)
+    };
+    for alike in pieces.chunk_by(|a, b| key(a) == key(b)) {
+        let Job { pass: PassFn { pass, isa }, row, .. } = jobs[alike[0].tensor];
+        // SAFETY: the caller's duty.
+        let update = |pieces: &[Piece]| unsafe { pass(isa, &rows[row], jobs, pieces) };
+        match sums {
+            None => update(alike),
+            Some(sums) => {
+                for &piece in alike {
+                    // SAFETY: the caller's duty.
+                    unsafe { sums.around(isa, &jobs[piece.tensor], piece, |part| update(&[part])) };
+                }
+            }
         }
     }
 }

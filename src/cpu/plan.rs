@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::linear::SUM_BLOCK;
+
 /// Elements of a task: a few tasks for each thread, so that one who is late holds up nobody, of a size that is worth
 /// fetching.
 pub fn chunk(elements: usize, threads: usize) -> usize {
@@ -20,26 +22,38 @@ pub struct Piece {
     pub len: usize,
 }
 
+impl Piece {
+    /// Parts of at most a block of [`crate::linear`]'s sums, which stay in a core's cache.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Self> + use<> {
+        let Self { tensor, start, len } = *self;
+        let ends = start + len;
+        (start..ends).step_by(SUM_BLOCK).map(move |at| Self { tensor, start: at, len: SUM_BLOCK.min(ends - at) })
+    }
+}
+
 /// Pieces of all tensors, in order, and the tasks as ranges of them. Kept from step to step.
 #[derive(Debug, Default)]
 pub struct Plan {
     lengths: Vec<usize>,
     chunk: usize,
+    align: usize,
     pieces: Vec<Piece>,
     tasks: Vec<Range<usize>>,
     elements: usize,
 }
 
 impl Plan {
-    /// Rebuilds only if the lengths differ from the last step's.
-    pub fn update(&mut self, chunk: usize, lengths: impl ExactSizeIterator<Item = usize> + Clone) {
-        if self.chunk == chunk
+    /// Rebuilds only if the lengths differ from the last step's. Pieces begin at multiples of `align` in their tensor;
+    /// a chunk is at least that.
+    pub fn update(&mut self, chunk: usize, align: usize, lengths: impl ExactSizeIterator<Item = usize> + Clone) {
+        let chunk = chunk.max(align);
+        if (self.chunk, self.align) == (chunk, align)
             && lengths.len() == self.lengths.len()
             && lengths.clone().eq(self.lengths.iter().copied())
         {
             return;
         }
-        self.chunk = chunk;
+        (self.chunk, self.align) = (chunk, align);
         self.lengths.clear();
         self.lengths.extend(lengths);
         self.pieces.clear();
@@ -49,11 +63,14 @@ impl Plan {
         for (tensor, &length) in self.lengths.iter().enumerate() {
             let mut start = 0;
             while start < length {
-                let len = room.min(length - start);
-                self.pieces.push(Piece { tensor, start, len });
+                let rest = length - start;
+                let len = if rest <= room { rest } else { room - room % align };
+                if len > 0 {
+                    self.pieces.push(Piece { tensor, start, len });
+                }
                 start += len;
                 room -= len;
-                if room == 0 {
+                if room < align.min(rest - len).max(1) {
                     self.tasks.push(first..self.pieces.len());
                     (first, room) = (self.pieces.len(), chunk);
                 }
@@ -93,14 +110,15 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1000))]
         #[test]
-        fn every_element_is_visited_once(chunk in 1usize..50, lengths in prop::collection::vec(0usize..200, 0..20)) {
+        fn every_element_is_visited_once(chunk in 1usize..50, align in 1usize..9, lengths in prop::collection::vec(0usize..200, 0..20)) {
             let mut plan = Plan::default();
-            plan.update(chunk, lengths.iter().copied());
+            plan.update(chunk, align, lengths.iter().copied());
             let mut seen: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![0; n]).collect();
             for task in plan.tasks() {
                 let size: usize = plan.pieces(task).iter().map(|p| p.len).sum();
-                prop_assert!(size <= chunk && size > 0);
+                prop_assert!(size <= chunk.max(align) && size > 0);
                 for piece in plan.pieces(task) {
+                    prop_assert_eq!(piece.start % align, 0);
                     let visited = &mut seen[piece.tensor][piece.start..piece.start + piece.len];
                     visited.iter_mut().for_each(|n| *n += 1);
                 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::memory::{BLOCK, load, whole};
 use super::pool::Threads;
 use crate::isa::{Isa, Loop};
-use crate::linear::{SUM_BLOCK, join_array, join_lanes, join_tree};
+use crate::linear::{Joined, SUM_BLOCK, join_array, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
 
@@ -74,6 +74,16 @@ impl<T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<
         }
         isa.run(Joining { x: &buffer[..len], pairs, fold })
     }
+}
+
+/// The squares of a block's numbers, added in lanes.
+pub(super) fn sum_of_squares<F: Real>(isa: Isa, x: &[F]) -> f64 {
+    isa.run(Joining { x, pairs: false, fold: &sum(|_, x| x * x) })
+}
+
+/// The squares of x − y, added in lanes.
+pub(super) fn sum_of_squared_differences<F: Real>(isa: Isa, x: &[F], y: &[F]) -> f64 {
+    isa.run(Joined { x, y, term: &|x: f64, y: f64| (x - y) * (x - y), join: &|a, b| a + b })
 }
 
 /// The terms of a block, joined in lanes.

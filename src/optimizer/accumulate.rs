@@ -2,7 +2,7 @@
 //!
 //! Sums are in the type that state is kept in, on the device that steps: what was added there never crosses the bus.
 
-use super::{Backend, Optimizer, refuse_sparse};
+use super::{Backend, Besides, Optimizer, refuse_sparse};
 #[cfg(feature = "gpu")]
 use super::{COPY_IN_PARALLEL, noted};
 use crate::cpu::memory::gather;
@@ -102,7 +102,7 @@ impl Optimizer {
 
     /// One update by the sums of gradients, which begin anew then, also where a sum is not finite. After another
     /// error they are kept.
-    pub fn step_accumulated(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
+    pub fn step_accumulated(&mut self, params: &mut [TensorMut<'_>], besides: Besides<'_, '_>) -> Result<()> {
         let sums = std::mem::take(&mut self.sums);
         let gradients: Vec<Option<TensorRef<'_>>> = match &self.backend {
             Backend::Cpu(_) => {
@@ -117,7 +117,7 @@ impl Optimizer {
                 entries.map(|(i, entry)| executor.has_sum(i).then(|| gpu::sum_of(entry.info.reals()))).collect()
             }
         };
-        let stepped = self.step(params, &gradients);
+        let stepped = self.step_with(params, &gradients, besides);
         drop(gradients);
         if matches!(&stepped, Err(error) if error.kind() != ErrorKind::Nonfinite) {
             self.sums = sums;

@@ -1,6 +1,7 @@
 //! An optimizer: a preset, its groups, the store, and an executor.
 
 mod accumulate;
+mod besides;
 mod closure;
 mod groups;
 mod guard;
@@ -19,6 +20,8 @@ use crate::rule::{MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
 use crate::tensor::{Buffer, RawTensor, TensorMut, TensorRef};
+pub use besides::Besides;
+use besides::readings;
 use groups::Groups;
 use guard::Verdict;
 pub use guard::{Guard, Nonfinite};
@@ -113,6 +116,8 @@ pub struct Optimizer {
     allocations: u64,
     torn: bool,
     scratch: Scratch,
+    /// Of the last step, where it took them.
+    squares: Vec<Option<cpu::Squares>>,
     /// Sums of gradients on the host, by parameter; empty where there are none.
     sums: Vec<Option<accumulate::Sum>>,
     /// Allocations and changes of groups that the executor's jobs were made with.
@@ -226,6 +231,7 @@ impl Optimizer {
             allocations: 0,
             torn: false,
             scratch: Scratch::default(),
+            squares: Vec::new(),
             sums: Vec::new(),
             jobs_made_at: None,
         })
@@ -578,8 +584,18 @@ impl Optimizer {
     /// `params` and `gradients` are in order of registration; a gradient of `None` leaves its parameter
     /// and state untouched. With no gradient at all nothing happens. On an error nothing has changed.
     pub fn step(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        self.step_with(params, gradients, Besides::default())
+    }
+
+    /// [`Optimizer::step`], that does more while the numbers are at hand.
+    pub fn step_with(
+        &mut self,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+        besides: Besides<'_, '_>,
+    ) -> Result<()> {
         self.scratch.clears_gradients = false;
-        self.step_as_said(params, gradients)
+        self.step_as_said(params, gradients, besides)
     }
 
     /// [`Optimizer::step`], that sets the gradients to zero, on the CPU while they are at hand: for loops that add to them.
@@ -593,10 +609,10 @@ impl Optimizer {
         let read = |g: &TensorMut<'_>| unsafe { TensorRef::from_raw(g.raw.clone()) };
         let read: Vec<_> = gradients.iter().map(|g| g.as_ref().map(read)).collect();
         // SAFETY: as above.
-        unsafe { self.step_and_clear_raw(params, &read) }
+        unsafe { self.step_and_clear_raw(params, &read, Besides::default()) }
     }
 
-    /// [`Optimizer::step_and_clear`], of gradients that are known as what is read.
+    /// [`Optimizer::step_and_clear`], of gradients that are known as what is read, that does more besides.
     ///
     /// # Safety
     /// The gradients are writable and overlap neither each other nor anything that the step writes.
@@ -604,6 +620,7 @@ impl Optimizer {
         &mut self,
         params: &mut [TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
+        besides: Besides<'_, '_>,
     ) -> Result<()> {
         let place = self.place_of("step");
         for (i, gradient) in gradients.iter().enumerate() {
@@ -617,7 +634,7 @@ impl Optimizer {
                 .with_remedy("clear it after the step"));
         }
         self.scratch.clears_gradients = true;
-        self.step_as_said(params, gradients)?;
+        self.step_as_said(params, gradients, besides)?;
         // Elementwise updates on the CPU did it, unless there was none.
         if self.scratch.clears_gradients {
             for gradient in gradients.iter().flatten() {
@@ -628,7 +645,12 @@ impl Optimizer {
         Ok(())
     }
 
-    fn step_as_said(&mut self, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+    fn step_as_said(
+        &mut self,
+        params: &mut [TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+        besides: Besides<'_, '_>,
+    ) -> Result<()> {
         if self.preset.needs_closure() {
             let place = self.place_of("step");
             return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
@@ -636,20 +658,21 @@ impl Optimizer {
         }
         self.settle()?;
         self.check(params, gradients)?;
-        if gradients.iter().all(Option::is_none) {
-            return Ok(());
-        }
-        let Verdict::Go(scale) = self.judge(gradients)? else {
-            self.skip_count = self.skip_count.saturating_add(1);
-            return Ok(());
+        self.check_besides(params, &besides)?;
+        self.squares.clear();
+        let Besides { mut average, measures } = besides;
+        let verdict = if gradients.iter().any(Option::is_some) { Some(self.judge(gradients)?) } else { None };
+        let Some(Verdict::Go(scale)) = verdict else {
+            self.skip_count = self.skip_count.saturating_add(u64::from(verdict.is_some()));
+            return average.map_or(Ok(()), |(average, averages)| average.join(averages, params));
         };
+        let before =
+            if measures && !self.measures_in_pass(gradients) { Self::before(params, gradients)? } else { Vec::new() };
         self.torn = true;
-        self.groups.read(self.preset);
-        self.scratch.clear(self.groups.len(), self.entries.len());
-        self.scratch.gradient_scale = scale;
+        self.begin_update(scale);
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => {
-                self.step_cpu(rule, params, gradients).map(|()| Made::Whole)
+                self.step_cpu(rule, params, gradients, &mut average, measures).map(|()| Made::Whole)
             }
             (Backend::Cpu(_), Method::Tensor(rule)) => self.step_tensors(rule, params, gradients).map(|()| Made::Whole),
             (_, Method::Closure(_)) => unreachable!("refused above"),
@@ -657,6 +680,9 @@ impl Optimizer {
             (Backend::Gpu(_) | Backend::GpuVectors(_), _) => self.step_gpu(params, gradients),
         };
         self.torn = matches!(&outcome, Err(e) if e.kind() == ErrorKind::DeviceLost);
+        if outcome.is_err() {
+            self.release_fresh();
+        }
         match outcome? {
             Made::Whole => {}
             #[cfg(feature = "gpu")]
@@ -667,6 +693,26 @@ impl Optimizer {
                 self.pending = Some(entries.map(|((index, entry), _)| (index, entry.scalars)).collect());
             }
         }
+        self.advance(gradients);
+        if !before.is_empty() {
+            let squares = before.into_iter().zip(&*params).filter_map(|(b, p)| Some(b?.until(&p.reading()))).collect();
+            self.note_squares(gradients, squares);
+        }
+        if let Some((average, averages)) = average {
+            average.join(averages, params)?;
+        }
+        if self.nonfinite_sync { self.settle() } else { Ok(()) }
+    }
+
+    /// Begins anew with what is found out for each step.
+    fn begin_update(&mut self, scale: f64) {
+        self.groups.read(self.preset);
+        self.scratch.clear(self.groups.len(), self.entries.len());
+        self.scratch.gradient_scale = scale;
+    }
+
+    /// Counts the update of the parameters that have a gradient.
+    fn advance(&mut self, gradients: &[Option<TensorRef<'_>>]) {
         for ((entry, _), row) in
             self.entries.iter_mut().zip(gradients).zip(&self.scratch.row_of).filter(|((_, g), _)| g.is_some())
         {
@@ -676,7 +722,6 @@ impl Optimizer {
             }
         }
         self.update_count = self.update_count.saturating_add(1);
-        if self.nonfinite_sync { self.settle() } else { Ok(()) }
     }
 
     fn common(&self) -> Shared {
@@ -688,7 +733,7 @@ impl Optimizer {
         }
     }
 
-    /// Allocates the slots that the step needs. On an error none is left behind.
+    /// Allocates the slots that the step needs. After an error [`Optimizer::release_fresh`] takes them back.
     fn allocate(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         let Self { preset, groups, entries, scratch, allocations, .. } = self;
         for i in 0..entries.len() {
@@ -705,24 +750,94 @@ impl Optimizer {
             let shape = entry.info.shape.clone();
             match entry.ensure(wanted, |k| preset.slot_shape(k, &shape)) {
                 Ok(fresh) => scratch.fresh.push(fresh),
-                Err(error) => {
-                    for (entry, &fresh) in entries.iter_mut().zip(&scratch.fresh) {
-                        entry.release(fresh);
-                    }
-                    return Err(error);
-                }
+                // Who called takes back what was allocated.
+                Err(error) => return Err(error),
             }
         }
         *allocations += u64::from(scratch.fresh.iter().any(|fresh| !fresh.is_empty()));
         Ok(())
     }
 
+    /// Takes back the slots that were allocated for an update that was not made.
+    fn release_fresh(&mut self) {
+        let Self { entries, scratch, allocations, jobs_made_at, .. } = self;
+        for (entry, fresh) in entries.iter_mut().zip(scratch.fresh.drain(..)) {
+            entry.release(fresh);
+        }
+        *allocations += 1;
+        *jobs_made_at = None;
+    }
+
+    /// An update, with what is done besides it in its pass; an average that cannot follow it stays.
     fn step_cpu(
         &mut self,
         rule: RuleId,
-        params: &mut [TensorMut<'_>],
+        params: &[TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+        average: &mut Option<(&mut Self, &mut [TensorMut<'_>])>,
+        measures: bool,
+    ) -> Result<()> {
+        self.prepare(rule, params, gradients)?;
+        let mut squares = (measures && self.measures_in_pass(gradients)).then(Vec::new);
+        let following = average.as_ref().and_then(|(average, _)| self.can_follow(average, gradients));
+        let mut follower = match following {
+            Some(rule) => average.take().map(|(average, averages)| (rule, average, averages)),
+            None => None,
+        };
+        let mut followers = None;
+        if let Some((rule, average, averages)) = &mut follower {
+            average.begin_update(1.0);
+            average.prepare(*rule, averages, &readings(params, |i| gradients[i].is_some()))?;
+            average.torn = true;
+            let Self { backend, scratch, .. } = &mut **average;
+            followers = Some((backend.cpu().jobs(), &scratch.rows[..]));
+        }
+        let besides = cpu::Besides { followers, squares: squares.as_mut() };
+        let Self { backend, scratch, .. } = self;
+        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
+        // rows and dtypes, and the slots were allocated for exactly these. Gradients are cleared where
+        // `step_and_clear_raw` was promised that they may be. An average reads the parameter of its own job.
+        let executed = unsafe { backend.cpu().execute(&scratch.rows, besides) };
+        if backend.cpu().jobs().iter().any(|job| job.rows.is_some()) {
+            // Rows are of one step: nothing of them is kept.
+            backend.cpu().clear();
+        }
+        if let Some((rule, average, averages)) = follower {
+            average.torn = false;
+            executed?;
+            average.follow(rule, averages, params, gradients)?;
+        } else {
+            executed?;
+        }
+        self.scratch.clears_gradients = false;
+        if let Some(squares) = squares {
+            self.note_squares(gradients, squares);
+        }
+        Ok(())
+    }
+
+    /// Counts an average's update that followed this one, and joins the parameters that had no gradient.
+    fn follow(
+        &mut self,
+        rule: RuleId,
+        averages: &[TensorMut<'_>],
+        params: &[TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<()> {
+        let rest = readings(params, |i| gradients[i].is_none());
+        if rest.iter().any(Option::is_some) {
+            self.begin_update(1.0);
+            self.prepare(rule, averages, &rest)?;
+            let Self { backend, scratch, .. } = self;
+            // SAFETY: as in `step_cpu`.
+            unsafe { backend.cpu().execute(&scratch.rows, cpu::Besides::default()) }?;
+        }
+        self.advance(&readings(params, |_| true));
+        Ok(())
+    }
+
+    /// The jobs of an update and their rows.
+    fn prepare(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         if !self.renew_jobs(params, gradients) {
             self.make_jobs(rule, params, gradients)?;
         }
@@ -740,15 +855,6 @@ impl Optimizer {
             };
             job.row = scratch.row(job.index, entry, reading.first_alike, at, compute);
         }
-        // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
-        // rows and dtypes, and the slots were allocated for exactly these. Gradients are cleared where
-        // `step_and_clear_raw` was promised that they may be.
-        unsafe { executor.execute(&scratch.rows) };
-        if executor.jobs_mut().iter().any(|job| job.rows.is_some()) {
-            // Rows are of one step: nothing of them is kept.
-            executor.clear();
-        }
-        scratch.clears_gradients = false;
         Ok(())
     }
 
