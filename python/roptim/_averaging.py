@@ -220,8 +220,8 @@ class AveragedModel:
             for i, (p, average) in enumerate(zip(params, self._averages, strict=True))
         ]
         # The average of a model may be joined to itself, and to others.
-        own = [average._array if isinstance(average, Parameter) else average for average in self._averages]
-        values = [x.copy() if any(np.may_share_memory(x, a) for a in own) else x for x in values]
+        own = {id(_owner(a._array if isinstance(a, Parameter) else a)) for a in self._averages}
+        values = [x.copy() if id(_owner(x)) in own else x for x in values]
         new_buffers = self._read_buffers(place, buffers)
         if self._use_buffers and self.n_averaged > 0:
             joined = self._joined("buffer", self._buffers, new_buffers)
@@ -239,12 +239,9 @@ class AveragedModel:
 
     def _check_fit(self, place: str, params: list[Any]) -> None:
         """Refuses to be the average of these parameters, which a step is about to change."""
-        if self._buffer_spec is not None:
-            remedy = "call its update_parameters after the step"
-            raise refuse(RoptimValueError, place, "average", "one without buffers", "one with buffers", remedy)
         if len(params) != len(self._averages):
             got = str(len(self._averages))
-            raise refuse(RoptimValueError, place, "average", f"of {len(params)} parameters, as the optimizer", got)
+            raise refuse(RoptimValueError, place, "average", f"of {len(params)} parameters", got)
         for i, (p, average) in enumerate(zip(params, self._averages, strict=True)):
             if (p.shape, p.dtype) != (average.shape, average.dtype):
                 want, got = f"{p.dtype} of shape {p.shape}", f"{average.dtype} of shape {average.shape}"
@@ -409,6 +406,13 @@ class AveragedModel:
 
     def __repr__(self) -> str:
         return f"AveragedModel({self._function!r}, n_averaged={self.n_averaged})"
+
+
+def _owner(array: Any) -> Any:
+    """The array whose memory another one is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _copied(label: str, p: Any) -> Any:

@@ -459,8 +459,10 @@ class Optimizer:
             engine.step(given, clears, None, bool(statistics))
         else:
             objects = self._state._objects
-            follower = _average(average, place, objects)._follower
+            follower = _average(average, place)._follower
             follows = follower is not None and not accumulated and self._options["backend"] == "cpu"
+            if not follows:
+                average._check_fit(place, objects)
             engine.step(given, clears, follower if follows else None, bool(statistics))
             average._stepped(None if follows else objects)
         if zero_grad and accumulated:
@@ -974,7 +976,7 @@ class ClosureOptimizer(Optimizer):
             raise refuse(RoptimValueError, place, "statistics", "False", repr(statistics))
         objects = self._state._objects
         if average is not None:
-            _average(average, place, objects)
+            _average(average, place)._check_fit(place, objects)
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:
@@ -1006,14 +1008,16 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
     return loss if isinstance(loss, tuple) and len(loss) == 2 else (loss, None)
 
 
-def _average(average: Any, place: str, objects: list[Any]) -> AveragedModel:
-    """An average that fits to these parameters."""
+def _average(average: Any, place: str) -> AveragedModel:
+    """An average that a step can bring up to date."""
     from roptim._averaging import AveragedModel
 
     if not isinstance(average, AveragedModel):
         got = f"an object of type {type(average).__name__}"
         raise refuse(RoptimTypeError, place, "average", "an AveragedModel", got)
-    average._check_fit(place, objects)
+    if average.buffers is not None:
+        remedy = "call its update_parameters after the step"
+        raise refuse(RoptimValueError, place, "average", "one without buffers", "one with buffers", remedy)
     return average
 
 

@@ -120,10 +120,9 @@ impl<'e> Lent<'e> {
             return refuse("average", &format!("of {} parameters", of.params.len()), averages.len().to_string());
         }
         for (p, average) in of.params.iter().zip(averages) {
-            let (want, got) = (p.seen.shape(), average.seen.shape());
-            if want != got {
-                let name = format!("average of {}", p.label);
-                return refuse(&name, &format!("of shape {}", shape_text(want)), shape_text(got));
+            let form = |seen: &Seen| format!("{} of shape {}", seen.dtype, shape_text(seen.shape()));
+            if (p.seen.shape(), p.seen.dtype) != (average.seen.shape(), average.seen.dtype) {
+                return refuse(&format!("average of {}", p.label), &form(&p.seen), form(&average.seen));
             }
         }
         let given = gradients.iter().zip(&of.params).filter_map(|(g, p)| Some((g.as_ref()?.raw(), "gradient of ", p)));
