@@ -14,7 +14,7 @@ const USES: &[(&str, &[&str])] = &[
     ("rules", &["closure", "error", "hyper", "isa", "linear", "real", "rule"]),
     ("tensor", &["error", "real"]),
     ("store", &["error", "hyper", "real", "rule", "tensor"]),
-    ("cpu", &["hyper", "isa", "linear", "real", "rule", "rules", "tensor"]),
+    ("cpu", &["error", "hyper", "isa", "linear", "real", "rule", "rules", "tensor"]),
     ("shader", &["real", "rule", "rules"]),
     ("gpu", &["closure", "cpu", "error", "linear", "real", "rule", "rules", "shader", "store", "tensor"]),
     ("closure", &["error", "hyper", "isa", "linear", "real", "rule"]),
@@ -28,6 +28,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/tensor.rs", "addresses of arrays, slot buffers"),
     ("src/linear.rs", "hands matrices to the matrix-product crate"),
     ("src/optimizer/mod.rs", "hands checked tensors to the executor"),
+    ("src/cpu/measure.rs", "blocks of a job, and of arrays lent for a call"),
     ("src/cpu/memory.rs", "the CPU's access to arrays"),
     ("src/cpu/run.rs", "instruction-set dispatch of kernels"),
     ("src/cpu/mod.rs", "jobs handed to the threads"),
@@ -47,7 +48,7 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// Lines with the word `unsafe` in all of them together.
-const MOST_UNSAFE_LINES: usize = 92;
+const MOST_UNSAFE_LINES: usize = 101;
 
 fn files(under: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Job;
-use super::memory::{BLOCK, load, whole};
+use super::memory::part;
 use super::plan::Piece;
 use super::reduce::{sum_of_squared_differences, sum_of_squares};
 use crate::error::Result;
@@ -23,28 +23,6 @@ pub struct Squares {
     pub update: f64,
     /// Of the parameter after the step.
     pub parameter: f64,
-}
-
-/// Part of an array: where it lies if it is in C order and of the compute type, else a copy.
-///
-/// # Safety
-/// It lies within the array, which is allocated, aligned, stores `E` and is written by nobody during the borrow.
-#[inline(always)]
-unsafe fn part<'a, E: Element<F>, F: Real>(
-    x: &RawTensor,
-    start: usize,
-    len: usize,
-    copy: &'a mut [F; SUM_BLOCK],
-) -> &'a [F] {
-    if E::IS_COMPUTE_TYPE && x.strides.is_none() {
-        // SAFETY: the caller's duty.
-        return unsafe { whole(x.ptr, start, len) };
-    }
-    for (i, block) in copy[..len].chunks_mut(BLOCK).enumerate() {
-        // SAFETY: the caller's duty.
-        unsafe { load::<E, F>(x, start + i * BLOCK, block) };
-    }
-    &copy[..len]
 }
 
 /// Squares of now − before, and of now.
@@ -66,7 +44,7 @@ impl<U: FnOnce(Piece)> StorageVisitor for Around<'_, U> {
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> [f64; 3] {
         let Self { isa, job: Job { p, g, .. }, part: piece, update } = self;
         let Piece { start, len, .. } = piece;
-        let (mut copy, mut before) = ([F::ZERO; SUM_BLOCK], [F::ZERO; SUM_BLOCK]);
+        let (mut copy, mut before) = (None, [F::ZERO; SUM_BLOCK]);
         // SAFETY: the duty of `Sums::around`'s caller; the update is over when the parameter is read again.
         unsafe {
             let gradient = sum_of_squares(isa, part::<G, F>(g, start, len, &mut copy));
@@ -165,7 +143,7 @@ fn each_block(x: &TensorRef<'_>, visit: impl FnMut(usize, &[f64])) {
         type Out = ();
 
         fn visit<E: Element<F>, G: Element<F>, F: Real>(mut self) {
-            let (mut copy, mut wide) = ([F::ZERO; SUM_BLOCK], [0.0; SUM_BLOCK]);
+            let (mut copy, mut wide) = (None, [0.0; SUM_BLOCK]);
             for start in (0..self.0.len).step_by(SUM_BLOCK) {
                 let len = SUM_BLOCK.min(self.0.len - start);
                 // SAFETY: a TensorRef describes allocated, aligned memory, which the block lies within.

@@ -3,6 +3,7 @@
 //! An array in C order is a slice for the time of one sweep. Every other layout and storage type is
 //! copied element by element into local blocks and back, so that all take the same arithmetic.
 
+use crate::linear::SUM_BLOCK;
 use crate::real::{Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, Rows, Strides, TensorMut, TensorRef};
 
@@ -201,6 +202,29 @@ pub(crate) unsafe fn clear(x: &RawTensor, start: usize, n: usize) {
         }
     }
     with_storage(x.dtype, x.dtype, Clear(x, start, n));
+}
+
+/// Part of an array: where it lies if it is in C order and of the compute type, else a copy.
+///
+/// # Safety
+/// It lies within the array, which is allocated, aligned, stores `E` and is written by nobody during the borrow.
+#[inline(always)]
+pub(super) unsafe fn part<'a, E: Element<F>, F: Real>(
+    x: &RawTensor,
+    start: usize,
+    len: usize,
+    copy: &'a mut Option<[F; SUM_BLOCK]>,
+) -> &'a [F] {
+    if E::IS_COMPUTE_TYPE && x.strides.is_none() {
+        // SAFETY: the caller's duty.
+        return unsafe { whole(x.ptr, start, len) };
+    }
+    let copy = &mut copy.get_or_insert([F::ZERO; SUM_BLOCK])[..len];
+    for (i, block) in copy.chunks_mut(BLOCK).enumerate() {
+        // SAFETY: the caller's duty.
+        unsafe { load::<E, F>(x, start + i * BLOCK, block) };
+    }
+    copy
 }
 
 /// Elements `start..start + n` of an array in C order, where they lie. Empty for `n = 0`.

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::memory::{BLOCK, load, whole};
+use super::memory::part;
 use super::pool::Threads;
 use crate::isa::{Isa, Loop};
 use crate::linear::{Joined, SUM_BLOCK, join_array, join_lanes, join_tree};
@@ -62,17 +62,10 @@ impl<T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<
 
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
         let Self { isa, x, pairs, start, len, fold } = self;
-        if E::IS_COMPUTE_TYPE && x.strides.is_none() {
-            // SAFETY: the caller keeps the range within the tensor, whose type E is.
-            let x = unsafe { whole::<F>(x.ptr, start, len) };
-            return isa.run(Joining { x, pairs, fold });
-        }
-        let mut buffer = [F::ZERO; SUM_BLOCK];
-        for (i, part) in buffer[..len].chunks_mut(BLOCK).enumerate() {
-            // SAFETY: as above.
-            unsafe { load::<E, F>(x, start + i * BLOCK, part) };
-        }
-        isa.run(Joining { x: &buffer[..len], pairs, fold })
+        let mut copy = None;
+        // SAFETY: the caller keeps the range within the tensor, whose type E is.
+        let x = unsafe { part::<E, F>(x, start, len, &mut copy) };
+        isa.run(Joining { x, pairs, fold })
     }
 }
 

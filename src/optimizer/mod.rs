@@ -802,10 +802,10 @@ impl Optimizer {
             // Rows are of one step: nothing of them is kept.
             backend.cpu().clear();
         }
-        if let Some((rule, average, averages)) = follower {
+        if let Some((_, average, averages)) = follower {
             average.torn = false;
             executed?;
-            average.follow(rule, averages, params, gradients)?;
+            average.follow(averages, params, gradients)?;
         } else {
             executed?;
         }
@@ -819,21 +819,13 @@ impl Optimizer {
     /// Counts an average's update that followed this one, and joins the parameters that had no gradient.
     fn follow(
         &mut self,
-        rule: RuleId,
-        averages: &[TensorMut<'_>],
+        averages: &mut [TensorMut<'_>],
         params: &[TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<()> {
+        self.advance(&readings(params, |i| gradients[i].is_some()));
         let rest = readings(params, |i| gradients[i].is_none());
-        if rest.iter().any(Option::is_some) {
-            self.begin_update(1.0);
-            self.prepare(rule, averages, &rest)?;
-            let Self { backend, scratch, .. } = self;
-            // SAFETY: as in `step_cpu`.
-            unsafe { backend.cpu().execute(&scratch.rows, cpu::Besides::default()) }?;
-        }
-        self.advance(&readings(params, |_| true));
-        Ok(())
+        if rest.iter().any(Option::is_some) { self.step(averages, &rest) } else { Ok(()) }
     }
 
     /// The jobs of an update and their rows.
