@@ -80,6 +80,9 @@ impl<F: Real> Frame<F> {
 }
 
 /// What a sweep works on; slots past the kernel's own are empty.
+///
+/// # Safety
+/// The machine has the instruction set it was compiled for.
 type Sweep<K, F> = unsafe fn(&<K as Kernel>::C<F>, &Frame<F>, &mut [F], &[F], &mut [F], &mut [F], &mut [F], &mut [F]);
 
 #[inline(always)]
