@@ -13,6 +13,7 @@ import numpy as np
 from roptim import _roptim, _tree
 from roptim._devices import Device, fastest, selected
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import clear, has_gradient, number_of
 from roptim._groups import (
     OPTIONS,
     SWITCHES,
@@ -360,7 +361,9 @@ class Optimizer:
         if self._engine is not None:
             self._engine.clear_sums()
         for p in self._parameters():
-            if isinstance(p, Parameter) and p.grad is not None:
+            if has_gradient(p) and not isinstance(p, Parameter):
+                clear(p, set_to_none)
+            elif isinstance(p, Parameter) and p.grad is not None:
                 if set_to_none:
                     p.grad = None
                 elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
@@ -460,7 +463,7 @@ class Optimizer:
             raise refuse(RoptimTypeError, f"{self._place}.accumulate", "the optimizer", allowed, got)
         if gradients is None:
             objects = self._state._objects
-            if not all(isinstance(p, Parameter) for p in objects):
+            if not all(has_gradient(p) for p in objects):
                 remedy = "call accumulate(gradients), or wrap the arrays in roptim.Parameter and set .grad"
                 raise refuse(
                     RoptimTypeError, f"{self._place}.accumulate", "gradients", "given for plain arrays", "none", remedy
@@ -919,7 +922,7 @@ class ClosureOptimizer(Optimizer):
         def evaluate() -> tuple[float, list[Any] | None]:
             loss, given = _evaluated(closure)
             try:
-                number = None if isinstance(loss, (str, bytes)) else float(loss)
+                number = None if isinstance(loss, (str, bytes)) else float(number_of(loss))
             except (TypeError, ValueError, OverflowError):
                 number = None
             if number is None:
