@@ -5,6 +5,7 @@ Nothing is copied and no library is imported: an object of one that was not impo
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,7 @@ def _attribute(library: str, name: str) -> Any:
 
 # The class of an object is asked for, here and below, and not the object, which could answer with code of its own.
 def _is_tensor(x: object) -> bool:
-    tensor = _attribute("torch", "Tensor")
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     return tensor is not None and issubclass(type(x), tensor)
 
 
@@ -92,6 +93,8 @@ def _viewed(x: object, make: Callable[[], Any], place: str, label: str, remedy: 
     """What ``make`` returns; whatever it raises is an error with a name."""
     try:
         array: np.ndarray[Any, Any] = make()
+        if type(array) is not np.ndarray:
+            raise TypeError(f"{_name(type(array))} is what it shows")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         got = f"an object of type {_name(type(x))} ({reason})"
@@ -112,21 +115,20 @@ def _of_exchange(x: Any, place: str, label: str) -> np.ndarray[Any, Any]:
 
 
 def _of_tensor(x: Any, place: str, label: str, writes: bool) -> np.ndarray[Any, Any]:
-    """The memory of a torch tensor."""
-    bfloat16, as_integers = (_attribute("torch", name) for name in ("bfloat16", "uint16"))
-    try:
-        device, dtype = x.device.type, x.dtype
-    except Exception:
-        # A subclass that has none.
-        device, dtype = "cpu", None
-    if device != "cpu":
-        got = f"a torch tensor on {x.device}"
-        raise refuse(RoptimTypeError, place, label, _HOST, got, "move it with .cpu()")
+    """The memory of a torch tensor. Each step asks for it, so what is usual comes first."""
     if writes and x.requires_grad and not x.is_leaf:
         remedy = "give the tensor that it was computed from"
         raise refuse(RoptimValueError, place, label, "a leaf tensor", "a result of differentiable operations", remedy)
-    if dtype is not None and dtype is bfloat16:
+    with contextlib.suppress(Exception):
+        array: np.ndarray[Any, Any] = x.detach().numpy()
+        if type(array) is np.ndarray:
+            return array
+    if not x.is_cpu:
+        got = f"a torch tensor on {x.device}"
+        raise refuse(RoptimTypeError, place, label, _HOST, got, "move it with .cpu()")
+    if x.dtype is _attribute("torch", "bfloat16"):
         # NumPy has no such dtype by itself, so torch refuses to show one.
+        as_integers = _attribute("torch", "uint16")
         return _viewed(x, lambda: x.detach().view(as_integers).numpy().view(_bfloat16()), place, label)
     return _viewed(x, lambda: x.detach().numpy(), place, label, "make it a dense tensor without lazy operations")
 
@@ -161,12 +163,11 @@ def will_write(owners: list[Any]) -> None:
 
     torch counts writes, so that a backward pass through values that are gone is an error and not a wrong gradient.
     """
-    increment = _attribute("torch.autograd.graph", "increment_version")
-    if increment is not None:
-        for x in owners:
-            # Nothing can be differentiated through what inference mode made.
-            if _is_tensor(x) and not x.is_inference():
-                increment(x)
+    # Nothing can be differentiated through what inference mode made.
+    tensors = [x for x in owners if _is_tensor(x) and not x.is_inference()]
+    graph = sys.modules.get("torch.autograd.graph")
+    if tensors and graph is not None:
+        graph.increment_version(tensors)
 
 
 def clear(x: Any, set_to_none: bool) -> None:

@@ -16,6 +16,8 @@ use numpy::{
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
 use roptim::checkpoint::Bytes;
 use roptim::tensor::{Buffer, RawTensor, Strides};
 use roptim::{Dtype, Error, ErrorKind};
@@ -169,23 +171,26 @@ pub(crate) fn as_array<'py>(
     access: Access,
     context: Context<'_>,
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
+    static MEMMAP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static GENERIC: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static VIEW: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = object.py();
     if let Ok(array) = object.cast_exact::<PyUntypedArray>() {
         return Ok(array.clone());
     }
-    let numpy = py.import("numpy")?;
     if let Ok(array) = object.cast::<PyUntypedArray>()
-        && object.get_type().is(&numpy.getattr("memmap")?)
+        && object.get_type().is(MEMMAP.import(py, "numpy", "memmap")?)
     {
         return Ok(array.clone());
     }
     // The type itself is asked, not the object, which could answer with code of its own.
-    if access == Access::Read && object.get_type().is_subclass(&numpy.getattr("generic")?)? {
-        return numpy.call_method1("asarray", (object,))?.cast_into().map_err(|e| PyTypeError::new_err(e.to_string()));
-    }
-    let arguments = (object, context.place, context.label, access == Access::Write);
-    let view = py.import("roptim._foreign")?.call_method1("view", arguments)?;
-    view.cast_into().map_err(|e| PyTypeError::new_err(e.to_string()))
+    let array = if access == Access::Read && object.get_type().is_subclass(GENERIC.import(py, "numpy", "generic")?)? {
+        py.import("numpy")?.call_method1("asarray", (object,))?
+    } else {
+        let arguments = (object, context.place, context.label, access == Access::Write);
+        VIEW.import(py, "roptim._foreign", "view")?.call1(arguments)?
+    };
+    array.cast_into().map_err(|e| PyTypeError::new_err(e.to_string()))
 }
 
 /// The full look at an array. Everything a step relies on is checked here.

@@ -588,7 +588,9 @@ def test_names_are_deleted_during_steps() -> None:
 def test_no_byte_beside_an_array_is_touched() -> None:
     """Valgrind sees each access: one beside an allocation is an error, one to memory that is gone as well."""
     script = Path(__file__).with_name("gate_stress.py")
-    options = ["--error-exitcode=77", "--leak-check=no", f"--suppressions={script.with_suffix('.supp')}"]
+    # Whether values are initialized is not asked: CPython's own optimized code answers falsely.
+    options = ["--error-exitcode=77", "--leak-check=no", "--undef-value-errors=no"]
+    options.append(f"--suppressions={script.with_suffix('.supp')}")
     # Python's own allocator hands out parts of larger blocks, at whose ends valgrind sees nothing.
     environment = {**os.environ, "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import mmap
 import re
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from twins import f32, same
 
 import roptim
 from roptim import SGD, Adam, Parameter
+from roptim.lr_finder import LRFinder
 
 
 @pytest.fixture
@@ -39,7 +41,19 @@ def refused(kind: type[Exception], message: str) -> Any:
     return pytest.raises(kind, match=f"^{re.escape(message)}")
 
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 TYPE, VALUE = roptim.RoptimTypeError, roptim.RoptimValueError
+
+
+EXAMPLES = re.findall("```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_of_the_document(code: str) -> None:
+    for library in ("torch", "jax"):
+        if f"import {library}\n" in code:
+            pytest.importorskip(library)
+    exec(code, {})
 
 
 # ---- the buffer protocol ------------------------------------------------------------------------------------
@@ -376,6 +390,29 @@ def test_an_optimizer_written_in_python_takes_arrays_and_parameters() -> None:
         Mine([tensor(2)], {})
 
 
+def test_the_range_test_puts_everything_back() -> None:
+    p = tensor(3)
+    opt = Adam([p], lr=0.1)
+    p.grad = kept = tensor(3, 0.5)
+
+    def work(batch: float) -> float:
+        p.grad = tensor(3, batch)
+        opt.step()
+        kept[0] = 7.0
+        return float(p[0])
+
+    before = p.tobytes()
+    LRFinder(opt, work).range_test([0.25] * 20, num_iter=20)
+    assert p.tobytes() == before
+    assert p.grad is kept
+    assert list(kept) == [0.5] * 3
+    assert opt.update_count == 0
+    finder = LRFinder(opt, loss_and_gradients=lambda batch: batch)
+    with refused(VALUE, "LRFinder.range_test: accumulation_steps must be 1 where tensors carry their gradients, got 2"):
+        finder.range_test([0.25] * 20, num_iter=10, accumulation_steps=2)
+    assert p.tobytes() == before
+
+
 # ---- torch --------------------------------------------------------------------------------------------------
 
 
@@ -602,6 +639,8 @@ def test_schedules_and_files(torch: Any, tmp_path: Any) -> None:
     train(torch, model, opt, 2)
     sched.step()
     assert opt.param_groups[0]["lr"] == 0.05
+    # A loss that could still be differentiated.
+    roptim.lr_scheduler.ReduceLROnPlateau(opt).step(model[0].weight.sum())
     weights = {name: t.detach().numpy() for name, t in model.state_dict().items()}
     roptim.save({"model": weights, "opt": opt.state_dict()}, tmp_path / "x")
     resumed = small_model(torch)
