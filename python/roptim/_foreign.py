@@ -5,7 +5,6 @@ Nothing is copied and no library is imported: an object of one that was not impo
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -119,10 +118,13 @@ def _of_tensor(x: Any, place: str, label: str, writes: bool) -> np.ndarray[Any, 
     if writes and x.requires_grad and not x.is_leaf:
         remedy = "give the tensor that it was computed from"
         raise refuse(RoptimValueError, place, label, "a leaf tensor", "a result of differentiable operations", remedy)
-    with contextlib.suppress(Exception):
+    try:
         array: np.ndarray[Any, Any] = x.detach().numpy()
         if type(array) is np.ndarray:
             return array
+    except Exception:
+        # Why not is found out below. `contextlib.suppress` takes as long as the view.
+        pass
     if not x.is_cpu:
         got = f"a torch tensor on {x.device}"
         raise refuse(RoptimTypeError, place, label, _HOST, got, "move it with .cpu()")

@@ -31,7 +31,11 @@ FOREIGN = [
     *(np.int8, np.uint16, np.int32, np.uint64, np.bool_, np.longdouble, np.clongdouble, object, "S4", "U1", "V4"),
     *("M8[s]", "m8[s]", [("x", "f4")], ml_dtypes.float8_e4m3fn, ml_dtypes.int4),
 ]
-DTYPES = [*SUPPORTED, *(np.dtype(dtype) for dtype in FOREIGN)]
+#: Mostly those that are let in, so that most examples are about the rest.
+DTYPES = [*6 * SUPPORTED, *(np.dtype(dtype) for dtype in FOREIGN)]
+
+
+SELDOM = st.sampled_from([False] * 6 + [True])
 
 
 # ---- any array at all ---------------------------------------------------------------------------------------
@@ -39,18 +43,18 @@ DTYPES = [*SUPPORTED, *(np.dtype(dtype) for dtype in FOREIGN)]
 
 def layout(data: st.DataObject, shape: tuple[int, ...], item: int) -> tuple[tuple[int, ...], int, int]:
     """Strides, offset and bytes of the memory of an array laid out in one of many ways."""
-    steps = st.sampled_from([1, 1, 1, 2, 3, -1, -2])
+    steps = st.sampled_from([1, 1, 2, 3, -1, -2])
     strides, reach = [0] * len(shape), item
     for axis in data.draw(st.permutations(range(len(shape))), "axes, the densest first"):
         step = data.draw(steps, "step")
         strides[axis] = step * reach
         reach *= abs(step) * max(shape[axis], 1)
-    if shape and data.draw(st.integers(0, 3), "odd stride if 0") == 0:
+    if shape and data.draw(SELDOM, "with an odd stride"):
         odd = st.sampled_from([0, item, -item, item + 1, max(item // 2, 1), 3 * item])
         strides[data.draw(st.integers(0, len(shape) - 1), "axis")] = data.draw(odd, "odd stride")
     ends = [stride * (max(extent, 1) - 1) for stride, extent in zip(strides, shape, strict=True)]
     low, high = sum(min(end, 0) for end in ends), sum(max(end, 0) for end in ends)
-    offset = data.draw(st.sampled_from([0, 0, 0, 0, 1, 2, item]), "offset")
+    offset = data.draw(st.sampled_from([0, 0, 0, 0, 0, 1, 2, item]), "offset")
     return tuple(strides), offset - low, offset - low + high + item
 
 
@@ -60,7 +64,7 @@ def draw_array(data: st.DataObject, dtypes: list[Any], shape: tuple[int, ...]) -
     if dtype.hasobject:
         array = np.empty(shape, dtype)
         return array, array
-    if data.draw(st.integers(0, 7), "other byte order if 0") == 0:
+    if data.draw(SELDOM, "in the other byte order"):
         dtype = dtype.newbyteorder()
     strides, offset, size = layout(data, shape, dtype.itemsize)
     memory = np.zeros(size + 16, np.uint8)
@@ -72,7 +76,7 @@ def draw_array(data: st.DataObject, dtypes: list[Any], shape: tuple[int, ...]) -
     if kind in "fc":
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
         array[...] = (1 + rng.integers(-8, 8, shape) / 8).astype(array.dtype)
-    if data.draw(st.integers(0, 7), "read-only if 0") == 0:
+    if data.draw(SELDOM, "read-only"):
         array.flags.writeable = False
     return array, memory
 
@@ -139,7 +143,7 @@ def test_any_array_as_a_parameter(data: st.DataObject, shape: tuple[int, ...]) -
 def test_any_array_as_a_gradient(data: st.DataObject, shape: tuple[int, ...], clears: bool) -> None:
     gradient, memory = draw_array(data, DTYPES, shape)
     # Mostly that of the gradient, so that most examples are about its layout.
-    other = data.draw(st.integers(0, 3), "another dtype if 0") == 0
+    other = data.draw(SELDOM, "another dtype")
     own = np.dtype(data.draw(st.sampled_from(SUPPORTED), "dtype") if other else gradient.dtype.newbyteorder("="))
     own = own if own in SUPPORTED else np.dtype(np.float32)
     parameter = np.full(shape, 0.5, own)

@@ -250,11 +250,11 @@ def tensor(n: int, value: float = 1.0) -> Any:
     return Tensor("f", [value] * n)
 
 
-def test_a_loop_as_in_torch() -> None:
+def test_a_loop_as_in_torch(backend: dict[str, Any]) -> None:
     w, b, frozen = tensor(3), tensor(2), tensor(1)
-    opt = Adam([{"params": iter([w, frozen])}, {"params": [b], "lr": 0.1}])
+    opt = Adam([{"params": iter([w, frozen])}, {"params": [b], "lr": 0.1}], **backend)
     wa, ba = f32(3), f32(2)
-    twin = Adam([{"params": [wa]}, {"params": [ba], "lr": 0.1}])
+    twin = Adam([{"params": [wa]}, {"params": [ba], "lr": 0.1}], **backend)
     for _ in range(3):
         opt.zero_grad()
         assert w.grad is None
@@ -280,9 +280,9 @@ def test_a_loop_as_in_torch() -> None:
     assert not h.any()
 
 
-def test_names_accumulation_and_clipping() -> None:
+def test_names_accumulation_and_clipping(backend: dict[str, Any]) -> None:
     p = tensor(4)
-    opt = SGD([("layer.weight", p)], lr=1.0)
+    opt = SGD([("layer.weight", p)], lr=1.0, **backend)
     p.grad = tensor(4, 0.25)
     opt.accumulate()
     opt.accumulate()
