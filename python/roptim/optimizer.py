@@ -112,7 +112,8 @@ class Optimizer:
     ----------
     params
         Arrays or :class:`~roptim.Parameter` objects: a list, a dict of names, nested containers of both,
-        (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each.
+        (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each. Arrays of other
+        libraries are taken where NumPy can view them without a copy: torch's tensors on the CPU, say.
     defaults : dict
         Options of every group that does not set its own.
     **options
@@ -351,7 +352,7 @@ class Optimizer:
         return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of all Parameters, and those that were accumulated.
+        """Forgets the gradients of all Parameters and tensors, and those that were accumulated.
 
         Parameters
         ----------
@@ -382,8 +383,8 @@ class Optimizer:
         Parameters
         ----------
         gradients : optional
-            - Nothing: what was accumulated, or each Parameter's ``.grad`` is used; a Parameter without one is left
-              untouched.
+            - Nothing: what was accumulated, or the ``.grad`` of each Parameter or tensor is used; one without is
+              left untouched.
             - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
               list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
               error. With several groups: a list over all parameters, or a list with one container per
@@ -451,7 +452,7 @@ class Optimizer:
         Parameters
         ----------
         gradients
-            As :meth:`step` takes them; nothing for each Parameter's ``.grad``.
+            As :meth:`step` takes them; nothing for the ``.grad`` of each Parameter or tensor.
 
         Raises
         ------

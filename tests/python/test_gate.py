@@ -108,7 +108,7 @@ def refused(array: Any, error: roptim.RoptimError, expected: str | None) -> None
 
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
-ANY = settings(max_examples=2500 if FULL else 150)
+ANY = settings(max_examples=5000 if FULL else 150)
 
 
 @ANY
