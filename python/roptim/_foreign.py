@@ -149,9 +149,12 @@ def _of_jax(x: Any, place: str, label: str, writes: bool) -> np.ndarray[Any, Any
         got = "a JAX array, which nothing may write to"
         raise refuse(RoptimValueError, place, label, "writeable", got, "copy it with numpy.array")
 
+    tracer = getattr(_attribute("jax", "core"), "Tracer", None)
+    if tracer is not None and isinstance(x, tracer):
+        remedy = "step outside of functions that JAX transforms"
+        raise refuse(RoptimTypeError, place, label, "an array with values", "a JAX array that is traced", remedy)
+
     def on_host() -> Any:
-        if isinstance(x, sys.modules["jax"].core.Tracer):
-            raise TypeError("it has no values while JAX traces a function")
         devices = x.devices()
         if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
             raise TypeError(f"it lies on {', '.join(sorted(map(str, devices)))}")
