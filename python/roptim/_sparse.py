@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import coordinates
 
 _PLACE = "SparseGrad"
 
@@ -159,6 +160,8 @@ def parts(gradient: object) -> tuple[Any, Any, tuple[int, ...]] | None:
     if sparse is not None and sparse.issparse(gradient):
         coo = gradient.tocoo()  # type: ignore[attr-defined]  # scipy's, which issparse knows
         gradient = SparseGrad(_coordinates(coo), coo.data, coo.shape)
+    elif (of_torch := coordinates(gradient)) is not None:
+        gradient = SparseGrad(*of_torch)
     if not isinstance(gradient, SparseGrad):
         return None
     if gradient._rows is None:

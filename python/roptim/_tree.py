@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import is_array
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ def listed(params: object, place: str) -> object:
         raise refuse(RoptimTypeError, place, "params", "ordered", f"a {type(params).__name__}", "use a list")
     if isinstance(params, (str, bytes)) or params is None:
         raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", repr(params))
-    is_container = isinstance(params, Iterable) and not hasattr(params, "__array__")
-    if is_container and is_leaf(params):
-        return list(params)  # type: ignore[call-overload]  # a generator, say
+    if isinstance(params, Iterable) and is_leaf(params) and not is_array(params):
+        return list(params)  # a generator, say
     return params
 
 

@@ -27,6 +27,7 @@ from roptim._errors import (
     TornError,
     refuse,
 )
+from roptim._foreign import has_gradient, view, will_write
 from roptim._groups import FixedList, ParamGroup, settled
 from roptim._parameter import Parameter
 from roptim._sparse import SparseGrad
@@ -382,6 +383,9 @@ class LRFinder:
             loss, gradients = self._called(batch)
             total += loss
             if gradients is None:
+                if any(has_gradient(p) and not isinstance(p, Parameter) for p in objects):
+                    allowed, remedy = "1 where tensors carry their gradients", "return loss and gradients"
+                    raise refuse(RoptimValueError, _TEST, "accumulation_steps", allowed, str(n), remedy)
                 leaves = [p.grad if isinstance(p, Parameter) else None for p in objects]
             else:
                 leaves = self._opt._read(gradients)
@@ -852,6 +856,21 @@ class _Memory:
 
         self._actions.append((what, back))
 
+    def _keep_foreign(self, what: str, parameter: Any) -> None:
+        """An array of another library, which may carry its gradient."""
+        saved, gradient = np.array(view(parameter, _TEST, what, True)), getattr(parameter, "grad", None)
+        of_gradient = None if gradient is None else np.array(view(gradient, _TEST, f"the gradient of {what}", True))
+
+        def back() -> None:
+            will_write([parameter])
+            _refill(view(parameter, _TEST, what, True), saved)
+            if has_gradient(parameter):
+                parameter.grad = gradient
+            if of_gradient is not None:
+                _refill(view(gradient, _TEST, f"the gradient of {what}", True), of_gradient)
+
+        self._actions.append((what, back))
+
     def _keep_average(self, what: str, average: AveragedModel) -> None:
         count = average.n_averaged
         self.keep(what, average._averages)
@@ -901,7 +920,11 @@ class _Memory:
         objects, names = opt._state._objects, opt._state._names
         for i, (obj, label) in enumerate(zip(objects, names, strict=True)):
             label = label or getattr(obj, "name", None)
-            self.keep(f"parameter {i if label is None else repr(label)}", obj)
+            what = f"parameter {i if label is None else repr(label)}"
+            if isinstance(obj, (np.ndarray, Parameter)):
+                self.keep(what, obj)
+            else:
+                self._keep_foreign(what, obj)
         if engine is not None:
             saved = engine.state_dict()
             self._actions.append((f"the state of {name}", lambda: engine.load(engine.prepare_load(saved))))

@@ -29,6 +29,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import number_of
 from roptim._groups import SCHEDULER_KEYS, settled
 from roptim.optimizer import Optimizer
 
@@ -1714,7 +1715,7 @@ class ReduceLROnPlateau(LRScheduler):
     def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # torch asks for a metric
         """Counts one epoch with its metric and reduces where it is due."""
         try:
-            metric = None if isinstance(metrics, (str, bytes)) else float(metrics)
+            metric = None if isinstance(metrics, (str, bytes)) else float(number_of(metrics))
         except (TypeError, ValueError):
             metric = None
         if metric is None:

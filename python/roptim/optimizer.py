@@ -13,6 +13,7 @@ import numpy as np
 from roptim import _roptim, _tree
 from roptim._devices import Device, fastest, selected
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import clear, has_gradient, number_of
 from roptim._groups import (
     OPTIONS,
     SWITCHES,
@@ -115,7 +116,8 @@ class Optimizer:
     ----------
     params
         Arrays or :class:`~roptim.Parameter` objects: a list, a dict of names, nested containers of both,
-        (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each.
+        (name, array) pairs, one array, or a list of group dicts with a ``"params"`` entry each. Arrays of other
+        libraries are taken where NumPy can view them without a copy: torch's tensors on the CPU, say.
     defaults : dict
         Options of every group that does not set its own.
     **options
@@ -354,7 +356,7 @@ class Optimizer:
         return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of all Parameters, and those that were accumulated.
+        """Forgets the gradients of all Parameters and tensors, and those that were accumulated.
 
         Parameters
         ----------
@@ -364,7 +366,9 @@ class Optimizer:
         if self._engine is not None:
             self._engine.clear_sums()
         for p in self._parameters():
-            if isinstance(p, Parameter) and p.grad is not None:
+            if has_gradient(p) and not isinstance(p, Parameter):
+                clear(p, set_to_none)
+            elif isinstance(p, Parameter) and p.grad is not None:
                 if set_to_none:
                     p.grad = None
                 elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
@@ -391,8 +395,8 @@ class Optimizer:
         Parameters
         ----------
         gradients : optional
-            - Nothing: what was accumulated, or each Parameter's ``.grad`` is used; a Parameter without one is left
-              untouched.
+            - Nothing: what was accumulated, or the ``.grad`` of each Parameter or tensor is used; one without is
+              left untouched.
             - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
               list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
               error. With several groups: a list over all parameters, or a list with one container per
@@ -492,7 +496,7 @@ class Optimizer:
         Parameters
         ----------
         gradients
-            As :meth:`step` takes them; nothing for each Parameter's ``.grad``.
+            As :meth:`step` takes them; nothing for the ``.grad`` of each Parameter or tensor.
 
         Raises
         ------
@@ -504,7 +508,7 @@ class Optimizer:
             raise refuse(RoptimTypeError, f"{self._place}.accumulate", "the optimizer", allowed, got)
         if gradients is None:
             objects = self._state._objects
-            if not all(isinstance(p, Parameter) for p in objects):
+            if not all(has_gradient(p) for p in objects):
                 remedy = "call accumulate(gradients), or wrap the arrays in roptim.Parameter and set .grad"
                 raise refuse(
                     RoptimTypeError, f"{self._place}.accumulate", "gradients", "given for plain arrays", "none", remedy
@@ -982,7 +986,7 @@ class ClosureOptimizer(Optimizer):
         def evaluate() -> tuple[float, list[Any] | None]:
             loss, given = _evaluated(closure)
             try:
-                number = None if isinstance(loss, (str, bytes)) else float(loss)
+                number = None if isinstance(loss, (str, bytes)) else float(number_of(loss))
             except (TypeError, ValueError, OverflowError):
                 number = None
             if number is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._errors import NonfiniteError, RoptimTypeError, RoptimValueError, refuse
+from roptim._foreign import has_gradient, is_array, view
 from roptim._parameter import Parameter
 from roptim._sparse import SparseGrad
 
@@ -34,7 +35,7 @@ def clip_grad_norm_(
     Parameters
     ----------
     parameters
-        Parameters, whose ``.grad`` is clipped (None is skipped), or plain arrays, which *are* the
+        Parameters or torch tensors, whose ``.grad`` is clipped (None is skipped), or plain arrays, which *are* the
         gradients: one, or an iterable or dict of them. Of any dtype that parameters have, writeable. Of a
         SparseGrad the values are clipped, by the norm of its sums.
     max_norm : float
@@ -63,7 +64,7 @@ def clip_grad_norm_(
     """
     place = "clip_grad_norm_"
     bound, p = _bound(place, "max_norm", max_norm), _order(place, norm_type)
-    gradients = _gradients(place, parameters)
+    gradients = _gradients(place, parameters, written=True)
     if _on_device(place, gradients, p):
         if error_if_nonfinite:
             _refuse_nonfinite(place, float(_device_norm(place, gradients, None)))
@@ -105,7 +106,8 @@ def get_total_norm(
     Parameters
     ----------
     tensors
-        Plain arrays, or Parameters, whose ``.grad`` counts: one, or an iterable or dict of them.
+        Plain arrays or, as in torch, tensors; or Parameters, whose ``.grad`` counts: one, or an iterable or dict of
+        them.
     norm_type, error_if_nonfinite, foreach
         As in :func:`clip_grad_norm_`.
 
@@ -116,7 +118,7 @@ def get_total_norm(
     """
     place = "get_total_norm"
     p = _order(place, norm_type)
-    gradients = _gradients(place, tensors)
+    gradients = _gradients(place, tensors, written=False)
     if _on_device(place, gradients, p):
         norm = _device_norm(place, gradients, None)
         if error_if_nonfinite:
@@ -143,7 +145,7 @@ def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: float, f
     total = _number(place, "total_norm", total_norm, "a number >= 0")
     if total < 0:
         raise refuse(RoptimValueError, place, "total_norm", "a number >= 0", repr(total_norm))
-    gradients = _gradients(place, parameters)
+    gradients = _gradients(place, parameters, written=True)
     _on_device(place, gradients, None)
     # For its checks: what is scaled must be writeable, and none twice.
     _norm(place, gradients, math.inf, written=True)
@@ -163,7 +165,7 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
     """
     place = "clip_grad_value_"
     bound = _bound(place, "clip_value", clip_value)
-    gradients = _gradients(place, parameters)
+    gradients = _gradients(place, parameters, written=True)
     _on_device(place, gradients, None)
     _norm(place, gradients, math.inf, written=True)
     with np.errstate(all="ignore"):
@@ -244,23 +246,30 @@ def _scale(gradients: list[Any], factor: float) -> None:
                     np.multiply(part, part.dtype.type(factor), out=part)
 
 
-def _gradients(place: str, parameters: Any) -> list[Any]:
-    """The arrays to look at and scale; the engine looks at each."""
-    if isinstance(parameters, (np.ndarray, Parameter, SparseGrad, _roptim.DeviceArray)):
+def _gradients(place: str, parameters: Any, *, written: bool) -> list[Any]:
+    """The arrays to look at and scale; the engine looks at each.
+
+    What is given to be scaled are parameters, in torch too; a norm is that of the tensors themselves.
+    """
+    known = (np.ndarray, SparseGrad, _roptim.DeviceArray)
+    if isinstance(parameters, (Parameter, *known)) or is_array(parameters):
         parameters = [parameters]
     elif isinstance(parameters, dict):
         parameters = list(parameters.values())
     elif not isinstance(parameters, Iterable) or isinstance(parameters, (str, bytes)):
         raise refuse(RoptimTypeError, place, "parameters", "Parameters or arrays", repr(parameters))
     is_generator = isinstance(parameters, Iterator)
-    gradients, count = [], 0
+    gradients: list[Any] = []
+    count = 0
     for p in parameters:
         count += 1
-        g = p.grad if isinstance(p, Parameter) else p
+        g = p.grad if isinstance(p, Parameter) or (written and has_gradient(p)) else p
         if g is None:
             continue
         if isinstance(g, np.generic) and isinstance(p, Parameter):
             g = p.grad = np.array(g)
+        if not isinstance(g, (np.generic, *known)):
+            g = view(g, place, f"gradient {len(gradients)}", written)
         gradients.append(g)
     if is_generator and not count:
         # A generator that somebody used up before is a mistake that nothing else would show.

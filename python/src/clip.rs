@@ -7,7 +7,7 @@ use roptim::cpu::Threads;
 use roptim::cpu::reduce::{self, Summand};
 use roptim::{ErrorKind, TensorRef};
 
-use crate::arrays::{Access, Context, as_array, look, share_memory};
+use crate::arrays::{Access, Context, Seen, as_array, look, share_memory};
 use crate::errors::refuse;
 use crate::overlap::{Interval, Map};
 
@@ -21,21 +21,23 @@ pub(crate) fn norm(py: Python<'_>, arrays: &Bound<'_, PyList>, p: f64, written: 
         let label = format!("gradient {i}");
         keep.push(as_array(&object, access, Context { place, label: &label })?);
     }
-    let mut map = Map::default();
-    let mut summands = Vec::with_capacity(keep.len());
-    for (i, array) in keep.iter().enumerate() {
-        let label = format!("gradient {i}");
-        let seen = look(array, access, Context { place, label: &label })?;
-        let met = map.meeting(&seen.raw).find(|other| written && share_memory(array, &keep[other.index]));
-        if let Some(other) = met {
-            let got = format!("memory of gradient {}", other.index);
+    let look = |(i, array)| look(array, access, Context { place, label: &format!("gradient {i}") });
+    let seen = keep.iter().enumerate().map(look).collect::<PyResult<Vec<_>>>()?;
+    let written = if written { &seen[..] } else { &[] };
+    let map = Map::new(written.iter().enumerate().map(|(i, seen)| Interval::of(&seen.raw, i, false)).collect());
+    for (i, here) in written.iter().enumerate() {
+        let shares = |j: usize| share_memory((&keep[i], &here.raw), (&keep[j], &seen[j].raw));
+        if let Some(other) = map.meeting(&here.raw).find(|other| other.index < i && shares(other.index)) {
+            let (label, got) = (format!("gradient {i}"), format!("memory of gradient {}", other.index));
             return Err(refuse(py, ErrorKind::Value, place, &label, "memory of its own", got, Some("give each once")));
         }
-        map.insert(Interval::of(&seen.raw, i, false));
+    }
+    let summand = |seen: Seen| {
         let is_complex = seen.dtype.is_complex();
         // SAFETY: looked at just now; `keep` holds the array; nothing is written.
-        summands.push(Summand { tensor: unsafe { TensorRef::from_raw(seen.raw) }, is_complex });
-    }
+        Summand { tensor: unsafe { TensorRef::from_raw(seen.raw) }, is_complex }
+    };
+    let summands: Vec<_> = seen.into_iter().map(summand).collect();
     let mut threads = Threads::new(None);
     Ok(py.detach(|| reduce::p_norm(&summands, p, &mut threads)))
 }

@@ -54,6 +54,8 @@ fn gradient_dtypes(parameter: Dtype) -> String {
 /// A registered parameter.
 struct Registered {
     parameter: Option<Py<ParameterBase>>,
+    /// The object of another library that has the memory, which may move it between steps.
+    owner: Option<Py<PyAny>>,
     array: Py<PyUntypedArray>,
     seen: Seen,
     label: String,
@@ -77,6 +79,14 @@ impl Registered {
             (true, _) => BY_BLOCKS,
         };
         own.len.saturating_mul(weight)
+    }
+
+    /// What an object of another library has as its gradient; `None` without such an object, or one that has no
+    /// gradients.
+    fn own_gradient<'py>(&self, py: Python<'py>) -> PyResult<Option<Option<Bound<'py, PyAny>>>> {
+        let Some(owner) = &self.owner else { return Ok(None) };
+        let gradient = owner.bind(py).getattr_opt("grad")?;
+        Ok(gradient.map(|gradient| (!gradient.is_none()).then_some(gradient)))
     }
 
     /// Address of a gradient that looks like the parameter and lies where one was found to be clear of what steps write.
@@ -141,6 +151,8 @@ impl<'e> Lent<'e> {
 #[derive(Default)]
 struct Table {
     params: Vec<Registered>,
+    /// Whether one of them has an owner.
+    has_owners: bool,
     writable: Map,
     /// The engine's count of allocations that `writable` knows.
     slots_seen: u64,
@@ -196,19 +208,17 @@ impl Engine {
 
     /// The map with the ranges of `added` in it; refuses parameters that share memory with each other or
     /// with state. `known` are the parameters the map has already.
-    fn refuse_overlap(
-        &self,
-        py: Python<'_>,
-        known: &[Registered],
-        mut map: Map,
-        added: &[Registered],
-    ) -> PyResult<Map> {
+    fn refuse_overlap(&self, py: Python<'_>, known: &[Registered], map: Map, added: &[Registered]) -> PyResult<Map> {
+        let ranges = added.iter().enumerate();
+        let map = map.with(ranges.map(|(i, new)| Interval::of(&new.seen.raw, known.len() + i, false)));
         for (i, new) in added.iter().enumerate() {
             let index = known.len() + i;
-            for other in map.meeting(&new.seen.raw) {
+            // Those after it will meet it themselves.
+            for other in map.meeting(&new.seen.raw).filter(|other| other.is_slot || other.index < index) {
                 // State of a parameter that is only now being added has its index, too.
                 let old = known.get(other.index).unwrap_or_else(|| &added[other.index - known.len()]);
-                if !other.is_slot && !share_memory(new.array.bind(py), old.array.bind(py)) {
+                let array_of = |r: &'_ Registered| r.array.bind(py).clone();
+                if !other.is_slot && !share_memory((&array_of(new), &new.seen.raw), (&array_of(old), &old.seen.raw)) {
                     continue;
                 }
                 let got = match () {
@@ -219,7 +229,6 @@ impl Engine {
                 let remedy = Some("give each array once; copy what overlaps");
                 return Err(refuse(py, ErrorKind::Value, self.name(), &new.label, "memory of its own", got, remedy));
             }
-            map.insert(Interval::of(&new.seen.raw, index, false));
         }
         Ok(map)
     }
@@ -280,6 +289,29 @@ impl Engine {
         self.refresh(py, table, haste)
     }
 
+    /// Looks anew where objects of other libraries have their memory, and tells them whose is `written` to.
+    fn renew_views(
+        &self,
+        py: Python<'_>,
+        table: &mut Table,
+        place: &str,
+        written: impl Fn(usize) -> bool,
+    ) -> PyResult<()> {
+        if !table.has_owners {
+            return Ok(());
+        }
+        let owners = PyList::empty(py);
+        for (index, registered) in table.params.iter_mut().enumerate() {
+            let Some(owner) = &registered.owner else { continue };
+            let context = Context { place, label: &registered.label };
+            registered.array = as_array(owner.bind(py), Access::Write, context)?.unbind();
+            if written(index) {
+                owners.append(owner)?;
+            }
+        }
+        py.import("roptim._foreign")?.call_method1("will_write", (owners,)).map(drop)
+    }
+
     /// The gradients as arrays, in order of registration. Python code of the objects may run here, so
     /// that nothing that was looked at before still counts.
     fn collect<'py>(
@@ -311,15 +343,10 @@ impl Engine {
                     wanted.then_some(item)
                 }
                 (None, Some(p)) => p.step_gradient(py),
-                (None, None) => {
-                    let allowed = "given for plain arrays";
-                    let remedy = Some(if self.needs_closure {
-                        "return (loss, gradients) from the closure, or wrap the arrays in roptim.Parameter and set .grad"
-                    } else {
-                        "call step(gradients), or wrap the arrays in roptim.Parameter and set .grad"
-                    });
-                    return Err(refuse(py, ErrorKind::Type, place, "gradients", allowed, "none", remedy));
-                }
+                (None, None) => match registered.own_gradient(py)? {
+                    Some(gradient) => gradient,
+                    None => return Err(self.no_gradients(py, place)),
+                },
             };
             collected.push(match object {
                 None => None,
@@ -330,6 +357,15 @@ impl Engine {
             });
         }
         Ok(collected)
+    }
+
+    fn no_gradients(&self, py: Python<'_>, place: &str) -> PyErr {
+        let remedy = Some(if self.needs_closure {
+            "return (loss, gradients) from the closure, or wrap the arrays in roptim.Parameter and set .grad"
+        } else {
+            "call step(gradients), or wrap the arrays in roptim.Parameter and set .grad"
+        });
+        refuse(py, ErrorKind::Type, place, "gradients", "given for plain arrays", "none", remedy)
     }
 
     /// A gradient that is no plain array.
@@ -408,7 +444,7 @@ impl Engine {
         };
         for met in table.writable.meeting(&raw) {
             let other = &table.params[met.index];
-            if met.is_slot || share_memory(array, other.array.bind(py)) {
+            if met.is_slot || share_memory((array, &raw), (other.array.bind(py), &other.seen.raw)) {
                 let what = if met.is_slot { "state of " } else { "" };
                 let got = format!("memory of {what}{}", other.label);
                 let remedy = Some("copy it with .copy()");
@@ -511,12 +547,14 @@ impl Engine {
         let mut alone = Vec::with_capacity(arrays.len());
         let added = arrays
             .into_iter()
-            .map(|(label, parameter, array)| {
+            .zip(&objects)
+            .map(|((label, parameter, array), object)| {
                 let away = parameter.as_ref().is_some_and(|p| p.get().is_away());
                 let access = if away { Access::Read } else { Access::Write };
                 let seen = look(&array, access, Context { place, label: &label })?;
                 alone.push(parameter.as_ref().is_some_and(|p| p.get().is_alone(py, 1)));
-                Ok(Registered { parameter, array: array.unbind(), seen, label, clear_of: (0, 0) })
+                let owner = (parameter.is_none() && !array.is(object)).then(|| object.clone().unbind());
+                Ok(Registered { parameter, owner, array: array.unbind(), seen, label, clear_of: (0, 0) })
             })
             .collect::<PyResult<Vec<_>>>()?;
         self.refresh(py, table, Haste::Now)?;
@@ -540,6 +578,7 @@ impl Engine {
         });
         let hypers = hypers.or_raise(py)?;
         let first = table.params.len();
+        table.has_owners |= added.iter().any(|registered| registered.owner.is_some());
         table.params.extend(added);
         table.writable = writable;
         table.epoch += 1;
@@ -929,6 +968,9 @@ impl Engine {
         if let Ok(table) = self.table.try_lock() {
             for registered in &table.params {
                 visit.call(&registered.array)?;
+                if let Some(owner) = &registered.owner {
+                    visit.call(owner)?;
+                }
                 if let Some(parameter) = &registered.parameter {
                     visit.call(parameter)?;
                 }
@@ -992,6 +1034,7 @@ impl Engine {
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
         // does, up to the engine's own step.
         let arrays = self.collect(py, table, gradients, access, place)?;
+        self.renew_views(py, table, place, |index| arrays[index].is_some())?;
         self.settle_homes(py, table)?;
         if let Some(average) = &average {
             average.engine.settle_homes(py, &average.table)?;
@@ -1078,7 +1121,8 @@ impl Engine {
             let label = &table.params[index].label;
             for other in map.meeting(tensor.raw()).filter(|other| other.index < index) {
                 let Some(Given::Host(met)) = &arrays[other.index] else { continue };
-                if share_memory(array, &met.array) {
+                let Some(met_tensor) = &tensors[other.index] else { continue };
+                if share_memory((array, tensor.raw()), (&met.array, met_tensor.raw())) {
                     let (label, got) = (format!("gradient of {label}"), &table.params[other.index].label);
                     let got = format!("memory of the gradient of {got}");
                     let remedy = Some("step without zero_grad and clear them afterwards");
@@ -1097,6 +1141,7 @@ impl Engine {
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
         let mut guard = self.table_in(py, haste)?;
+        self.renew_views(py, &mut guard, &self.step, |_| true)?;
         self.settle_homes(py, &guard)?;
         self.verify(py, &mut guard, &self.step, haste)?;
         let work = guard.params.iter().map(|registered| registered.work(&registered.seen.raw, false)).sum();

@@ -32,30 +32,20 @@ impl Map {
     /// Empty ranges are left out.
     pub(crate) fn new(mut intervals: Vec<Interval>) -> Self {
         intervals.retain(|i| i.low < i.high);
-        intervals.sort_unstable_by_key(|i| i.low);
-        let reach = vec![0; intervals.len()];
-        let mut map = Self { intervals, reach };
-        map.extend_reach(0);
-        map
+        // A sort that finds what is in order already: ranges are added to a map of many, group by group.
+        intervals.sort_by_key(|i| i.low);
+        let furthest = |furthest: &mut usize, interval: &Interval| {
+            *furthest = interval.high.max(*furthest);
+            Some(*furthest)
+        };
+        let reach = intervals.iter().scan(0, furthest).collect();
+        Self { intervals, reach }
     }
 
-    fn extend_reach(&mut self, from: usize) {
-        let mut furthest = if from > 0 { self.reach[from - 1] } else { 0 };
-        for (reach, interval) in self.reach[from..].iter_mut().zip(&self.intervals[from..]) {
-            furthest = furthest.max(interval.high);
-            *reach = furthest;
-        }
-    }
-
-    /// Adds a range.
-    pub(crate) fn insert(&mut self, interval: Interval) {
-        if interval.low == interval.high {
-            return;
-        }
-        let at = self.intervals.partition_point(|i| i.low <= interval.low);
-        self.intervals.insert(at, interval);
-        self.reach.insert(at, 0);
-        self.extend_reach(at);
+    /// With more ranges, all at once: one after the other would take the square of the time.
+    pub(crate) fn with(mut self, added: impl Iterator<Item = Interval>) -> Self {
+        self.intervals.extend(added);
+        Self::new(self.intervals)
     }
 
     /// Every range that meets the array's.
