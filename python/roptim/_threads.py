@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
 
 #: The bounds of the blocks that a thread is in.
 _ACTIVE = threading.local()
@@ -37,9 +37,9 @@ def threads(n: int) -> Iterator[None]:
         If ``n`` is no whole number from 1 on.
     """
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
-        raise refuse(RoptimTypeError, "threads", "n", "a whole number >= 1", repr(n))
+        raise refuse(RoptimTypeError, "threads", "n", "a whole number >= 1", told(n))
     if n < 1:
-        raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", repr(n))
+        raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", told(n))
     bounds = _ACTIVE.__dict__.setdefault("bounds", [])
     bounds.append(min(int(n), sys.maxsize))
     _apply(bounds)

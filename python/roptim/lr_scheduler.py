@@ -28,7 +28,7 @@ from weakref import WeakSet
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._groups import SCHEDULER_KEYS, settled
 from roptim.optimizer import Optimizer
 
@@ -87,22 +87,21 @@ class _Range(NamedTuple):
         """The value as an int or float, or an error."""
         value = settled(value)
         if self.whole:
-            try:
-                if not isinstance(value, bool) and int(value) == value and self.holds(value):
+            # Whatever the value's own conversion raises, it is no number.
+            with contextlib.suppress(Exception):
+                if not isinstance(value, (bool, str, bytes)) and int(value) == value and self.holds(value):
                     return int(value)
-            except (TypeError, ValueError, OverflowError):
-                pass
-            raise refuse(RoptimValueError, place, name, str(self), repr(value))
+            raise refuse(RoptimValueError, place, name, str(self), told(value))
         try:
-            number = None if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError):
-            number = None
+            number = None if isinstance(value, (bool, str, bytes)) else float(value)
         except OverflowError:
             number = math.inf
+        except Exception:
+            number = None
         if number is None:
-            raise refuse(RoptimTypeError, place, name, str(self), repr(value))
+            raise refuse(RoptimTypeError, place, name, str(self), told(value))
         if not math.isfinite(number) or not self.holds(number):
-            raise refuse(RoptimValueError, place, name, str(self), repr(value))
+            raise refuse(RoptimValueError, place, name, str(self), told(value))
         return number
 
 
@@ -118,9 +117,9 @@ _SHARE_BELOW_1 = _Range(0, 1, without_high=True)
 
 def one_of(place: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value if it is one of these words, else an error."""
-    if value in choices and isinstance(value, str):
+    if isinstance(value, str) and value in choices:
         return value
-    raise refuse(RoptimValueError, place, name, " or ".join(map(repr, choices)), repr(value))
+    raise refuse(RoptimValueError, place, name, " or ".join(map(repr, choices)), told(value))
 
 
 def per_group(place: str, name: str, value: Any, optimizer: Optimizer, allowed: _Range = NUMBER) -> list[float]:
@@ -404,7 +403,7 @@ class LRScheduler:
     def _epoch(self, epoch: Any) -> Any:
         epoch = settled(epoch)
         if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not math.isfinite(epoch):
-            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "epoch", "a number", repr(epoch))
+            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "epoch", "a number", told(epoch))
         return epoch
 
     def _update_lr(self, epoch: int | None = None) -> None:
@@ -483,7 +482,7 @@ class LRScheduler:
             if key in self._unsaved or key in _FORGOTTEN:
                 continue
             if not isinstance(key, str) or hasattr(type(self), key):
-                raise refuse(RoptimKeyError, place, "key", "of the scheduler's state", repr(key))
+                raise refuse(RoptimKeyError, place, "key", "of the scheduler's state", told(key))
             if key in self._functions:
                 changes[key] = _checked_functions(place, key, known[key], value)
             elif key in self._fields:
@@ -494,7 +493,7 @@ class LRScheduler:
                 changes[key] = _alike(place, key, known.get(key), value)
         for key, choices in self._choices().items():
             if key in changes and changes[key] not in choices:
-                raise refuse(RoptimValueError, place, key, " or ".join(map(repr, choices)), repr(changes[key]))
+                raise refuse(RoptimValueError, place, key, " or ".join(map(repr, choices)), told(changes[key]))
         return changes
 
     def _refuse_other_class(self, state_dict: dict[str, Any], place: str) -> None:
@@ -533,7 +532,7 @@ def _checked_functions(place: str, key: str, mine: Any, saved: Any) -> Any:
     many = isinstance(mine, list)
     functions, entries = (mine, saved) if many else ([mine], [saved])
     if not isinstance(entries, (list, tuple)) or len(entries) != len(functions):
-        raise refuse(RoptimValueError, place, key, f"a list of {len(functions)}", repr(saved))
+        raise refuse(RoptimValueError, place, key, f"a list of {len(functions)}", told(saved))
     for function, entry in zip(functions, entries, strict=True):
         if entry is not None and not isinstance(entry, Mapping):
             got = f"an object of type {type(entry).__name__}"
@@ -729,7 +728,7 @@ class MultiStepLR(_Chain):
     ) -> None:
         place = type(self).__name__
         if not isinstance(milestones, Iterable):
-            raise refuse(RoptimTypeError, place, "milestones", "a list of whole numbers", repr(milestones))
+            raise refuse(RoptimTypeError, place, "milestones", "a list of whole numbers", told(milestones))
         self.milestones: Counter[int] = Counter(COUNT.check(place, "milestones", m) for m in milestones)
         self._set(gamma=gamma)
         super().__init__(optimizer, last_epoch)
@@ -998,7 +997,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         else:
             epoch = self._epoch(epoch)
             if epoch < 0:
-                raise refuse(RoptimValueError, f"{type(self).__name__}.step", "epoch", "a number >= 0", repr(epoch))
+                raise refuse(RoptimValueError, f"{type(self).__name__}.step", "epoch", "a number >= 0", told(epoch))
             self.T_i, self.T_cur = self.T_0, epoch
             if epoch >= self.T_0 and self.T_mult == 1:
                 self.T_cur = epoch % self.T_0
@@ -1126,7 +1125,7 @@ class CyclicLR(_Cycle):
             one_of(place, "mode", mode, self._MODES)
             scale_mode = "iterations" if mode == "exp_range" else "cycle"
         elif not callable(scale_fn):
-            raise refuse(RoptimTypeError, place, "scale_fn", "a function", repr(scale_fn))
+            raise refuse(RoptimTypeError, place, "scale_fn", "a function", told(scale_fn))
         self.mode = mode
         self._set(gamma=gamma)
         self.scale_mode = one_of(place, "scale_mode", scale_mode, ("cycle", "iterations"))
@@ -1250,7 +1249,7 @@ class OneCycleLR(_Cycle):
             self.total_steps = LENGTH.check(place, "epochs", epochs) * batches
         else:
             raise refuse(
-                RoptimValueError, place, "total_steps", "given, or both epochs and steps_per_epoch", repr(total_steps)
+                RoptimValueError, place, "total_steps", "given, or both epochs and steps_per_epoch", told(total_steps)
             )
         share = _SHARE.check(place, "pct_start", pct_start)
         top = share * self.total_steps - 1
@@ -1306,7 +1305,7 @@ class OneCycleLR(_Cycle):
         for phase in phases:
             for key in _phase(0, "", "", "", ""):
                 if key not in phase:
-                    raise refuse(RoptimKeyError, place, "_schedule_phases", f"dicts with {key!r}", repr(phase))
+                    raise refuse(RoptimKeyError, place, "_schedule_phases", f"dicts with {key!r}", told(phase))
                 if key == "end_step":
                     NUMBER.check(place, key, phase[key])
                 else:
@@ -1378,7 +1377,7 @@ class _Composite(LRScheduler):
         """The given schedulers, if they can be parts of one of this optimizer."""
         place = type(self).__name__
         if not isinstance(schedulers, (list, tuple)) or not schedulers:
-            raise refuse(RoptimValueError, place, "schedulers", "a list of at least one scheduler", repr(schedulers))
+            raise refuse(RoptimValueError, place, "schedulers", "a list of at least one scheduler", told(schedulers))
         for i, scheduler in enumerate(schedulers):
             if not isinstance(scheduler, LRScheduler):
                 got = f"an object of type {type(scheduler).__name__}"
@@ -1500,7 +1499,7 @@ class SequentialLR(_Composite):
             raise refuse(RoptimValueError, place, name, allowed, str(len(milestones)))
         at: list[int] = [COUNT.check(place, name, milestone) for milestone in milestones]
         if at != sorted(at):
-            raise refuse(RoptimValueError, place, name, "ascending", repr(milestones))
+            raise refuse(RoptimValueError, place, name, "ascending", told(milestones))
         return at
 
     def _reset(self) -> None:
@@ -1718,7 +1717,7 @@ class ReduceLROnPlateau(LRScheduler):
         except (TypeError, ValueError):
             metric = None
         if metric is None:
-            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "metrics", "a number", repr(metrics))
+            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "metrics", "a number", told(metrics))
         with self._all_or_nothing():
             self._go_on()
             if epoch is not None:

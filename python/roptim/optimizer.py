@@ -12,13 +12,14 @@ import numpy as np
 
 from roptim import _roptim, _tree
 from roptim._devices import Device, fastest, selected
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told, warn
 from roptim._groups import (
     OPTIONS,
     SWITCHES,
     FixedList,
     ParamGroup,
     check_switches,
+    lasting,
     refuse_misspelling,
     settled,
     shown,
@@ -52,19 +53,22 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     threads = options["threads"]
     is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
     if threads is not None and not (is_count and 1 <= threads < 65536):
-        raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", repr(threads))
+        raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", told(threads))
     bounds: dict[str, float | None] = {}
     for name in ("clip_norm", "clip_value"):
         bound = settled(options[name])
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
-            raise refuse(RoptimTypeError, place, name, "None or a number >= 0", repr(options[name]))
+            raise refuse(RoptimTypeError, place, name, "None or a number >= 0", told(options[name]))
         try:
             bounds[name] = None if bound is None else float(bound)
         except OverflowError:
             raise refuse(RoptimValueError, place, name, "None or a number >= 0", "one beyond all floats") from None
     if not isinstance(options["nonfinite"], str):
         allowed = '"propagate", "raise" or "skip"'
-        raise refuse(RoptimTypeError, place, "nonfinite", allowed, repr(options["nonfinite"]))
+        raise refuse(RoptimTypeError, place, "nonfinite", allowed, told(options["nonfinite"]))
+    for name in ("allow_software", "flush_denormals", "nonfinite_sync"):
+        if not isinstance(options[name], (bool, np.bool_)):
+            raise refuse(RoptimTypeError, place, name, "True or False", told(options[name]))
     return {
         "backend": selected(place, options["backend"]),
         "allow_software": bool(options["allow_software"]),
@@ -74,6 +78,41 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
         "nonfinite_sync": bool(options["nonfinite_sync"]),
         **bounds,
     }
+
+
+class _OfGroups:
+    """Stands on an optimizer of the engine where an option might be looked for that lies elsewhere: an attribute of
+    this name would be read by nobody."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_hyper = name not in OPTIONS
+        self._remedy = (
+            f'use opt.param_groups[0]["{name}"]' if self._is_hyper else "it holds for the life of an optimizer"
+        )
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        # A class that somebody derived may well have an attribute of its own.
+        if self._name in vars(optimizer):
+            return vars(optimizer)[self._name]
+        place = "in the groups" if self._is_hyper else "in the constructor"
+        raise AttributeError(f"{type(optimizer).__name__}: {self._name} is set {place}; {self._remedy}")
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if "_engine_name" not in vars(type(optimizer)):
+            vars(optimizer)[self._name] = value
+            return
+        place = "set in a group" if self._is_hyper else "given to the constructor"
+        got = "an assignment to the optimizer"
+        raise refuse(RoptimTypeError, type(optimizer).__name__, self._name, place, got, self._remedy)
+
+    def __delete__(self, optimizer: Any) -> None:
+        try:
+            del vars(optimizer)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
 
 
 class _Current:
@@ -131,6 +170,8 @@ class Optimizer:
     _engine_name: ClassVar[str | None] = None
     #: Whether step was ever called: schedulers warn if they are stepped first.
     _step_called = False
+    #: Whether a step without gradients was looked at once.
+    _looked_for_gradients = False
     #: Whether groups were loaded that a scheduler had written to: a new one then leaves them as they are.
     _resumed = False
     _hooks: Hooks | None = None
@@ -174,6 +215,9 @@ class Optimizer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("_engine_name")
+        for option in (*REGISTRY[name]["defaults"], *OPTIONS) if name is not None else ():
+            setattr(cls, option, _OfGroups(option))
         own = cls.__dict__.get("step")
         # The steps of this module look for hooks themselves: a wrapper is a third of a small step's time.
         if own is not None and cls.__module__ != __name__:
@@ -230,7 +274,7 @@ class Optimizer:
         for name in options:
             if name not in OPTIONS:
                 allowed = f"one of {', '.join(OPTIONS)}"
-                raise refuse(RoptimTypeError, self._place, "option", allowed, repr(name))
+                raise refuse(RoptimTypeError, self._place, "option", allowed, told(name))
         self._options = {**OPTIONS, **options}
         self._specs: list[_tree.Spec] = []
         # Several groups taken as one list, or by name; made when first needed.
@@ -246,13 +290,15 @@ class Optimizer:
             self._current = _Current(self._engine)
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value_at(value, 0) for key, value in defaults.items() if key in hypers})
+            # Groups may be added later, and begin with what was given now.
+            self.defaults = {key: lasting(value) if key in hypers else value for key, value in defaults.items()}
         else:
             for name, value in self._options.items():
                 default = OPTIONS[name]
                 if type(value) is not type(default) or value != default:
                     shown_default = f'"{default}"' if isinstance(default, str) else repr(default)
                     allowed = f"{shown_default} for an optimizer written in Python"
-                    raise refuse(RoptimValueError, self._place, name, allowed, repr(value))
+                    raise refuse(RoptimValueError, self._place, name, allowed, told(value))
         self._hypers = hypers
         self.param_groups = FixedList()
         #: Hyperparameters that are functions of the count of updates, by index of the groups that have some.
@@ -292,7 +338,7 @@ class Optimizer:
         if names is None and param_group.get("param_names") is not None:
             given_names = param_group["param_names"]
             if not isinstance(given_names, (list, tuple)):
-                raise refuse(RoptimTypeError, place, "param_names", "a list of strings", repr(given_names))
+                raise refuse(RoptimTypeError, place, "param_names", "a list of strings", told(given_names))
             names = list(given_names)
             if len(names) != len(objects):
                 raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
@@ -416,6 +462,8 @@ class Optimizer:
             gradients, closure = self._told_apart(gradients, closure)
             if closure is not None:
                 loss, gradients = _evaluated(closure)
+        if gradients is None and not self._looked_for_gradients:
+            self._look_for_gradients()
         if self._scheduled:
             self._follow_schedules()
         if zero_grad:
@@ -426,10 +474,25 @@ class Optimizer:
             self._show_schedules()
         return loss
 
+    def _look_for_gradients(self) -> None:
+        """Warns where the first step finds no gradient at all: the backward pass is missing, or other arrays got it."""
+        assert self._engine is not None
+        self._looked_for_gradients = True
+        objects = self._state._objects
+        learn = [p for p in objects if isinstance(p, Parameter) and p.requires_grad]
+        # Plain arrays without gradients are refused.
+        if len(learn) < len(objects) and not all(isinstance(p, Parameter) for p in objects):
+            return
+        if learn and not self._engine.has_sums and all(p.grad is None for p in learn):
+            warn(
+                f"{self._place}.step: no Parameter has a gradient, so nothing is updated; set .grad of these "
+                "Parameters first, or call step(gradients)"
+            )
+
     def _step_and_clear(self, gradients: Any, zero_grad: bool) -> None:
         assert self._engine is not None
         if not isinstance(zero_grad, (bool, np.bool_)):
-            raise refuse(RoptimTypeError, f"{self._place}.step", "zero_grad", "True or False", repr(zero_grad))
+            raise refuse(RoptimTypeError, f"{self._place}.step", "zero_grad", "True or False", told(zero_grad))
         if gradients is None and self._engine.has_sums:
             self._engine.step()
             self.zero_grad(set_to_none=False)
@@ -672,11 +735,14 @@ class Optimizer:
     def grad_scale(self, value: float) -> None:
         if self._engine is None:
             raise refuse(
-                RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", repr(value)
+                RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", told(value)
             )
         if isinstance(value, bool) or not isinstance(settled(value), (int, float)):
-            raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", repr(value))
-        self._engine.grad_scale = float(settled(value))
+            raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", told(value))
+        try:
+            self._engine.grad_scale = float(settled(value))
+        except OverflowError:
+            raise refuse(RoptimValueError, self._place, "grad_scale", "a power of two", told(value)) from None
 
     @property
     def device(self) -> str:
@@ -913,7 +979,7 @@ class ClosureOptimizer(Optimizer):
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
         if zero_grad:
             remedy = "clear the gradients in the closure"
-            raise refuse(RoptimValueError, place, "zero_grad", "False", repr(zero_grad), remedy)
+            raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:

@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-pub use crate::isa::Isa;
 use crate::isa::Loops;
+pub use crate::isa::{Isa, StandardFloats};
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
