@@ -14,6 +14,7 @@ from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, re
 from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
+from roptim._values import flag, is_real, is_whole
 from roptim.optimizer import checked_options
 
 AvgFn = Callable[[Any, Any, int], Any]
@@ -58,7 +59,7 @@ class _Known:
 
 
 def _decay(place: str, decay: Any) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.integer, np.floating)):
+    if not is_real(decay):
         raise refuse(RoptimTypeError, place, "decay", "a number in [0, 1]", told(decay))
     if not 0 <= decay <= 1:
         raise refuse(RoptimValueError, place, "decay", "a number in [0, 1]", told(decay))
@@ -156,7 +157,7 @@ class AveragedModel:
                 raise refuse(RoptimTypeError, _PLACE, name, "callable", told(function))
         self._spec, objects, self._names = _tree.flatten(_tree.listed(model, _PLACE), _PLACE)
         self._averages = [_copied(f"parameter {i}", p) for i, p in enumerate(objects)]
-        self._use_buffers = bool(use_buffers)
+        self._use_buffers = flag(_PLACE, "use_buffers", use_buffers)
         self._buffer_spec: _tree.Spec | None = None
         self._buffers: list[Any] = []
         if buffers is not None:
@@ -190,7 +191,7 @@ class AveragedModel:
 
     @n_averaged.setter
     def n_averaged(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
+        if not is_whole(count) or not 0 <= count < 2**63:
             raise refuse(RoptimValueError, _PLACE, "n_averaged", "a whole number >= 0", told(count))
         if self._engine is not None:
             for i in range(len(self._averages)):
@@ -340,7 +341,7 @@ class AveragedModel:
         count, module = state_dict["n_averaged"], state_dict["module"]
         if isinstance(count, np.ndarray) and count.size == 1:
             count = count.item()
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
+        if not is_whole(count) or not 0 <= count < 2**63:
             raise refuse(RoptimValueError, place, "n_averaged", "a whole number >= 0", told(count))
         if isinstance(module, Mapping) and self._names:
             if module.keys() != set(self._names):
@@ -437,7 +438,7 @@ def cumulative_stats(batches: Iterable[Any], axis: int | tuple[int, ...] = 0) ->
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
         raise refuse(RoptimTypeError, place, "batches", "arrays", f"an object of type {type(batches).__name__}")
     axes = axis if isinstance(axis, tuple) else (axis,)
-    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
+    if not all(map(is_whole, axes)):
         raise refuse(RoptimTypeError, place, "axis", "an int or a tuple of int", told(axis))
     mean: Any = 0.0
     variance: Any = 0.0

@@ -12,14 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from roptim import _roptim
 from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told, warn
 from roptim._files import Progress, path_text
 from roptim._loading import LoadReport, Missing, Rules, Unexpected
 from roptim._restore import restore_tree
 from roptim._signals import deferred
+from roptim._values import is_whole
 
 _PLACE = "roptim.Checkpointer"
 #: Of a thread that saves in the background, what it saves to.
@@ -36,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def _whole(place: str, name: str, value: Any, least: int, alternative: str = "") -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    is_int = is_whole(value)
     if not is_int or not least <= value < 2**63:
         allowed = f"a whole number from {least} to 2^63 - 1{alternative}"
         raise refuse(RoptimValueError, place, name, allowed, told(value))

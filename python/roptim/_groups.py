@@ -72,11 +72,11 @@ def check_switches(place: str, **switches: Any) -> None:
 def settled(value: Any) -> Any:
     """A NumPy number or one-element array as a Python number, so that it cannot change later.
 
-    Times and what is masked stay as they are: both would become numbers.
+    Times and what is masked stay as they are: both would become numbers. So does what holds any object.
     """
     if not isinstance(value, (np.generic, np.ndarray)) or isinstance(value, np.ma.MaskedArray):
         return value
-    return value.item() if value.size == 1 and value.dtype.kind not in "mM" else value
+    return value.item() if value.size == 1 and value.dtype.kind not in "mMO" else value
 
 
 def lasting(value: Any) -> Any:

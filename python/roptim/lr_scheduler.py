@@ -30,6 +30,7 @@ import numpy as np
 from roptim import _roptim
 from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._groups import SCHEDULER_KEYS, settled
+from roptim._values import flag
 from roptim.optimizer import Optimizer
 
 __all__ = [
@@ -61,6 +62,10 @@ _LISTS = ("milestones",)
 _FORGOTTEN = frozenset({"verbose", "anneal_func", "_scale_fn_ref"})
 
 
+#: What Python or NumPy would make numbers of.
+_NO_NUMBERS = (bool, str, bytes, bytearray, np.bool_, np.timedelta64, np.ma.MaskedArray)
+
+
 class _Range(NamedTuple):
     """Which numbers an argument may be."""
 
@@ -89,11 +94,12 @@ class _Range(NamedTuple):
         if self.whole:
             # Whatever the value's own conversion raises, it is no number.
             with contextlib.suppress(Exception):
-                if not isinstance(value, (bool, str, bytes)) and int(value) == value and self.holds(value):
+                is_number = not isinstance(value, _NO_NUMBERS)
+                if is_number and int(value) == value and self.holds(value) and value < 2**63:
                     return int(value)
             raise refuse(RoptimValueError, place, name, str(self), told(value))
         try:
-            number = None if isinstance(value, (bool, str, bytes)) else float(value)
+            number = None if isinstance(value, _NO_NUMBERS) else float(value)
         except OverflowError:
             number = math.inf
         except Exception:
@@ -108,6 +114,7 @@ class _Range(NamedTuple):
 NUMBER = _Range()
 COUNT = _Range(0, whole=True)
 LENGTH = _Range(1, whole=True)
+_EPOCH = _Range(-1, whole=True)
 POSITIVE = _Range(0, without_low=True)
 AT_LEAST_0 = _Range(0)
 _SHARE = _Range(0, 1)
@@ -207,6 +214,7 @@ class LRScheduler:
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
         self._attach(optimizer)
+        last_epoch = _EPOCH.check(type(self).__name__, "last_epoch", last_epoch)
         with self._all_or_nothing():
             before = [dict(group) for group in optimizer.param_groups]
             self._enter(last_epoch)
@@ -727,7 +735,8 @@ class MultiStepLR(_Chain):
         self, optimizer: Optimizer, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1
     ) -> None:
         place = type(self).__name__
-        if not isinstance(milestones, Iterable):
+        is_number = isinstance(milestones, np.ndarray) and milestones.ndim == 0
+        if is_number or not isinstance(milestones, Iterable) or isinstance(milestones, (*_NO_NUMBERS, Mapping)):
             raise refuse(RoptimTypeError, place, "milestones", "a list of whole numbers", told(milestones))
         self.milestones: Counter[int] = Counter(COUNT.check(place, "milestones", m) for m in milestones)
         self._set(gamma=gamma)
@@ -1121,6 +1130,7 @@ class CyclicLR(_Cycle):
         up = POSITIVE.check(place, "step_size_up", step_size_up)
         down = up if step_size_down is None else AT_LEAST_0.check(place, "step_size_down", step_size_down)
         self._set(total_size=up + down, step_ratio=up / (up + down))
+        one_of(place, "scale_mode", scale_mode, ("cycle", "iterations"))
         if scale_fn is None:
             one_of(place, "mode", mode, self._MODES)
             scale_mode = "iterations" if mode == "exp_range" else "cycle"
@@ -1129,7 +1139,7 @@ class CyclicLR(_Cycle):
         self.mode = mode
         self._set(gamma=gamma)
         self.scale_mode = one_of(place, "scale_mode", scale_mode, ("cycle", "iterations"))
-        self.cycle_momentum = bool(cycle_momentum)
+        self.cycle_momentum = flag(place, "cycle_momentum", cycle_momentum)
         if self.cycle_momentum:
             self._find_momentum(optimizer)
             self.base_momentums = per_group(place, "base_momentum", base_momentum, optimizer)
@@ -1242,6 +1252,9 @@ class OneCycleLR(_Cycle):
     ) -> None:
         place = type(self).__name__
         self._attach(optimizer)
+        for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if count is not None:
+                LENGTH.check(place, name, count)
         if total_steps is not None:
             self._set(total_steps=total_steps)
         elif epochs is not None and steps_per_epoch is not None:
@@ -1257,7 +1270,7 @@ class OneCycleLR(_Cycle):
             allowed = "a part of total_steps other than 1 step"
             raise refuse(RoptimValueError, place, "pct_start", allowed, f"{pct_start!r} of {self.total_steps}")
         end = self.total_steps - 1
-        if three_phase:
+        if flag(place, "three_phase", three_phase):
             self._schedule_phases = [
                 _phase(top, "initial_lr", "max_lr", "max_momentum", "base_momentum"),
                 _phase(2 * share * self.total_steps - 2, "max_lr", "initial_lr", "base_momentum", "max_momentum"),
@@ -1271,7 +1284,7 @@ class OneCycleLR(_Cycle):
         self._anneal_func_type = one_of(place, "anneal_strategy", anneal_strategy, ("cos", "linear"))
         first_factor = POSITIVE.check(place, "div_factor", div_factor)
         last_factor = POSITIVE.check(place, "final_div_factor", final_div_factor)
-        self.cycle_momentum = bool(cycle_momentum)
+        self.cycle_momentum = flag(place, "cycle_momentum", cycle_momentum)
         if self.cycle_momentum:
             self._find_momentum(optimizer)
             lowest = per_group(place, "base_momentum", base_momentum, optimizer)
@@ -1700,7 +1713,7 @@ class ReduceLROnPlateau(LRScheduler):
         self.threshold_mode = threshold_mode
         self.best = self.mode_worse
         self._set(cooldown_counter=0, num_bad_epochs=0)
-        self.verbose = bool(verbose)
+        self.verbose = flag(type(self).__name__, "verbose", verbose)
 
     @property
     def in_cooldown(self) -> bool:

@@ -41,6 +41,7 @@ from roptim._roptim import Engine
 from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at, values_at
 from roptim._signals import deferred
 from roptim._state import State
+from roptim._values import flag, is_whole
 
 __all__ = ["REGISTRY", "Optimizer", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
@@ -51,8 +52,7 @@ _PRE, _POST = EVERYWHERE.step_pre, EVERYWHERE.step_post
 def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of the whole optimizer in the types the engine takes; ranges are the engine's business."""
     threads = options["threads"]
-    is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
-    if threads is not None and not (is_count and 1 <= threads < 65536):
+    if threads is not None and not (is_whole(threads) and 1 <= threads < 65536):
         raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", told(threads))
     bounds: dict[str, float | None] = {}
     for name in ("clip_norm", "clip_value"):
@@ -66,16 +66,14 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options["nonfinite"], str):
         allowed = '"propagate", "raise" or "skip"'
         raise refuse(RoptimTypeError, place, "nonfinite", allowed, told(options["nonfinite"]))
-    for name in ("allow_software", "flush_denormals", "nonfinite_sync"):
-        if not isinstance(options[name], (bool, np.bool_)):
-            raise refuse(RoptimTypeError, place, name, "True or False", told(options[name]))
+    switches = {
+        name: flag(place, name, options[name]) for name in ("allow_software", "flush_denormals", "nonfinite_sync")
+    }
     return {
         "backend": selected(place, options["backend"]),
-        "allow_software": bool(options["allow_software"]),
         "threads": None if threads is None else int(threads),
-        "flush_denormals": bool(options["flush_denormals"]),
         "nonfinite": options["nonfinite"],
-        "nonfinite_sync": bool(options["nonfinite_sync"]),
+        **switches,
         **bounds,
     }
 
@@ -188,7 +186,8 @@ class Optimizer:
         defaults: dict[str, Any],
         **options: Any,
     ) -> None:
-        if options.get("backend") == "auto" and self._engine_name is not None:
+        backend = options.get("backend")
+        if isinstance(backend, str) and backend == "auto" and self._engine_name is not None:
             place = type(self).__name__
             params = _tree.listed(params, place)
             if any(_is_group(group) for group in _grouped(params)):
@@ -403,6 +402,7 @@ class Optimizer:
         set_to_none : bool
             With False the gradient arrays stay and are filled with zeros; where there is none, there is none.
         """
+        set_to_none = flag(f"{self._place}.zero_grad", "set_to_none", set_to_none)
         if self._engine is not None:
             self._engine.clear_sums()
         for p in self._parameters():
@@ -466,7 +466,7 @@ class Optimizer:
             self._look_for_gradients()
         if self._scheduled:
             self._follow_schedules()
-        if zero_grad:
+        if zero_grad is not False:
             self._step_and_clear(gradients, zero_grad)
         else:
             self._engine.step(None if gradients is None else self._read(gradients))
@@ -491,9 +491,9 @@ class Optimizer:
 
     def _step_and_clear(self, gradients: Any, zero_grad: bool) -> None:
         assert self._engine is not None
-        if not isinstance(zero_grad, (bool, np.bool_)):
-            raise refuse(RoptimTypeError, f"{self._place}.step", "zero_grad", "True or False", told(zero_grad))
-        if gradients is None and self._engine.has_sums:
+        if not flag(f"{self._place}.step", "zero_grad", zero_grad):
+            self._engine.step(None if gradients is None else self._read(gradients))
+        elif gradients is None and self._engine.has_sums:
             self._engine.step()
             self.zero_grad(set_to_none=False)
         else:
@@ -737,10 +737,11 @@ class Optimizer:
             raise refuse(
                 RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", told(value)
             )
-        if isinstance(value, bool) or not isinstance(settled(value), (int, float)):
+        number = settled(value)
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", told(value))
         try:
-            self._engine.grad_scale = float(settled(value))
+            self._engine.grad_scale = float(number)
         except OverflowError:
             raise refuse(RoptimValueError, self._place, "grad_scale", "a power of two", told(value)) from None
 
@@ -977,7 +978,7 @@ class ClosureOptimizer(Optimizer):
             allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
-        if zero_grad:
+        if zero_grad is not False and flag(place, "zero_grad", zero_grad):
             remedy = "clear the gradients in the closure"
             raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
         losses: list[Any] = []
@@ -1012,7 +1013,7 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
 def _given(gradients: Any, closure: Any, zero_grad: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
     by_name = {"closure": closure} if closure is not None else {}
-    if zero_grad:
+    if zero_grad is not False:
         by_name["zero_grad"] = zero_grad
     return () if gradients is None else (gradients,), by_name
 

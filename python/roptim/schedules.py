@@ -21,6 +21,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
+from roptim._values import is_real, is_whole
 
 __all__ = [
     "Schedule",
@@ -45,14 +46,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def _count(place: str, name: str, value: Any, low: int = 0) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value < 2**64:
+    if is_whole(value) and low <= value < 2**64:
         return int(value)
-    kind = RoptimValueError if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else RoptimTypeError
+    kind = RoptimValueError if is_whole(value) else RoptimTypeError
     raise refuse(kind, place, name, f"a whole number >= {low}", told(value))
 
 
 def _number(place: str, name: str, value: Any) -> float:
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+    if is_real(value):
         try:
             return float(value)
         except OverflowError:
@@ -116,7 +117,7 @@ class Schedule:
 
     def shift(self, by: int) -> Schedule:
         """The same, ``by`` updates later, before which it has its first value; earlier where ``by`` is negative."""
-        if not isinstance(by, (int, np.integer)) or isinstance(by, bool) or not -(2**63) <= by < 2**63:
+        if not is_whole(by) or not -(2**63) <= by < 2**63:
             raise refuse(RoptimTypeError, "shift", "by", "a whole number", told(by))
         return Schedule(self._engine.shift(int(by)))
 

@@ -13,6 +13,7 @@ from roptim import _roptim
 from roptim._errors import NonfiniteError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._parameter import Parameter
 from roptim._sparse import SparseGrad
+from roptim._values import flag, is_real
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -62,6 +63,7 @@ def clip_grad_norm_(
         With ``error_if_nonfinite``.
     """
     place = "clip_grad_norm_"
+    error_if_nonfinite = flag(place, "error_if_nonfinite", error_if_nonfinite)
     bound, p = _bound(place, "max_norm", max_norm), _order(place, norm_type)
     gradients = _gradients(place, parameters)
     if _on_device(place, gradients, p):
@@ -115,6 +117,7 @@ def get_total_norm(
         0.0 without arrays.
     """
     place = "get_total_norm"
+    error_if_nonfinite = flag(place, "error_if_nonfinite", error_if_nonfinite)
     p = _order(place, norm_type)
     gradients = _gradients(place, tensors)
     if _on_device(place, gradients, p):
@@ -181,7 +184,7 @@ def _number(place: str, name: str, value: Any, allowed: str) -> float:
     if isinstance(value, SupportsFloat) and type(value).__module__ == "roptim.gpu":
         # A norm on a device, which get_total_norm returned.
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or np.iscomplexobj(value):
+    if not is_real(value):
         raise refuse(RoptimTypeError, place, name, allowed, told(value))
     try:
         return float(value)
