@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,12 +181,8 @@ def read_only_array() -> None:
 @mistake("The model in place of its parameters")
 def model_in_place_of_parameters() -> None:
     """An object that is no container fails somewhere inside, far from the line that is wrong."""
-
-    class Model:
-        def parameters(self) -> list[np.ndarray]:
-            return [float32(3)]
-
-    roptim.Adam(Model())
+    model = SimpleNamespace(parameters=lambda: [float32(3)])
+    roptim.Adam(model)
 
 
 @mistake("Vectors in Muon")

@@ -227,6 +227,8 @@ def test_hostile_hyperparameters_change_nothing(name: str) -> None:
                 "state dict": state_dict,
             }
             for way, give in ways.items():
+                if " at " in label and way not in ("constructor", "assignment", "state dict") and not FULL:
+                    continue  # one of several numbers goes the way of a single one
                 said = refusal(give, make())
                 assert one_sentence(said), (key, label, way, said)
                 if way == "state dict":
