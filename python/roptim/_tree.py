@@ -53,7 +53,7 @@ def listed(params: object, place: str) -> object:
             remedy = "a generator can be gone through once: make a list of it and give that to each"
             raise refuse(RoptimValueError, place, "params", "at least one array", "a generator at its end", remedy)
         return items
-    if callable(getattr(params, "parameters", None)):
+    if is_leaf(params) and callable(getattr(params, "parameters", None)):
         got, remedy = f"an object of type {type(params).__name__}", "give what its parameters() returns"
         raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", got, remedy)
     return params

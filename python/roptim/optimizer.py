@@ -84,10 +84,11 @@ class _OfGroups:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._is_hyper = name not in OPTIONS
-        self._remedy = (
-            f'use opt.param_groups[0]["{name}"]' if self._is_hyper else "it holds for the life of an optimizer"
-        )
+        if name in OPTIONS:
+            self._allowed, self._remedy = "given to the constructor", "it holds for the life of an optimizer"
+        else:
+            self._allowed, self._remedy = "set in a group", f'use opt.param_groups[0]["{name}"]'
+        self.__doc__ = f"No attribute: ``{name}`` is {self._allowed}."
 
     def __get__(self, optimizer: Any, owner: type) -> Any:
         if optimizer is None:
@@ -95,16 +96,14 @@ class _OfGroups:
         # A class that somebody derived may well have an attribute of its own.
         if self._name in vars(optimizer):
             return vars(optimizer)[self._name]
-        place = "in the groups" if self._is_hyper else "in the constructor"
-        raise AttributeError(f"{type(optimizer).__name__}: {self._name} is set {place}; {self._remedy}")
+        raise AttributeError(f"{type(optimizer).__name__}: {self._name} is {self._allowed}; {self._remedy}")
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         if "_engine_name" not in vars(type(optimizer)):
             vars(optimizer)[self._name] = value
             return
-        place = "set in a group" if self._is_hyper else "given to the constructor"
         got = "an assignment to the optimizer"
-        raise refuse(RoptimTypeError, type(optimizer).__name__, self._name, place, got, self._remedy)
+        raise refuse(RoptimTypeError, type(optimizer).__name__, self._name, self._allowed, got, self._remedy)
 
     def __delete__(self, optimizer: Any) -> None:
         try:
@@ -215,8 +214,10 @@ class Optimizer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         name = cls.__dict__.get("_engine_name")
-        for option in (*REGISTRY[name]["defaults"], *OPTIONS) if name is not None else ():
-            setattr(cls, option, _OfGroups(option))
+        if name is not None:
+            taken = cls.__init__.__code__.co_varnames
+            for option in (*REGISTRY[name]["defaults"], *(option for option in OPTIONS if option in taken)):
+                setattr(cls, option, _OfGroups(option))
         own = cls.__dict__.get("step")
         # The steps of this module look for hooks themselves: a wrapper is a third of a small step's time.
         if own is not None and cls.__module__ != __name__:
@@ -426,7 +427,7 @@ class Optimizer:
         ----------
         gradients : optional
             - Nothing: what was accumulated, or each Parameter's ``.grad`` is used; a Parameter without one is left
-              untouched.
+              untouched. The first step that finds none at all warns.
             - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
               list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
               error. With several groups: a list over all parameters, or a list with one container per
