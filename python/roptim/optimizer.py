@@ -467,7 +467,7 @@ class Optimizer:
             self._look_for_gradients()
         if self._scheduled:
             self._follow_schedules()
-        if zero_grad is not False:
+        if zero_grad is not False and zero_grad is not None:
             self._step_and_clear(gradients, zero_grad)
         else:
             self._engine.step(None if gradients is None else self._read(gradients))
@@ -979,7 +979,7 @@ class ClosureOptimizer(Optimizer):
             allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
-        if zero_grad is not False and flag(place, "zero_grad", zero_grad):
+        if zero_grad is not None and flag(place, "zero_grad", zero_grad):
             remedy = "clear the gradients in the closure"
             raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
         losses: list[Any] = []
@@ -1014,7 +1014,7 @@ def _evaluated(closure: Callable[[], Any]) -> tuple[Any, Any]:
 def _given(gradients: Any, closure: Any, zero_grad: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
     by_name = {"closure": closure} if closure is not None else {}
-    if zero_grad is not False:
+    if zero_grad is not False and zero_grad is not None:
         by_name["zero_grad"] = zero_grad
     return () if gradients is None else (gradients,), by_name
 
