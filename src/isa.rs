@@ -166,3 +166,29 @@ pub struct Loops {
     /// Whether they may be spread over the current thread pool.
     pub parallel: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::hint::black_box;
+
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[test]
+    fn a_thread_that_flushes_computes_as_others_and_gets_its_setting_back() {
+        let flushing = if cfg!(target_arch = "x86_64") { STANDARD | 0x8040 } else { 1 << 24 };
+        let half_of_the_smallest = || black_box(black_box(f32::MIN_POSITIVE) * black_box(0.5));
+        let work = move || {
+            control(Some(flushing));
+            let outcomes = [half_of_the_smallest(), {
+                let _outer = StandardFloats::begin();
+                let _inner = StandardFloats::begin();
+                half_of_the_smallest()
+            }];
+            (outcomes, half_of_the_smallest(), control(None) & !REPORTS == flushing)
+        };
+        let (outcomes, after, is_kept) = std::thread::spawn(work).join().unwrap();
+        assert_eq!(outcomes, [0.0, f32::MIN_POSITIVE / 2.0]);
+        assert!(after == 0.0 && is_kept);
+        assert!(half_of_the_smallest() > 0.0);
+    }
+}
