@@ -20,7 +20,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP)-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' 'numpy>=1.26' 'pytest>=8' 'hypothesis>=6.100' 'ml_dtypes>=0.4' 'safetensors>=0.4' 'scipy>=1.11'
+	$(BIN)/python -m pip install --quiet 'maturin>=1.9,<2' 'numpy>=1.26' 'pytest>=8' 'hypothesis>=6.100' 'ml_dtypes>=0.4' 'safetensors>=0.4' 'scipy>=1.11' 'mpmath>=1.3'
 	@touch $@
 
 $(STAMP)-lint: pyproject.toml | $(VENV)/bin/python

@@ -32,7 +32,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/cpu/memory.rs", "the CPU's access to arrays"),
     ("src/cpu/run.rs", "instruction-set dispatch of kernels"),
     ("src/cpu/mod.rs", "jobs handed to the threads"),
-    ("src/isa.rs", "instruction-set dispatch"),
+    ("src/isa.rs", "instruction-set dispatch, the control word of arithmetic"),
     ("src/cpu/pool.rs", "lends a call to other threads while it lasts"),
     ("src/cpu/whole.rs", "tensors handed to a tensor rule"),
     ("src/cpu/reduce.rs", "sums over arrays"),

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from roptim import _tree
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
+from roptim._values import flag, is_real, is_whole
 from roptim.optimizer import checked_options
 
 AvgFn = Callable[[Any, Any, int], Any]
@@ -58,10 +59,10 @@ class _Known:
 
 
 def _decay(place: str, decay: Any) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.integer, np.floating)):
-        raise refuse(RoptimTypeError, place, "decay", "a number in [0, 1]", repr(decay))
+    if not is_real(decay):
+        raise refuse(RoptimTypeError, place, "decay", "a number in [0, 1]", told(decay))
     if not 0 <= decay <= 1:
-        raise refuse(RoptimValueError, place, "decay", "a number in [0, 1]", repr(decay))
+        raise refuse(RoptimValueError, place, "decay", "a number in [0, 1]", told(decay))
     return float(decay)
 
 
@@ -150,13 +151,13 @@ class AveragedModel:
         threads: int | None = None,
     ) -> None:
         if avg_fn is not None and multi_avg_fn is not None:
-            raise refuse(RoptimValueError, _PLACE, "multi_avg_fn", "None beside avg_fn", repr(multi_avg_fn))
+            raise refuse(RoptimValueError, _PLACE, "multi_avg_fn", "None beside avg_fn", told(multi_avg_fn))
         for name, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
             if function is not None and not callable(function):
-                raise refuse(RoptimTypeError, _PLACE, name, "callable", repr(function))
+                raise refuse(RoptimTypeError, _PLACE, name, "callable", told(function))
         self._spec, objects, self._names = _tree.flatten(_tree.listed(model, _PLACE), _PLACE)
         self._averages = [_copied(f"parameter {i}", p) for i, p in enumerate(objects)]
-        self._use_buffers = bool(use_buffers)
+        self._use_buffers = flag(_PLACE, "use_buffers", use_buffers)
         self._buffer_spec: _tree.Spec | None = None
         self._buffers: list[Any] = []
         if buffers is not None:
@@ -182,7 +183,7 @@ class AveragedModel:
             self.n_averaged = self._count
         elif not self._on_cpu:
             allowed = '"cpu" for a function of your own'
-            raise refuse(RoptimValueError, _PLACE, "backend", allowed, repr(options["backend"]))
+            raise refuse(RoptimValueError, _PLACE, "backend", allowed, told(options["backend"]))
 
     @property
     def n_averaged(self) -> int:
@@ -191,8 +192,8 @@ class AveragedModel:
 
     @n_averaged.setter
     def n_averaged(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
-            raise refuse(RoptimValueError, _PLACE, "n_averaged", "a whole number >= 0", repr(count))
+        if not is_whole(count) or not 0 <= count < 2**63:
+            raise refuse(RoptimValueError, _PLACE, "n_averaged", "a whole number >= 0", told(count))
         if self._engine is not None:
             for i in range(len(self._averages)):
                 self._engine.set_step_of(i, int(count))
@@ -362,15 +363,15 @@ class AveragedModel:
             raise refuse(RoptimTypeError, place, "state_dict", "a dict", got)
         for key in ("n_averaged", "module"):
             if key not in state_dict:
-                raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", repr(sorted(state_dict)))
+                raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", told(sorted(state_dict)))
         count, module = state_dict["n_averaged"], state_dict["module"]
         if isinstance(count, np.ndarray) and count.size == 1:
             count = count.item()
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count < 2**63:
-            raise refuse(RoptimValueError, place, "n_averaged", "a whole number >= 0", repr(count))
+        if not is_whole(count) or not 0 <= count < 2**63:
+            raise refuse(RoptimValueError, place, "n_averaged", "a whole number >= 0", told(count))
         if isinstance(module, Mapping) and self._names:
             if module.keys() != set(self._names):
-                raise refuse(RoptimKeyError, place, "module", f"one with {self._names}", repr(sorted(module)))
+                raise refuse(RoptimKeyError, place, "module", f"one with {self._names}", told(sorted(module)))
             module = [module[name] for name in self._names]
         elif isinstance(module, Mapping):
             module = list(module.values())
@@ -470,8 +471,8 @@ def cumulative_stats(batches: Iterable[Any], axis: int | tuple[int, ...] = 0) ->
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
         raise refuse(RoptimTypeError, place, "batches", "arrays", f"an object of type {type(batches).__name__}")
     axes = axis if isinstance(axis, tuple) else (axis,)
-    if not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in axes):
-        raise refuse(RoptimTypeError, place, "axis", "an int or a tuple of int", repr(axis))
+    if not all(map(is_whole, axes)):
+        raise refuse(RoptimTypeError, place, "axis", "an int or a tuple of int", told(axis))
     mean: Any = 0.0
     variance: Any = 0.0
     count = 0

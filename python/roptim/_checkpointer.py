@@ -12,14 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from roptim import _roptim
-from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, warn
+from roptim._errors import RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told, warn
 from roptim._files import Progress, path_text
 from roptim._loading import LoadReport, Missing, Rules, Unexpected
 from roptim._restore import restore_tree
 from roptim._signals import deferred
+from roptim._values import is_whole
 
 _PLACE = "roptim.Checkpointer"
 #: Of a thread that saves in the background, what it saves to.
@@ -36,10 +35,10 @@ class Checkpoint(NamedTuple):
 
 
 def _whole(place: str, name: str, value: Any, least: int, alternative: str = "") -> int:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+    is_int = is_whole(value)
     if not is_int or not least <= value < 2**63:
         allowed = f"a whole number from {least} to 2^63 - 1{alternative}"
-        raise refuse(RoptimValueError, place, name, allowed, repr(value))
+        raise refuse(RoptimValueError, place, name, allowed, told(value))
     return int(value)
 
 
@@ -91,7 +90,7 @@ class Checkpointer:
         keep = None if keep is None else _whole(_PLACE, "keep", keep, 1)
         if isinstance(every, datetime.timedelta):
             if every < datetime.timedelta(0):
-                raise refuse(RoptimValueError, _PLACE, "every", ">= 0", repr(every))
+                raise refuse(RoptimValueError, _PLACE, "every", ">= 0", told(every))
         else:
             every = _whole(_PLACE, "every", every, 1, " or a datetime.timedelta")
         if progress is not None and not callable(progress):

@@ -19,6 +19,7 @@ from roptim._errors import (
     OutOfMemoryError,
     RoptimTypeError,
     refuse,
+    told,
 )
 
 
@@ -56,7 +57,7 @@ def selected(place: str, backend: Any) -> str:
     if isinstance(backend, Device):
         return backend.backend
     if not isinstance(backend, str):
-        raise refuse(RoptimTypeError, place, "backend", '"cpu", "gpu", "auto" or a Device', repr(backend))
+        raise refuse(RoptimTypeError, place, "backend", '"cpu", "gpu", "auto" or a Device', told(backend))
     return backend
 
 

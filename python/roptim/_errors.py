@@ -80,6 +80,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def told(value: object) -> str:
+    """A value as messages show it: on one line and cut where it is long, whatever its own ``__repr__`` does."""
+    longest = 100
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def warn(sentence: str) -> None:
     """Warns at the line of the code that called this package."""
     level, frame = 2, sys._getframe(1)

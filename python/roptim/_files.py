@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
 
 #: Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], Any]
@@ -22,7 +22,7 @@ def path_text(path: object, place: str) -> str:
     except TypeError:
         raise refuse(RoptimTypeError, place, "path", "a path", f"an object of type {type(path).__name__}") from None
     if not text or "\0" in text:
-        raise refuse(RoptimValueError, place, "path", "the name of a file", repr(text))
+        raise refuse(RoptimValueError, place, "path", "the name of a file", told(text))
     return text
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
 
 #: Keys that schedulers keep in groups.
 SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
@@ -42,7 +42,7 @@ def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
     """Raises if ``key`` looks like a misspelled name of a hyperparameter, or is an option of the whole optimizer."""
     if key in OPTIONS and key not in known:
         remedy = "give it to the constructor: it holds for all groups"
-        raise refuse(RoptimKeyError, place, "group key", "no option of the whole optimizer", repr(key), remedy)
+        raise refuse(RoptimKeyError, place, "group key", "no option of the whole optimizer", told(key), remedy)
     if not isinstance(key, str) or len(key) < 4 or key in SCHEDULER_KEYS or key in SWITCHES:
         return
     names = set(known)
@@ -55,7 +55,7 @@ def refuse_misspelling(place: str, key: object, known: Iterable[str]) -> None:
                 place,
                 "group key",
                 "a hyperparameter or a name of your own",
-                repr(key),
+                told(key),
                 f"did you mean {name!r}?",
             )
 
@@ -66,14 +66,25 @@ def check_switches(place: str, **switches: Any) -> None:
         harmless = (None, False, True) if name in ("foreach", "fused") else (None, False)
         if not any(value is allowed for allowed in harmless):
             allowed = " or ".join(map(repr, harmless[1:])) + " or None"
-            raise refuse(RoptimValueError, place, name, allowed, repr(value), "roptim has no such mode")
+            raise refuse(RoptimValueError, place, name, allowed, told(value), "roptim has no such mode")
 
 
 def settled(value: Any) -> Any:
-    """A NumPy number or one-element array as a Python number, so that it cannot change later."""
-    if isinstance(value, (np.generic, np.ndarray)) and value.size == 1:
-        return value.item()
-    return value
+    """A NumPy number or one-element array as a Python number, so that it cannot change later.
+
+    Times and what is masked stay as they are: both would become numbers. So does what holds any object.
+    """
+    if not isinstance(value, (np.generic, np.ndarray)) or isinstance(value, np.ma.MaskedArray):
+        return value
+    return value.item() if value.size == 1 and value.dtype.kind not in "mMO" else value
+
+
+def lasting(value: Any) -> Any:
+    """A hyperparameter's value that was checked, in a form that cannot change later."""
+    value = settled(value)
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
+    return tuple(map(lasting, value)) if isinstance(value, (list, tuple)) else value
 
 
 def shown(given: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from roptim._errors import RoptimTypeError, refuse
+from roptim._errors import RoptimTypeError, refuse, told
 
 Hook = Callable[..., Any]
 
@@ -86,7 +86,7 @@ def stepped(own: Hook, optimizer: Any, hooks: Hooks, args: tuple[Any, ...], kwar
             continue
         if not isinstance(changed, tuple) or len(changed) != 2:
             allowed = "None or a tuple of new args and kwargs"
-            raise refuse(RoptimTypeError, place, "what a step hook returns", allowed, repr(changed))
+            raise refuse(RoptimTypeError, place, "what a step hook returns", allowed, told(changed))
         args, kwargs = changed
     result = own(*args, **kwargs)
     for hook in [*hooks.step_post.values(), *EVERYWHERE.step_post.values()]:

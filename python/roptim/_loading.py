@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, printable, refuse, warn
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, printable, refuse, told, warn
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
 from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
@@ -94,14 +94,14 @@ class Rules:
 
         def chosen(name: str, given: str | None, gentle: str) -> bool:
             if given is not None and not (isinstance(given, str) and given in ("error", gentle)):
-                raise refuse(RoptimValueError, place, name, f'"error" or "{gentle}"', repr(given))
+                raise refuse(RoptimValueError, place, name, f'"error" or "{gentle}"', told(given))
             return not strict if given is None else given == gentle
 
         rename = {} if rename is None else rename
         if not isinstance(rename, Mapping) or not all(isinstance(n, str) for pair in rename.items() for n in pair):
-            raise refuse(RoptimTypeError, place, "rename", "a dict of names", repr(rename))
+            raise refuse(RoptimTypeError, place, "rename", "a dict of names", told(rename))
         if not isinstance(hparams, Mapping) and not (isinstance(hparams, str) and hparams in ("file", "keep")):
-            raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', repr(hparams))
+            raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', told(hparams))
         return Rules(
             init_missing=chosen("missing", missing, "init"),
             drop_unexpected=chosen("unexpected", unexpected, "drop"),
@@ -130,7 +130,7 @@ def prepare(optimizer: Optimizer, state_dict: Any, rules: Rules, place: str) -> 
             raise refuse(RoptimKeyError, place, "state_dict", f"a dict with {key!r}", got)
     groups = state_dict["param_groups"]
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
-        raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", repr(groups))
+        raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", told(groups))
     if not isinstance(state_dict["state"], Mapping):
         got = f"an object of type {type(state_dict['state']).__name__}"
         raise refuse(RoptimTypeError, place, "state", "a dict", got)
@@ -188,7 +188,7 @@ class _OfEngine(_Load):
         for key in rules.hparams:
             if key not in optimizer._hypers:
                 allowed = f"of hyperparameters ({', '.join(sorted(optimizer._hypers))})"
-                raise refuse(RoptimKeyError, self.place, "hparams", allowed, repr(key))
+                raise refuse(RoptimKeyError, self.place, "hparams", allowed, told(key))
         given = {key: settled(value) for key, value in rules.hparams.items()}
         loading = engine.prepare_load(
             self.engine_dict(),
@@ -286,7 +286,7 @@ class _OfEngine(_Load):
                 for index, each in saved.items()
             )
             if not fits:
-                raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", repr(saved))
+                raise refuse(RoptimTypeError, place, "schedules", "a dict of hyperparameters by group", told(saved))
             for index, origin in enumerate(origins):
                 mine = optimizer._scheduled.get(index, {})
                 forms = saved.get(origin, {})
@@ -320,7 +320,7 @@ class _OfEngine(_Load):
             name = f"{key} of group {index}"
             values[key] = decoded(place, name, forms[key], mine.get(key))
             if not is_scheduled(values[key]):
-                raise refuse(RoptimTypeError, place, name, "a schedule", repr(values[key]))
+                raise refuse(RoptimTypeError, place, name, "a schedule", told(values[key]))
         if values:
             # What the loaded group will have, with every check of a group.
             own = optimizer.param_groups[index]
@@ -336,7 +336,7 @@ class _OfPython(_Load):
         optimizer, rules, place = self.optimizer, self.rules, self.place
         own, about = type(optimizer).__name__, self.saved.get("roptim")
         if about is not None and (not isinstance(about, Mapping) or about.get("optimizer") != own):
-            got = f"of {about.get('optimizer')}" if isinstance(about, Mapping) else repr(about)
+            got = f"of {about.get('optimizer')}" if isinstance(about, Mapping) else told(about)
             raise refuse(RoptimValueError, place, "state", f"of {own}", got)
         sources, initialised, dropped, origins = _roptim.match_parameters(
             place,
@@ -360,7 +360,7 @@ class _OfPython(_Load):
         for key in rules.hparams:
             if key not in optimizer.defaults or key in self.fixed:
                 allowed = f"of hyperparameters ({', '.join(sorted(optimizer.defaults))})"
-                raise refuse(RoptimKeyError, place, "hparams", allowed, repr(key))
+                raise refuse(RoptimKeyError, place, "hparams", allowed, told(key))
         refuse_schedules(place, rules.hparams)
         changed = {}
         for index, (group, new) in enumerate(zip(optimizer.param_groups, keys, strict=True)):
@@ -401,9 +401,9 @@ class _OfPython(_Load):
             params, names = group.get("params"), group.get("param_names")
             counted = isinstance(params, (list, tuple)) and all(isinstance(k, (int, np.integer)) for k in params)
             if not counted or min(params or [0]) < 0:
-                raise refuse(RoptimTypeError, self.place, f"params of group {i}", "a list of indices", repr(params))
+                raise refuse(RoptimTypeError, self.place, f"params of group {i}", "a list of indices", told(params))
             if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)):
-                raise refuse(RoptimTypeError, self.place, f"param_names of group {i}", "a list of strings", repr(names))
+                raise refuse(RoptimTypeError, self.place, f"param_names of group {i}", "a list of strings", told(names))
             members.append(([int(k) for k in params or ()], None if names is None else list(names)))
         return members
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._files import Progress, load, state_of
 from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
 from roptim._parameter import Parameter
@@ -230,7 +230,7 @@ class _Plan:
         kind = kept[0]["bit_generator"]
         if not isinstance(saved, Mapping) or saved.get("bit_generator") != kind:
             got = saved.get("bit_generator") if isinstance(saved, Mapping) else None
-            raise refuse(RoptimTypeError, _PLACE, name, f"the state of a {kind} generator", repr(got))
+            raise refuse(RoptimTypeError, _PLACE, name, f"the state of a {kind} generator", told(got))
         # On a copy first: NumPy checks while it writes.
         twin = copy.deepcopy(target)
         try:
@@ -271,7 +271,7 @@ class _Plan:
             return key
         if not new.startswith(prefix) or not new[len(prefix) :]:
             remedy = "name the containers, or load the file and move the entry"
-            raise refuse(RoptimValueError, _PLACE, f"rename of {old!r}", f"to a name in {place!r}", repr(new), remedy)
+            raise refuse(RoptimValueError, _PLACE, f"rename of {old!r}", f"to a name in {place!r}", told(new), remedy)
         if new[len(prefix) :] not in target:
             # Another container with such a key.
             return key

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
 from roptim._groups import settled
 from roptim.schedules import Schedule
 
@@ -29,9 +29,9 @@ def refuse_schedules(place: str, options: Mapping[str, Any]) -> None:
 
 def value_at(value: Any, t: int) -> Any:
     """The hyperparameter's value for update ``t``."""
-    if isinstance(value, (tuple, list)):
-        return tuple(value_at(item, t) for item in value)
-    return value(t) if is_scheduled(value) else value
+    if not is_scheduled(value):
+        return value
+    return tuple(value_at(item, t) for item in value) if isinstance(value, (tuple, list)) else value(t)
 
 
 def values_at(scheduled: Mapping[str, Any], t: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def decoded(place: str, name: str, form: Any, own: Any) -> Any:
     if form == FUNCTION and isinstance(form, str):
         if is_scheduled(own) and not isinstance(own, (Schedule, tuple, list)):
             return own
-        got = "none" if own is None else repr(own)
+        got = "none" if own is None else told(own)
         remedy = "no file holds a function: construct the optimizer with it"
         raise refuse(RoptimValueError, place, name, "the function that it was in the saved run", got, remedy)
     if isinstance(form, str):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
 from roptim._foreign import coordinates
 
 _PLACE = "SparseGrad"
@@ -48,9 +48,9 @@ class SparseGrad:
         try:
             self._shape = tuple(operator.index(axis) for axis in shape)
         except TypeError:
-            raise refuse(RoptimTypeError, _PLACE, "shape", "a tuple of integers", repr(shape)) from None
+            raise refuse(RoptimTypeError, _PLACE, "shape", "a tuple of integers", told(shape)) from None
         if not self._shape or min(self._shape) < 0 or math.prod(self._shape) > np.iinfo(np.intp).max:
-            raise refuse(RoptimValueError, _PLACE, "shape", "one that an array can have, of axes", repr(shape))
+            raise refuse(RoptimValueError, _PLACE, "shape", "one that an array can have, of axes", told(shape))
         try:
             self._values, index = np.asarray(values), np.array(indices)
         except (TypeError, ValueError):

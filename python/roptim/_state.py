@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
+from roptim._values import is_real, is_whole
 
 if TYPE_CHECKING:
     from roptim._roptim import Engine
@@ -51,18 +53,16 @@ class ParamState(MutableMapping[str, Any]):
         for key, value in changes.items():
             if key not in keys:
                 allowed = f"one of {', '.join(keys)}" if keys else "absent before the first update"
-                raise refuse(RoptimKeyError, "state", "key", allowed, repr(key))
+                raise refuse(RoptimKeyError, "state", "key", allowed, told(key))
             if key == "step":
-                whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-                if not whole or not 1 <= value < 2**64 - 1:
-                    raise refuse(RoptimValueError, "state", "step", "a whole number from 1 to 2^64 - 2", repr(value))
+                if not is_whole(value) or not 1 <= value < 2**64 - 1:
+                    raise refuse(RoptimValueError, "state", "step", "a whole number from 1 to 2^64 - 2", told(value))
                 continue
             slot = self._engine.slot(self._index, key)
             assert slot is not None  # state_keys named it
             if isinstance(slot, float) and key not in self._engine.joint_keys:
-                real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-                if not real or not np.isfinite(value):
-                    raise refuse(RoptimValueError, "state", key, "a finite number", repr(value))
+                if not is_real(value) or not abs(value) <= sys.float_info.max:
+                    raise refuse(RoptimValueError, "state", key, "a finite number", told(value))
                 numbers[key] = float(value)
                 continue
             if not isinstance(slot, np.ndarray) or not slot.flags.writeable:
@@ -71,7 +71,7 @@ class ParamState(MutableMapping[str, Any]):
             try:
                 new = np.asarray(value, slot.dtype)
             except (TypeError, ValueError):
-                raise refuse(RoptimTypeError, "state", key, f"an array of {slot.dtype}", repr(value)) from None
+                raise refuse(RoptimTypeError, "state", key, f"an array of {slot.dtype}", told(value)) from None
             if new.shape != slot.shape:
                 raise refuse(RoptimValueError, "state", key, f"of shape {slot.shape}", str(new.shape))
             checked.append((slot, new))

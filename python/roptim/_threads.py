@@ -7,10 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import numpy as np
-
 from roptim import _roptim
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
+from roptim._values import is_whole
 
 #: The bounds of the blocks that a thread is in.
 _ACTIVE = threading.local()
@@ -36,10 +35,10 @@ def threads(n: int) -> Iterator[None]:
     RoptimError
         If ``n`` is no whole number from 1 on.
     """
-    if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
-        raise refuse(RoptimTypeError, "threads", "n", "a whole number >= 1", repr(n))
+    if not is_whole(n):
+        raise refuse(RoptimTypeError, "threads", "n", "a whole number >= 1", told(n))
     if n < 1:
-        raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", repr(n))
+        raise refuse(RoptimValueError, "threads", "n", "a whole number >= 1", told(n))
     bounds = _ACTIVE.__dict__.setdefault("bounds", [])
     bounds.append(min(int(n), sys.maxsize))
     _apply(bounds)

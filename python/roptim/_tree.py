@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._foreign import is_array
 
 
@@ -46,9 +46,17 @@ def listed(params: object, place: str) -> object:
     if isinstance(params, (set, frozenset)):
         raise refuse(RoptimTypeError, place, "params", "ordered", f"a {type(params).__name__}", "use a list")
     if isinstance(params, (str, bytes)) or params is None:
-        raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", repr(params))
-    if isinstance(params, Iterable) and is_leaf(params) and not is_array(params):
-        return list(params)  # a generator, say
+        raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", told(params))
+    is_container = isinstance(params, Iterable) and not is_array(params)
+    if is_container and is_leaf(params):
+        items = list(params)  # type: ignore[call-overload]  # a generator, say
+        if not items and isinstance(params, Iterator):
+            remedy = "a generator can be gone through once: make a list of it and give that to each"
+            raise refuse(RoptimValueError, place, "params", "at least one array", "a generator at its end", remedy)
+        return items
+    if is_leaf(params) and callable(getattr(params, "parameters", None)):
+        got, remedy = f"an object of type {type(params).__name__}", "give what its parameters() returns"
+        raise refuse(RoptimTypeError, place, "params", "arrays or Parameters in a container", got, remedy)
     return params
 
 
@@ -102,7 +110,7 @@ def check_names(names: list[str], place: str) -> None:
     seen: set[str] = set()
     for name in names:
         if not isinstance(name, str):
-            raise refuse(RoptimTypeError, place, "names", "strings", repr(name))
+            raise refuse(RoptimTypeError, place, "names", "strings", told(name))
         if name in seen:
             raise refuse(RoptimValueError, place, "names", "different", f"{name!r} twice")
         try:

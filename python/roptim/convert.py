@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from roptim import _roptim, _tree
-from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._groups import SWITCHES, settled
 from roptim.optimizer import REGISTRY
 
@@ -219,11 +219,11 @@ def from_optax(opt_state: Any, params: Any, *, optimizer: str = "Adam", lr: floa
     place = "convert.from_optax"
     if optimizer in ("NAdam", "nadam"):
         remedy = "optax's nadam has no schedule of momenta, torch's and roptim's NAdam has: another formula"
-        raise refuse(RoptimValueError, place, "optimizer", f"one of {', '.join(_MOMENTS)}", repr(optimizer), remedy)
+        raise refuse(RoptimValueError, place, "optimizer", f"one of {', '.join(_MOMENTS)}", told(optimizer), remedy)
     if not isinstance(optimizer, str) or optimizer not in _MOMENTS:
-        raise refuse(RoptimValueError, place, "optimizer", f"one of {', '.join(_MOMENTS)}", repr(optimizer))
+        raise refuse(RoptimValueError, place, "optimizer", f"one of {', '.join(_MOMENTS)}", told(optimizer))
     if lr is not None and (isinstance(lr, bool) or not isinstance(settled(lr), (int, float))):
-        raise refuse(RoptimTypeError, place, "lr", "None or a number", repr(lr))
+        raise refuse(RoptimTypeError, place, "lr", "None or a number", told(lr))
     params = _tree.listed(params, place)
     if isinstance(params, (list, tuple)) and any(isinstance(p, Mapping) and "params" in p for p in params):
         raise refuse(RoptimValueError, place, "params", "one container of arrays", "groups")
@@ -353,7 +353,7 @@ def _check_layout(place: str, state_dict: object) -> None:
         raise refuse(RoptimTypeError, place, "param_groups", "a list of dicts", f"an object of type {_type(groups)}")
     for i, group in enumerate(groups):
         if not isinstance(group.get("params"), (list, tuple)):
-            raise refuse(RoptimTypeError, place, f"params of group {i}", "a list of indices", repr(group.get("params")))
+            raise refuse(RoptimTypeError, place, f"params of group {i}", "a list of indices", told(group.get("params")))
 
 
 def _class(place: str, state_dict: Mapping[str, Any]) -> str | None:
@@ -461,7 +461,7 @@ def _by_index(place: str, names: Mapping[Any, Any], indices: Sequence[Any]) -> d
         try:
             by_index[operator.index(key)] = name
         except TypeError:
-            raise refuse(RoptimTypeError, place, "keys of names", "indices of parameters", repr(key)) from None
+            raise refuse(RoptimTypeError, place, "keys of names", "indices of parameters", told(key)) from None
     if by_index.keys() != set(indices):
         missing = sorted(set(indices) - by_index.keys())
         surplus = sorted(by_index.keys() - set(indices))
@@ -473,7 +473,7 @@ def _by_index(place: str, names: Mapping[Any, Any], indices: Sequence[Any]) -> d
 def _in_order(place: str, names: Any, indices: Sequence[Any], state: Mapping[Any, Any]) -> dict[Any, Any]:
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         allowed = "strings in order, (name, tensor) pairs, or a dict of index and name"
-        raise refuse(RoptimTypeError, place, "names", allowed, repr(names))
+        raise refuse(RoptimTypeError, place, "names", allowed, told(names))
     given = list(names)
     if len(given) != len(indices):
         remedy = "give those of the parameters that the optimizer was given, in its order"
@@ -568,7 +568,7 @@ def _adams(node: object) -> Iterator[dict[str, Any]]:
 def _count(place: str, count: object) -> int:
     number = settled(np.asarray(count))
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        got = f"an array of shape {np.shape(number)}" if isinstance(number, np.ndarray) else repr(number)
+        got = f"an array of shape {np.shape(number)}" if isinstance(number, np.ndarray) else told(number)
         remedy = "a state that is replicated over devices is taken from one of them"
         raise refuse(RoptimValueError, place, "count", "a whole number >= 0", got, remedy)
     return number

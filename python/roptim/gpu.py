@@ -20,7 +20,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._devices import Device, selected
-from roptim._errors import RoptimValueError, refuse
+from roptim._errors import RoptimValueError, refuse, told
 
 __all__ = ["Array", "Norm", "array", "synchronize"]
 
@@ -66,7 +66,7 @@ class Array(_roptim.DeviceArray):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if index is not Ellipsis:
-            raise refuse(RoptimValueError, "roptim.gpu.Array", "index", "...", repr(index), "replace all values")
+            raise refuse(RoptimValueError, "roptim.gpu.Array", "index", "...", told(index), "replace all values")
         self.write(value)
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ def synchronize(device: str | Device = "gpu", *, allow_software: bool = False) -
 def _selector(place: str, device: str | Device) -> str:
     kind, _, selector = selected(place, device).partition(":")
     if kind != "gpu":
-        raise refuse(RoptimValueError, place, "device", '"gpu" or "gpu:<index or name>"', repr(device))
+        raise refuse(RoptimValueError, place, "device", '"gpu" or "gpu:<index or name>"', told(device))
     return selector
 
 

@@ -26,6 +26,7 @@ from roptim._errors import (
     RoptimValueError,
     TornError,
     refuse,
+    told,
 )
 from roptim._foreign import has_gradient, view, will_write
 from roptim._groups import FixedList, ParamGroup, settled
@@ -216,7 +217,7 @@ class LRFinder:
         end_lr = _number("end_lr", end_lr, "a finite number > 0", lambda x: 0 < x < math.inf)
         num_iter = _whole(_TEST, "num_iter", num_iter, 1)
         if not isinstance(step_mode, str) or step_mode not in ("exp", "linear"):
-            raise refuse(RoptimValueError, _TEST, "step_mode", "'exp' or 'linear'", repr(step_mode))
+            raise refuse(RoptimValueError, _TEST, "step_mode", "'exp' or 'linear'", told(step_mode))
         smooth_f = _number("smooth_f", smooth_f, "a number in [0, 1)", lambda x: 0 <= x < 1)
         diverge_th = _number("diverge_th", diverge_th, "a number > 1", lambda x: x > 1)
         accumulation_steps = _whole(_TEST, "accumulation_steps", accumulation_steps, 1)
@@ -247,7 +248,7 @@ class LRFinder:
                     for lr, loss in self._losses(rates, bases, stream, accumulation_steps, validation):
                         if not math.isfinite(loss):
                             if not self.history["lr"]:
-                                raise refuse(NonfiniteError, _TEST, "the first loss", "finite", repr(loss))
+                                raise refuse(NonfiniteError, _TEST, "the first loss", "finite", told(loss))
                             stopped = "nonfinite"
                             break
                         self._record(lr, loss, smooth_f)
@@ -451,7 +452,7 @@ class LRFinder:
         place = "LRFinder.suggestion"
         if not isinstance(method, str) or method not in _METHODS:
             allowed = ", ".join(map(repr, _METHODS))
-            raise refuse(RoptimValueError, place, "method", f"one of {allowed}", repr(method))
+            raise refuse(RoptimValueError, place, "method", f"one of {allowed}", told(method))
         lr, loss, _ = self._points(place, skip_start, skip_end)
         if not np.any(np.diff(loss) < 0):
             remedy = "begin at a smaller lr, or take more iterations"
@@ -585,14 +586,14 @@ def _kind(value: object) -> str:
 def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
     value = settled(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise refuse(RoptimTypeError, _TEST, name, allowed, repr(value))
+        raise refuse(RoptimTypeError, _TEST, name, allowed, told(value))
     try:
         number = float(value)
     except OverflowError:
         number = math.nan
     # NaN fails every range.
     if not fits(number):
-        raise refuse(RoptimValueError, _TEST, name, allowed, repr(value))
+        raise refuse(RoptimValueError, _TEST, name, allowed, told(value))
     return number
 
 
@@ -603,9 +604,9 @@ def _whole(place: str, name: str, value: Any, low: int) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise refuse(RoptimTypeError, place, name, allowed, repr(value))
+        raise refuse(RoptimTypeError, place, name, allowed, told(value))
     if number < low:
-        raise refuse(RoptimValueError, place, name, allowed, repr(value))
+        raise refuse(RoptimValueError, place, name, allowed, told(value))
     return number
 
 
@@ -633,7 +634,7 @@ def _bases(opt: Optimizer) -> list[float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise refuse(RoptimTypeError, _TEST, f"lr of group {i}", "a number", _kind(value), remedy)
         if not 0 <= value < math.inf:
-            raise refuse(RoptimValueError, _TEST, f"lr of group {i}", "a finite number >= 0", repr(value))
+            raise refuse(RoptimValueError, _TEST, f"lr of group {i}", "a finite number >= 0", told(value))
         if i and bases[0] == 0 and value != 0:
             remedy = "the others keep their ratio to it"
             raise refuse(RoptimValueError, _TEST, "lr of group 0", "> 0 or that of every group", "0", remedy)
@@ -644,7 +645,7 @@ def _bases(opt: Optimizer) -> list[float]:
 def _rates(start: float, end: float, count: int, mode: str) -> list[float]:
     """Learning rates of the first group, from start to end, both exact."""
     if not end > start:
-        raise refuse(RoptimValueError, _TEST, "end_lr", f"above start_lr = {start!r}", repr(end))
+        raise refuse(RoptimValueError, _TEST, "end_lr", f"above start_lr = {start!r}", told(end))
     parts = [i / max(1, count - 1) for i in range(count)]
     if mode == "exp":
         # Not start · (end / start)^r: the quotient may overflow, and the end would be off by rounding.

@@ -28,9 +28,10 @@ from weakref import WeakSet
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimRuntimeError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._foreign import number_of
 from roptim._groups import SCHEDULER_KEYS, settled
+from roptim._values import flag
 from roptim.optimizer import Optimizer
 
 __all__ = [
@@ -62,6 +63,10 @@ _LISTS = ("milestones",)
 _FORGOTTEN = frozenset({"verbose", "anneal_func", "_scale_fn_ref"})
 
 
+#: What Python or NumPy would make numbers of.
+_NO_NUMBERS = (bool, str, bytes, bytearray, np.bool_, np.timedelta64, np.ma.MaskedArray)
+
+
 class _Range(NamedTuple):
     """Which numbers an argument may be."""
 
@@ -88,28 +93,29 @@ class _Range(NamedTuple):
         """The value as an int or float, or an error."""
         value = settled(value)
         if self.whole:
-            try:
-                if not isinstance(value, bool) and int(value) == value and self.holds(value):
+            # Whatever the value's own conversion raises, it is no number.
+            with contextlib.suppress(Exception):
+                is_number = not isinstance(value, _NO_NUMBERS)
+                if is_number and int(value) == value and self.holds(value) and value < 2**63:
                     return int(value)
-            except (TypeError, ValueError, OverflowError):
-                pass
-            raise refuse(RoptimValueError, place, name, str(self), repr(value))
+            raise refuse(RoptimValueError, place, name, str(self), told(value))
         try:
-            number = None if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError):
-            number = None
+            number = None if isinstance(value, _NO_NUMBERS) else float(value)
         except OverflowError:
             number = math.inf
+        except Exception:
+            number = None
         if number is None:
-            raise refuse(RoptimTypeError, place, name, str(self), repr(value))
+            raise refuse(RoptimTypeError, place, name, str(self), told(value))
         if not math.isfinite(number) or not self.holds(number):
-            raise refuse(RoptimValueError, place, name, str(self), repr(value))
+            raise refuse(RoptimValueError, place, name, str(self), told(value))
         return number
 
 
 NUMBER = _Range()
 COUNT = _Range(0, whole=True)
 LENGTH = _Range(1, whole=True)
+_EPOCH = _Range(-1, whole=True)
 POSITIVE = _Range(0, without_low=True)
 AT_LEAST_0 = _Range(0)
 _SHARE = _Range(0, 1)
@@ -119,9 +125,9 @@ _SHARE_BELOW_1 = _Range(0, 1, without_high=True)
 
 def one_of(place: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     """The value if it is one of these words, else an error."""
-    if value in choices and isinstance(value, str):
+    if isinstance(value, str) and value in choices:
         return value
-    raise refuse(RoptimValueError, place, name, " or ".join(map(repr, choices)), repr(value))
+    raise refuse(RoptimValueError, place, name, " or ".join(map(repr, choices)), told(value))
 
 
 def per_group(place: str, name: str, value: Any, optimizer: Optimizer, allowed: _Range = NUMBER) -> list[float]:
@@ -209,6 +215,7 @@ class LRScheduler:
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
         self._attach(optimizer)
+        last_epoch = _EPOCH.check(type(self).__name__, "last_epoch", last_epoch)
         with self._all_or_nothing():
             before = [dict(group) for group in optimizer.param_groups]
             self._enter(last_epoch)
@@ -405,7 +412,7 @@ class LRScheduler:
     def _epoch(self, epoch: Any) -> Any:
         epoch = settled(epoch)
         if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not math.isfinite(epoch):
-            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "epoch", "a number", repr(epoch))
+            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "epoch", "a number", told(epoch))
         return epoch
 
     def _update_lr(self, epoch: int | None = None) -> None:
@@ -484,7 +491,7 @@ class LRScheduler:
             if key in self._unsaved or key in _FORGOTTEN:
                 continue
             if not isinstance(key, str) or hasattr(type(self), key):
-                raise refuse(RoptimKeyError, place, "key", "of the scheduler's state", repr(key))
+                raise refuse(RoptimKeyError, place, "key", "of the scheduler's state", told(key))
             if key in self._functions:
                 changes[key] = _checked_functions(place, key, known[key], value)
             elif key in self._fields:
@@ -495,7 +502,7 @@ class LRScheduler:
                 changes[key] = _alike(place, key, known.get(key), value)
         for key, choices in self._choices().items():
             if key in changes and changes[key] not in choices:
-                raise refuse(RoptimValueError, place, key, " or ".join(map(repr, choices)), repr(changes[key]))
+                raise refuse(RoptimValueError, place, key, " or ".join(map(repr, choices)), told(changes[key]))
         return changes
 
     def _refuse_other_class(self, state_dict: dict[str, Any], place: str) -> None:
@@ -534,7 +541,7 @@ def _checked_functions(place: str, key: str, mine: Any, saved: Any) -> Any:
     many = isinstance(mine, list)
     functions, entries = (mine, saved) if many else ([mine], [saved])
     if not isinstance(entries, (list, tuple)) or len(entries) != len(functions):
-        raise refuse(RoptimValueError, place, key, f"a list of {len(functions)}", repr(saved))
+        raise refuse(RoptimValueError, place, key, f"a list of {len(functions)}", told(saved))
     for function, entry in zip(functions, entries, strict=True):
         if entry is not None and not isinstance(entry, Mapping):
             got = f"an object of type {type(entry).__name__}"
@@ -729,8 +736,9 @@ class MultiStepLR(_Chain):
         self, optimizer: Optimizer, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1
     ) -> None:
         place = type(self).__name__
-        if not isinstance(milestones, Iterable):
-            raise refuse(RoptimTypeError, place, "milestones", "a list of whole numbers", repr(milestones))
+        is_number = isinstance(milestones, np.ndarray) and milestones.ndim == 0
+        if is_number or not isinstance(milestones, Iterable) or isinstance(milestones, (*_NO_NUMBERS, Mapping)):
+            raise refuse(RoptimTypeError, place, "milestones", "a list of whole numbers", told(milestones))
         self.milestones: Counter[int] = Counter(COUNT.check(place, "milestones", m) for m in milestones)
         self._set(gamma=gamma)
         super().__init__(optimizer, last_epoch)
@@ -999,7 +1007,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         else:
             epoch = self._epoch(epoch)
             if epoch < 0:
-                raise refuse(RoptimValueError, f"{type(self).__name__}.step", "epoch", "a number >= 0", repr(epoch))
+                raise refuse(RoptimValueError, f"{type(self).__name__}.step", "epoch", "a number >= 0", told(epoch))
             self.T_i, self.T_cur = self.T_0, epoch
             if epoch >= self.T_0 and self.T_mult == 1:
                 self.T_cur = epoch % self.T_0
@@ -1123,15 +1131,16 @@ class CyclicLR(_Cycle):
         up = POSITIVE.check(place, "step_size_up", step_size_up)
         down = up if step_size_down is None else AT_LEAST_0.check(place, "step_size_down", step_size_down)
         self._set(total_size=up + down, step_ratio=up / (up + down))
+        one_of(place, "scale_mode", scale_mode, ("cycle", "iterations"))
         if scale_fn is None:
             one_of(place, "mode", mode, self._MODES)
             scale_mode = "iterations" if mode == "exp_range" else "cycle"
         elif not callable(scale_fn):
-            raise refuse(RoptimTypeError, place, "scale_fn", "a function", repr(scale_fn))
+            raise refuse(RoptimTypeError, place, "scale_fn", "a function", told(scale_fn))
         self.mode = mode
         self._set(gamma=gamma)
         self.scale_mode = one_of(place, "scale_mode", scale_mode, ("cycle", "iterations"))
-        self.cycle_momentum = bool(cycle_momentum)
+        self.cycle_momentum = flag(place, "cycle_momentum", cycle_momentum)
         if self.cycle_momentum:
             self._find_momentum(optimizer)
             self.base_momentums = per_group(place, "base_momentum", base_momentum, optimizer)
@@ -1244,6 +1253,9 @@ class OneCycleLR(_Cycle):
     ) -> None:
         place = type(self).__name__
         self._attach(optimizer)
+        for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if count is not None:
+                LENGTH.check(place, name, count)
         if total_steps is not None:
             self._set(total_steps=total_steps)
         elif epochs is not None and steps_per_epoch is not None:
@@ -1251,7 +1263,7 @@ class OneCycleLR(_Cycle):
             self.total_steps = LENGTH.check(place, "epochs", epochs) * batches
         else:
             raise refuse(
-                RoptimValueError, place, "total_steps", "given, or both epochs and steps_per_epoch", repr(total_steps)
+                RoptimValueError, place, "total_steps", "given, or both epochs and steps_per_epoch", told(total_steps)
             )
         share = _SHARE.check(place, "pct_start", pct_start)
         top = share * self.total_steps - 1
@@ -1259,7 +1271,7 @@ class OneCycleLR(_Cycle):
             allowed = "a part of total_steps other than 1 step"
             raise refuse(RoptimValueError, place, "pct_start", allowed, f"{pct_start!r} of {self.total_steps}")
         end = self.total_steps - 1
-        if three_phase:
+        if flag(place, "three_phase", three_phase):
             self._schedule_phases = [
                 _phase(top, "initial_lr", "max_lr", "max_momentum", "base_momentum"),
                 _phase(2 * share * self.total_steps - 2, "max_lr", "initial_lr", "base_momentum", "max_momentum"),
@@ -1273,7 +1285,7 @@ class OneCycleLR(_Cycle):
         self._anneal_func_type = one_of(place, "anneal_strategy", anneal_strategy, ("cos", "linear"))
         first_factor = POSITIVE.check(place, "div_factor", div_factor)
         last_factor = POSITIVE.check(place, "final_div_factor", final_div_factor)
-        self.cycle_momentum = bool(cycle_momentum)
+        self.cycle_momentum = flag(place, "cycle_momentum", cycle_momentum)
         if self.cycle_momentum:
             self._find_momentum(optimizer)
             lowest = per_group(place, "base_momentum", base_momentum, optimizer)
@@ -1307,7 +1319,7 @@ class OneCycleLR(_Cycle):
         for phase in phases:
             for key in _phase(0, "", "", "", ""):
                 if key not in phase:
-                    raise refuse(RoptimKeyError, place, "_schedule_phases", f"dicts with {key!r}", repr(phase))
+                    raise refuse(RoptimKeyError, place, "_schedule_phases", f"dicts with {key!r}", told(phase))
                 if key == "end_step":
                     NUMBER.check(place, key, phase[key])
                 else:
@@ -1379,7 +1391,7 @@ class _Composite(LRScheduler):
         """The given schedulers, if they can be parts of one of this optimizer."""
         place = type(self).__name__
         if not isinstance(schedulers, (list, tuple)) or not schedulers:
-            raise refuse(RoptimValueError, place, "schedulers", "a list of at least one scheduler", repr(schedulers))
+            raise refuse(RoptimValueError, place, "schedulers", "a list of at least one scheduler", told(schedulers))
         for i, scheduler in enumerate(schedulers):
             if not isinstance(scheduler, LRScheduler):
                 got = f"an object of type {type(scheduler).__name__}"
@@ -1501,7 +1513,7 @@ class SequentialLR(_Composite):
             raise refuse(RoptimValueError, place, name, allowed, str(len(milestones)))
         at: list[int] = [COUNT.check(place, name, milestone) for milestone in milestones]
         if at != sorted(at):
-            raise refuse(RoptimValueError, place, name, "ascending", repr(milestones))
+            raise refuse(RoptimValueError, place, name, "ascending", told(milestones))
         return at
 
     def _reset(self) -> None:
@@ -1702,7 +1714,7 @@ class ReduceLROnPlateau(LRScheduler):
         self.threshold_mode = threshold_mode
         self.best = self.mode_worse
         self._set(cooldown_counter=0, num_bad_epochs=0)
-        self.verbose = bool(verbose)
+        self.verbose = flag(type(self).__name__, "verbose", verbose)
 
     @property
     def in_cooldown(self) -> bool:
@@ -1719,7 +1731,7 @@ class ReduceLROnPlateau(LRScheduler):
         except (TypeError, ValueError):
             metric = None
         if metric is None:
-            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "metrics", "a number", repr(metrics))
+            raise refuse(RoptimTypeError, f"{type(self).__name__}.step", "metrics", "a number", told(metrics))
         with self._all_or_nothing():
             self._go_on()
             if epoch is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from roptim import _roptim, _tree
 from roptim._devices import Device, fastest, selected
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told, warn
 from roptim._foreign import clear, has_gradient, number_of
 from roptim._groups import (
     OPTIONS,
@@ -20,6 +20,7 @@ from roptim._groups import (
     FixedList,
     ParamGroup,
     check_switches,
+    lasting,
     refuse_misspelling,
     settled,
     shown,
@@ -42,6 +43,7 @@ from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at,
 from roptim._signals import deferred
 from roptim._state import State
 from roptim._statistics import Statistics, statistics_of
+from roptim._values import flag, is_whole
 
 if TYPE_CHECKING:
     from roptim._averaging import AveragedModel
@@ -55,30 +57,64 @@ _PRE, _POST = EVERYWHERE.step_pre, EVERYWHERE.step_post
 def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of the whole optimizer in the types the engine takes; ranges are the engine's business."""
     threads = options["threads"]
-    is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
-    if threads is not None and not (is_count and 1 <= threads < 65536):
-        raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", repr(threads))
+    if threads is not None and not (is_whole(threads) and 1 <= threads < 65536):
+        raise refuse(RoptimValueError, place, "threads", "None or a whole number from 1 to 65535", told(threads))
     bounds: dict[str, float | None] = {}
     for name in ("clip_norm", "clip_value"):
         bound = settled(options[name])
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
-            raise refuse(RoptimTypeError, place, name, "None or a number >= 0", repr(options[name]))
+            raise refuse(RoptimTypeError, place, name, "None or a number >= 0", told(options[name]))
         try:
             bounds[name] = None if bound is None else float(bound)
         except OverflowError:
             raise refuse(RoptimValueError, place, name, "None or a number >= 0", "one beyond all floats") from None
     if not isinstance(options["nonfinite"], str):
         allowed = '"propagate", "raise" or "skip"'
-        raise refuse(RoptimTypeError, place, "nonfinite", allowed, repr(options["nonfinite"]))
+        raise refuse(RoptimTypeError, place, "nonfinite", allowed, told(options["nonfinite"]))
+    switches = {
+        name: flag(place, name, options[name]) for name in ("allow_software", "flush_denormals", "nonfinite_sync")
+    }
     return {
         "backend": selected(place, options["backend"]),
-        "allow_software": bool(options["allow_software"]),
         "threads": None if threads is None else int(threads),
-        "flush_denormals": bool(options["flush_denormals"]),
         "nonfinite": options["nonfinite"],
-        "nonfinite_sync": bool(options["nonfinite_sync"]),
+        **switches,
         **bounds,
     }
+
+
+class _OfGroups:
+    """Stands on an optimizer of the engine where an option might be looked for that lies elsewhere: an attribute of
+    this name would be read by nobody."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        if name in OPTIONS:
+            self._allowed, self._remedy = "given to the constructor", "it holds for the life of an optimizer"
+        else:
+            self._allowed, self._remedy = "set in a group", f'use opt.param_groups[0]["{name}"]'
+        self.__doc__ = f"No attribute: ``{name}`` is {self._allowed}."
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        # A class that somebody derived may well have an attribute of its own.
+        if self._name in vars(optimizer):
+            return vars(optimizer)[self._name]
+        raise AttributeError(f"{type(optimizer).__name__}: {self._name} is {self._allowed}; {self._remedy}")
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if "_engine_name" not in vars(type(optimizer)):
+            vars(optimizer)[self._name] = value
+            return
+        got = "an assignment to the optimizer"
+        raise refuse(RoptimTypeError, type(optimizer).__name__, self._name, self._allowed, got, self._remedy)
+
+    def __delete__(self, optimizer: Any) -> None:
+        try:
+            del vars(optimizer)[self._name]
+        except KeyError:
+            raise AttributeError(self._name) from None
 
 
 class _Current:
@@ -137,6 +173,8 @@ class Optimizer:
     _engine_name: ClassVar[str | None] = None
     #: Whether step was ever called: schedulers warn if they are stepped first.
     _step_called = False
+    #: Whether a step without gradients was looked at once.
+    _looked_for_gradients = False
     #: Whether groups were loaded that a scheduler had written to: a new one then leaves them as they are.
     _resumed = False
     _hooks: Hooks | None = None
@@ -153,7 +191,8 @@ class Optimizer:
         defaults: dict[str, Any],
         **options: Any,
     ) -> None:
-        if options.get("backend") == "auto" and self._engine_name is not None:
+        backend = options.get("backend")
+        if isinstance(backend, str) and backend == "auto" and self._engine_name is not None:
             place = type(self).__name__
             params = _tree.listed(params, place)
             if any(_is_group(group) for group in _grouped(params)):
@@ -180,6 +219,11 @@ class Optimizer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("_engine_name")
+        if name is not None:
+            taken = cls.__init__.__code__.co_varnames
+            for option in (*REGISTRY[name]["defaults"], *(option for option in OPTIONS if option in taken)):
+                setattr(cls, option, _OfGroups(option))
         own = cls.__dict__.get("step")
         # The steps of this module look for hooks themselves: a wrapper is a third of a small step's time.
         if own is not None and cls.__module__ != __name__:
@@ -236,7 +280,7 @@ class Optimizer:
         for name in options:
             if name not in OPTIONS:
                 allowed = f"one of {', '.join(OPTIONS)}"
-                raise refuse(RoptimTypeError, self._place, "option", allowed, repr(name))
+                raise refuse(RoptimTypeError, self._place, "option", allowed, told(name))
         self._options = {**OPTIONS, **options}
         self._specs: list[_tree.Spec] = []
         # Several groups taken as one list, or by name; made when first needed.
@@ -252,13 +296,15 @@ class Optimizer:
             self._current = _Current(self._engine)
             hypers = frozenset(REGISTRY[self._engine_name]["defaults"])
             self._engine.check_hypers({key: value_at(value, 0) for key, value in defaults.items() if key in hypers})
+            # Groups may be added later, and begin with what was given now.
+            self.defaults = {key: lasting(value) if key in hypers else value for key, value in defaults.items()}
         else:
             for name, value in self._options.items():
                 default = OPTIONS[name]
                 if type(value) is not type(default) or value != default:
                     shown_default = f'"{default}"' if isinstance(default, str) else repr(default)
                     allowed = f"{shown_default} for an optimizer written in Python"
-                    raise refuse(RoptimValueError, self._place, name, allowed, repr(value))
+                    raise refuse(RoptimValueError, self._place, name, allowed, told(value))
         self._hypers = hypers
         self.param_groups = FixedList()
         #: Hyperparameters that are functions of the count of updates, by index of the groups that have some.
@@ -298,7 +344,7 @@ class Optimizer:
         if names is None and param_group.get("param_names") is not None:
             given_names = param_group["param_names"]
             if not isinstance(given_names, (list, tuple)):
-                raise refuse(RoptimTypeError, place, "param_names", "a list of strings", repr(given_names))
+                raise refuse(RoptimTypeError, place, "param_names", "a list of strings", told(given_names))
             names = list(given_names)
             if len(names) != len(objects):
                 raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
@@ -363,6 +409,7 @@ class Optimizer:
         set_to_none : bool
             With False the gradient arrays stay and are filled with zeros; where there is none, there is none.
         """
+        set_to_none = flag(f"{self._place}.zero_grad", "set_to_none", set_to_none)
         if self._engine is not None:
             self._engine.clear_sums()
         for p in self._parameters():
@@ -396,7 +443,7 @@ class Optimizer:
         ----------
         gradients : optional
             - Nothing: what was accumulated, or the ``.grad`` of each Parameter or tensor is used; one without is
-              left untouched.
+              left untouched. The first step that finds none at all warns.
             - Gradients in the shape of the parameters as they were given: a dict for a dict, a list for a
               list, an array for an array. ``None`` skips a parameter; a missing or surplus name is an
               error. With several groups: a list over all parameters, or a list with one container per
@@ -438,9 +485,11 @@ class Optimizer:
             gradients, closure = self._told_apart(gradients, closure)
             if closure is not None:
                 loss, gradients = _evaluated(closure)
+        if gradients is None and not self._looked_for_gradients:
+            self._look_for_gradients()
         if self._scheduled:
             self._follow_schedules()
-        if zero_grad or average is not None or statistics is not False:
+        if (zero_grad is not False and zero_grad is not None) or average is not None or statistics is not False:
             self._step_and_more(gradients, zero_grad, average, statistics)
         else:
             self._engine.step(None if gradients is None else self._read(gradients))
@@ -448,28 +497,42 @@ class Optimizer:
             self._show_schedules()
         return loss
 
-    def _step_and_more(self, gradients: Any, zero_grad: bool, average: Any, statistics: bool) -> None:
+    def _look_for_gradients(self) -> None:
+        """Warns where the first step finds no gradient at all: the backward pass is missing, or other arrays got it."""
+        assert self._engine is not None
+        self._looked_for_gradients = True
+        objects = self._state._objects
+        learn = [p for p in objects if isinstance(p, Parameter) and p.requires_grad]
+        # Plain arrays without gradients are refused.
+        if len(learn) < len(objects) and not all(isinstance(p, Parameter) for p in objects):
+            return
+        if learn and not self._engine.has_sums and all(p.grad is None for p in learn):
+            warn(
+                f"{self._place}.step: no Parameter has a gradient, so nothing is updated; set .grad of these "
+                "Parameters first, or call step(gradients)"
+            )
+
+    def _step_and_more(self, gradients: Any, zero_grad: Any, average: Any, statistics: Any) -> None:
         engine = self._engine
         assert engine is not None
         place = f"{self._place}.step"
-        for name, switch in (("zero_grad", zero_grad or False), ("statistics", statistics)):
-            if not isinstance(switch, (bool, np.bool_)):
-                raise refuse(RoptimTypeError, place, name, "True or False", repr(switch))
+        clears = zero_grad is not None and flag(place, "zero_grad", zero_grad)
+        measures = flag(place, "statistics", statistics)
         accumulated = gradients is None and engine.has_sums
         given = None if gradients is None else self._read(gradients)
         # Sums of gradients are the engine's own: nothing of them is cleared in the pass.
-        clears = bool(zero_grad) and not accumulated
+        clears_given = clears and not accumulated
         if average is None:
-            engine.step(given, clears, None, bool(statistics))
+            engine.step(given, clears_given, None, measures)
         else:
             objects = self._state._objects
             follower = _average(average, place)._follower
             follows = follower is not None and not accumulated and self._options["backend"] == "cpu"
             if not follows:
                 average._check_fit(place, objects)
-            engine.step(given, clears, follower if follows else None, bool(statistics))
+            engine.step(given, clears_given, follower if follows else None, measures)
             average._stepped(None if follows else objects)
-        if zero_grad and accumulated:
+        if clears and accumulated:
             self.zero_grad(set_to_none=False)
 
     @property
@@ -720,11 +783,15 @@ class Optimizer:
     def grad_scale(self, value: float) -> None:
         if self._engine is None:
             raise refuse(
-                RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", repr(value)
+                RoptimTypeError, self._place, "grad_scale", "1 for an optimizer written in Python", told(value)
             )
-        if isinstance(value, bool) or not isinstance(settled(value), (int, float)):
-            raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", repr(value))
-        self._engine.grad_scale = float(settled(value))
+        number = settled(value)
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise refuse(RoptimTypeError, self._place, "grad_scale", "a power of two", told(value))
+        try:
+            self._engine.grad_scale = float(number)
+        except OverflowError:
+            raise refuse(RoptimValueError, self._place, "grad_scale", "a power of two", told(value)) from None
 
     @property
     def device(self) -> str:
@@ -973,11 +1040,11 @@ class ClosureOptimizer(Optimizer):
             allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
-        if zero_grad:
+        if zero_grad is not None and flag(place, "zero_grad", zero_grad):
             remedy = "clear the gradients in the closure"
-            raise refuse(RoptimValueError, place, "zero_grad", "False", repr(zero_grad), remedy)
-        if statistics is not False:
-            raise refuse(RoptimValueError, place, "statistics", "False", repr(statistics))
+            raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
+        if flag(place, "statistics", statistics):
+            raise refuse(RoptimValueError, place, "statistics", "False", told(statistics))
         objects = self._state._objects
         if average is not None:
             _average(average, place)._check_fit(place, objects)

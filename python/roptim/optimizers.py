@@ -38,8 +38,8 @@ _CLIPPING = """
         Bring each element of the gradients into [-clip_value, clip_value] first, >= 0.
     nonfinite : str
         Where a gradient is NaN or infinite: ``"propagate"`` uses it, ``"raise"`` raises NonfiniteError and names
-        the parameter, ``"skip"`` leaves the update out and counts it in ``opt.skip_count``; before anything is
-        written. Clipping, and this, act before decay and ``maximize``.
+        the parameter, the place in its gradient and what is there, ``"skip"`` leaves the update out and counts it in
+        ``opt.skip_count``; before anything is written. Clipping, and this, act before decay and ``maximize``.
     nonfinite_sync : bool
         On a GPU the device decides, and Parameters need not wait for it: ``"raise"`` leaves the update out and
         raises at the next call that steps or asks. True waits in each step."""

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
+from roptim._values import is_real, is_whole
 
 __all__ = [
     "Schedule",
@@ -45,26 +46,26 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def _count(place: str, name: str, value: Any, low: int = 0) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value < 2**64:
+    if is_whole(value) and low <= value < 2**64:
         return int(value)
-    kind = RoptimValueError if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else RoptimTypeError
-    raise refuse(kind, place, name, f"a whole number >= {low}", repr(value))
+    kind = RoptimValueError if is_whole(value) else RoptimTypeError
+    raise refuse(kind, place, name, f"a whole number >= {low}", told(value))
 
 
 def _number(place: str, name: str, value: Any) -> float:
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+    if is_real(value):
         try:
             return float(value)
         except OverflowError:
             raise refuse(RoptimValueError, place, name, "a finite number", "one beyond all floats") from None
-    raise refuse(RoptimTypeError, place, name, "a number", repr(value))
+    raise refuse(RoptimTypeError, place, name, "a number", told(value))
 
 
 def _word(place: str, name: str, value: Any, words: Iterable[str]) -> str:
     if isinstance(value, str) and value in words:
         return value
     *others, last = map(repr, words)
-    raise refuse(RoptimValueError, place, name, f"{', '.join(others)} or {last}", repr(value))
+    raise refuse(RoptimValueError, place, name, f"{', '.join(others)} or {last}", told(value))
 
 
 class Schedule:
@@ -116,8 +117,8 @@ class Schedule:
 
     def shift(self, by: int) -> Schedule:
         """The same, ``by`` updates later, before which it has its first value; earlier where ``by`` is negative."""
-        if not isinstance(by, (int, np.integer)) or isinstance(by, bool) or not -(2**63) <= by < 2**63:
-            raise refuse(RoptimTypeError, "shift", "by", "a whole number", repr(by))
+        if not is_whole(by) or not -(2**63) <= by < 2**63:
+            raise refuse(RoptimTypeError, "shift", "by", "a whole number", told(by))
         return Schedule(self._engine.shift(int(by)))
 
     def __mul__(self, other: Schedule | float) -> Schedule:
@@ -199,7 +200,7 @@ def _schedule(place: str, x: Any) -> Schedule:
     if isinstance(x, Schedule):
         return x
     if not _is_number(x) or isinstance(x, bool):
-        raise refuse(RoptimTypeError, place, "the other", "a schedule or a number", repr(x))
+        raise refuse(RoptimTypeError, place, "the other", "a schedule or a number", told(x))
     return constant(x)
 
 
@@ -240,7 +241,7 @@ def _fields(name: str, counts: Mapping[str, Any], numbers: Mapping[str, Any]) ->
     for key, value in numbers.items():
         checked[key] = _number(place, key, value)
         if not np.isfinite(checked[key]):
-            raise refuse(RoptimValueError, place, key, "a finite number", repr(value))
+            raise refuse(RoptimValueError, place, key, "a finite number", told(value))
     return checked
 
 
@@ -344,7 +345,7 @@ def one_cycle(
     place = "schedules.one_cycle"
     _word(place, "anneal", anneal, ("cos", "linear"))
     if not isinstance(three_phase, (bool, np.bool_)):
-        raise refuse(RoptimTypeError, place, "three_phase", "True or False", repr(three_phase))
+        raise refuse(RoptimTypeError, place, "three_phase", "True or False", told(three_phase))
     numbers = {
         "peak": peak,
         "pct_start": pct_start,
@@ -379,12 +380,12 @@ def piecewise(points: Mapping[int, float] | Iterable[tuple[int, float]], lines: 
     try:
         pairs = [(t, value) for t, value in (points.items() if isinstance(points, Mapping) else points)]
     except (TypeError, ValueError):
-        raise refuse(RoptimTypeError, place, "points", "a dict or pairs (t, value)", repr(points)) from None
+        raise refuse(RoptimTypeError, place, "points", "a dict or pairs (t, value)", told(points)) from None
     checked = []
     for t, value in pairs:
         number = _number(place, "a value", value)
         if not np.isfinite(number):
-            raise refuse(RoptimValueError, place, "a value", "a finite number", repr(value))
+            raise refuse(RoptimValueError, place, "a value", "a finite number", told(value))
         checked.append((_count(place, "t", t), number))
     return _make("piecewise", points=checked, lines=bool(lines))
 

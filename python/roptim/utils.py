@@ -10,10 +10,11 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import NonfiniteError, RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import NonfiniteError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._foreign import has_gradient, is_array, view
 from roptim._parameter import Parameter
 from roptim._sparse import SparseGrad
+from roptim._values import flag, is_real
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -63,6 +64,7 @@ def clip_grad_norm_(
         With ``error_if_nonfinite``.
     """
     place = "clip_grad_norm_"
+    error_if_nonfinite = flag(place, "error_if_nonfinite", error_if_nonfinite)
     bound, p = _bound(place, "max_norm", max_norm), _order(place, norm_type)
     gradients = _gradients(place, parameters, written=True)
     if _on_device(place, gradients, p):
@@ -88,7 +90,7 @@ def _on_device(place: str, gradients: list[Any], p: float | None) -> bool:
         raise refuse(RoptimValueError, place, "gradients", "on the host", "some on a device", remedy)
     if p != 2:
         remedy = "take another on the host: a.numpy()"
-        raise refuse(RoptimValueError, place, "norm_type of gradients on a device", "2", repr(p), remedy)
+        raise refuse(RoptimValueError, place, "norm_type of gradients on a device", "2", told(p), remedy)
     return True
 
 
@@ -117,6 +119,7 @@ def get_total_norm(
         0.0 without arrays.
     """
     place = "get_total_norm"
+    error_if_nonfinite = flag(place, "error_if_nonfinite", error_if_nonfinite)
     p = _order(place, norm_type)
     gradients = _gradients(place, tensors, written=False)
     if _on_device(place, gradients, p):
@@ -144,7 +147,7 @@ def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: float, f
     bound = _bound(place, "max_norm", max_norm)
     total = _number(place, "total_norm", total_norm, "a number >= 0")
     if total < 0:
-        raise refuse(RoptimValueError, place, "total_norm", "a number >= 0", repr(total_norm))
+        raise refuse(RoptimValueError, place, "total_norm", "a number >= 0", told(total_norm))
     gradients = _gradients(place, parameters, written=True)
     _on_device(place, gradients, None)
     # For its checks: what is scaled must be writeable, and none twice.
@@ -183,8 +186,8 @@ def _number(place: str, name: str, value: Any, allowed: str) -> float:
     if isinstance(value, SupportsFloat) and type(value).__module__ == "roptim.gpu":
         # A norm on a device, which get_total_norm returned.
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or np.iscomplexobj(value):
-        raise refuse(RoptimTypeError, place, name, allowed, repr(value))
+    if not is_real(value):
+        raise refuse(RoptimTypeError, place, name, allowed, told(value))
     try:
         return float(value)
     except OverflowError:
@@ -194,7 +197,7 @@ def _number(place: str, name: str, value: Any, allowed: str) -> float:
 def _bound(place: str, name: str, value: Any) -> float:
     bound = _number(place, name, value, "a number >= 0")
     if not bound >= 0:
-        raise refuse(RoptimValueError, place, name, "a number >= 0", repr(value))
+        raise refuse(RoptimValueError, place, name, "a number >= 0", told(value))
     return abs(bound)
 
 
@@ -206,13 +209,13 @@ def _order(place: str, norm_type: Any) -> float:
         else _number(place, "norm_type", norm_type, allowed)
     )
     if math.isnan(p):
-        raise refuse(RoptimValueError, place, "norm_type", allowed, repr(norm_type))
+        raise refuse(RoptimValueError, place, "norm_type", allowed, told(norm_type))
     return p
 
 
 def _refuse_nonfinite(place: str, total: float) -> None:
     if not math.isfinite(total):
-        raise refuse(NonfiniteError, place, "the norm of the gradients", "finite", repr(total))
+        raise refuse(NonfiniteError, place, "the norm of the gradients", "finite", told(total))
 
 
 def _norm(place: str, gradients: list[Any], p: float, *, written: bool) -> float:
@@ -257,7 +260,7 @@ def _gradients(place: str, parameters: Any, *, written: bool) -> list[Any]:
     elif isinstance(parameters, dict):
         parameters = list(parameters.values())
     elif not isinstance(parameters, Iterable) or isinstance(parameters, (str, bytes)):
-        raise refuse(RoptimTypeError, place, "parameters", "Parameters or arrays", repr(parameters))
+        raise refuse(RoptimTypeError, place, "parameters", "Parameters or arrays", told(parameters))
     is_generator = isinstance(parameters, Iterator)
     gradients: list[Any] = []
     count = 0

@@ -70,6 +70,12 @@ pub(crate) fn refuse(
     raise(py, &if let Some(remedy) = remedy { error.with_remedy(remedy) } else { error })
 }
 
+/// A value as messages show it.
+pub(crate) fn told(object: &Bound<'_, PyAny>) -> String {
+    let told = object.py().import("roptim._errors").and_then(|errors| errors.call_method1("told", (object,)));
+    told.and_then(|text| text.extract()).unwrap_or_else(|_| "something unprintable".into())
+}
+
 /// Runs engine code; a panic becomes an error that names it, never a crash of the interpreter.
 pub(crate) fn guarded<T>(place: &str, run: impl FnOnce() -> roptim::Result<T>) -> roptim::Result<T> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {

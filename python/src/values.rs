@@ -1,22 +1,32 @@
 //! Hyperparameters between Python and the engine. Ranges are the engine's business; here only types.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyString};
+use pyo3::types::{PyBool, PyByteArray, PyBytes, PyDict, PyFloat, PyInt, PyString};
 use roptim::hyper::Choice;
 use roptim::{ErrorKind, Hypers, Range, Value};
 
-use crate::errors::refuse;
+use crate::errors::{refuse, told};
 
-/// A number: a Python or NumPy number, or an array of one element. A bool is none.
+/// A number: a Python or NumPy number, or an array of one element. A bool is none, nor is what is masked.
 fn number(object: &Bound<'_, PyAny>) -> Option<f64> {
+    if object.is_exact_instance_of::<PyFloat>() {
+        return object.extract().ok();
+    }
     if object.is_instance_of::<PyBool>() || object.is_instance_of::<PyString>() {
         return None;
     }
-    if let Ok(x) = object.extract::<f64>() {
-        return Some(x);
+    // NumPy's own conversion would take bools and times, and complex numbers with a warning.
+    let Ok(size) = object.getattr("size").and_then(|size| size.extract::<usize>()) else {
+        return object.extract().ok();
+    };
+    let is_time = || object.getattr("dtype")?.getattr("kind")?.extract::<String>().map(|kind| "mM".contains(&kind));
+    let is_masked = || object.getattr("mask")?.is_truthy();
+    if size != 1 || is_time().unwrap_or(false) || is_masked().unwrap_or(false) {
+        return None;
     }
-    let one = object.getattr("size").ok()?.extract::<usize>().ok()? == 1;
-    if one { object.call_method0("item").ok()?.extract().ok() } else { None }
+    let item = object.call_method0("item").ok()?;
+    // A number of more bits than a float is its own item.
+    if item.hasattr("size").ok()? { item.extract().ok() } else { number(&item) }
 }
 
 fn switch(object: &Bound<'_, PyAny>) -> Option<bool> {
@@ -27,8 +37,11 @@ fn switch(object: &Bound<'_, PyAny>) -> Option<bool> {
     (name == "bool" || name == "bool_").then(|| object.is_truthy().ok()).flatten()
 }
 
+/// The items of what has some in an order of its own: not of sets or dicts.
 fn items<'py>(object: &Bound<'py, PyAny>) -> Option<Vec<Bound<'py, PyAny>>> {
-    if object.is_instance_of::<PyString>() {
+    let is_text = object.is_instance_of::<PyString>() || object.is_instance_of::<PyBytes>();
+    let is_ordered = object.hasattr("__getitem__").ok()? && !object.hasattr("keys").ok()?;
+    if is_text || object.is_instance_of::<PyByteArray>() || !is_ordered {
         return None;
     }
     object.try_iter().ok()?.collect::<PyResult<_>>().ok()
@@ -69,14 +82,20 @@ fn value(object: &Bound<'_, PyAny>, range: &Range) -> Option<Value> {
     }
 }
 
-/// Whether the type is right: another word, or a whole number of more than 64 bits, is a wrong value.
+/// Whether the type is right: another word, or a whole number of too many digits, is a wrong value.
 fn is_of_type(object: &Bound<'_, PyAny>, range: &Range) -> bool {
     match range {
         Range::OrNone(range) => is_of_type(object, range),
         Range::OneOf(_) => object.is_instance_of::<PyString>(),
-        Range::Whole(..) => number(object).is_some_and(|x| x.fract() == 0.0),
-        _ => false,
+        Range::Whole(..) => is_large(object) || number(object).is_some_and(|x| x.fract() == 0.0),
+        Range::Flag => false,
+        _ => is_large(object),
     }
+}
+
+/// Whether it is an integer beyond all floats.
+fn is_large(object: &Bound<'_, PyAny>) -> bool {
+    object.is_instance_of::<PyInt>() && object.extract::<f64>().is_err()
 }
 
 /// The engine's values of a dict of hyperparameters; the declared range gives the wanted type.
@@ -88,7 +107,7 @@ pub(crate) fn hypers(given: &Bound<'_, PyDict>, known: &Hypers, place: &str) -> 
         // An unknown name goes on with any value: the engine refuses it by name.
         let value = declared.map_or(Some(Value::None), |h| value(&object, &h.range));
         let Some(value) = value else {
-            let got = object.repr().map_or_else(|_| "something unprintable".into(), |r| r.to_string());
+            let got = told(&object);
             let allowed = declared.map(|h| h.range.to_string()).unwrap_or_default();
             let typed = declared.is_some_and(|h| is_of_type(&object, &h.range));
             let kind = if typed { ErrorKind::Value } else { ErrorKind::Type };

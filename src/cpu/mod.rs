@@ -18,8 +18,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::error::Result;
-pub use crate::isa::Isa;
 use crate::isa::Loops;
+pub use crate::isa::{Isa, StandardFloats};
 use crate::linear::SUM_BLOCK;
 use crate::real::Dtype;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};

@@ -19,6 +19,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::isa::StandardFloats;
+
 /// A pool and the process it belongs to. Dropping a pool that a fork copied would wait for threads that
 /// do not exist in the child, so pools are never dropped.
 #[derive(Debug, Clone)]
@@ -38,7 +40,9 @@ impl Owned {
 static POOLS: Mutex<Vec<Owned>> = Mutex::new(Vec::new());
 
 fn build(count: usize) -> Option<Owned> {
-    let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("roptim-{i}")).build().ok()?;
+    let threads = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("roptim-{i}"));
+    // A thread begins with the arithmetic of the one that made it.
+    let pool = threads.start_handler(|_| StandardFloats::keep()).build().ok()?;
     Some(Owned { process: std::process::id(), pool: ManuallyDrop::new(Arc::new(pool)) })
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::part;
 use super::pool::Threads;
-use crate::isa::{Isa, Loop};
+use crate::isa::{Isa, Loop, StandardFloats};
 use crate::linear::{Joined, SUM_BLOCK, join_array, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::tensor::{RawTensor, TensorRef};
@@ -156,11 +156,33 @@ fn smallest(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
     -maximum(f64::NEG_INFINITY, |_, x: f64| -x).all(of, threads)
 }
 
-/// The first array with a number that is not finite, and the magnitude of such a number: infinity or NaN.
-pub fn first_nonfinite(of: &[Summand<'_>], threads: &mut Threads) -> Option<(usize, f64)> {
+/// The first array with a number that is not finite.
+pub fn first_nonfinite(of: &[Summand<'_>], threads: &mut Threads) -> Option<usize> {
+    let _arithmetic = StandardFloats::begin();
     // The magnitude of a complex number with finite parts may be too large.
     let most = Fold { by_parts: true, ..maximum(0.0, |_, x| x) }.each(of, threads);
-    most.into_iter().enumerate().find(|(_, most)| !most.is_finite())
+    most.iter().position(|most| !most.is_finite())
+}
+
+/// The first number of an array that is not finite, and its place among those of the array in C order.
+pub fn nonfinite_in(x: &TensorRef<'_>) -> Option<(usize, f64)> {
+    with_storage(x.raw.dtype, x.raw.dtype, Search(&x.raw))
+}
+
+struct Search<'a>(&'a RawTensor);
+
+impl StorageVisitor for Search<'_> {
+    type Out = Option<(usize, f64)>;
+
+    fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> Self::Out {
+        let mut copy = None;
+        (0..self.0.len).step_by(SUM_BLOCK).find_map(|start| {
+            // SAFETY: the block lies within the tensor, whose type E is.
+            let block = unsafe { part::<E, F>(self.0, start, SUM_BLOCK.min(self.0.len - start), &mut copy) };
+            let is_bad = |(_, x): &(usize, f64)| !x.is_finite();
+            block.iter().map(|x| x.to_f64()).enumerate().find(is_bad).map(|(k, x)| (start + k, x))
+        })
+    }
 }
 
 /// The 2-norm of all numbers, of complex ones and reals alike.
@@ -174,6 +196,7 @@ pub fn norm(of: &[Summand<'_>], threads: &mut Threads) -> f64 {
 /// [`norm`], of numbers that are brought into `[-bound, bound]` first; the bound is rounded to the type that a step
 /// computes in.
 pub fn norm_within(of: &[Summand<'_>], bound: f64, threads: &mut Threads) -> f64 {
+    let _arithmetic = StandardFloats::begin();
     let bound_of = |dtype: Dtype| if dtype == Dtype::F64 { bound } else { f64::from(bound as f32) };
     let total = |scale: f64, threads: &mut Threads| {
         let square = |dtype: Dtype, x: f64| {
@@ -203,6 +226,7 @@ pub fn norm_within(of: &[Summand<'_>], bound: f64, threads: &mut Threads) -> f64
 /// The p-norm of all numbers, `(Σ|x|^p)^(1/p)`: for p = ∞ the largest magnitude, for −∞ the smallest, for 0 how many
 /// are not zero.
 pub fn p_norm(of: &[Summand<'_>], p: f64, threads: &mut Threads) -> f64 {
+    let _arithmetic = StandardFloats::begin();
     let is_zero = |x: f64| x == 0.0 || x.is_nan();
     match p {
         2.0 => norm(of, threads),
@@ -290,7 +314,9 @@ mod tests {
         assert_eq!(norm_within(&[of(&[f64::INFINITY, 0.0])], 3.0, &mut one()), 3.0);
         assert!((norm_within(&[of(&[1e200f64, 1.0])], 1e199, &mut one()) / 1e199 - 1.0).abs() < 1e-15);
         let (fine, bad) = ([1.0f32, 2.0], [0.0f32, f32::NEG_INFINITY]);
-        assert_eq!(first_nonfinite(&[of(&fine), of(&bad)], &mut one()), Some((1, f64::INFINITY)));
+        assert_eq!(first_nonfinite(&[of(&fine), of(&bad)], &mut one()), Some(1));
+        assert_eq!(nonfinite_in(&bad.as_slice().into()), Some((1, f64::NEG_INFINITY)));
+        assert_eq!(nonfinite_in(&fine.as_slice().into()), None);
         assert_eq!(first_nonfinite(&[of(&fine), of(&[f64::MAX; 3])], &mut one()), None);
         assert_eq!((clip_factor(1.0, 0.5), clip_factor(f64::INFINITY, f64::INFINITY)), (1.0, 1.0));
         assert_eq!((clip_factor(1.0, f64::INFINITY), clip_factor(2.0, 4.0)), (0.0, 2.0 / (4.0 + 1e-6)));

@@ -56,10 +56,12 @@ impl StorageVisitor for Run<'_, '_> {
         unsafe {
             let p_lies = p.strides.is_none() && E::IS_COMPUTE_TYPE;
             if !p_lies {
-                copy::<E, F>(loops, p, &mut p_copy);
+                p_copy.resize(n, F::ZERO);
+                each_part(loops, &mut p_copy, STRETCH, |i, part| load::<E, F>(p, i * STRETCH, part));
             }
             if g.strides.is_some() || !G::IS_COMPUTE_TYPE || !frame.leaves_gradients() {
-                copy::<G, F>(loops, g, &mut g_copy);
+                g_copy.resize(n, F::ZERO);
+                each_part(loops, &mut g_copy, STRETCH, |i, part| load::<G, F>(g, i * STRETCH, part));
                 each(loops, &mut g_copy, [], |g, []| frame.prepared(g));
             }
             let slot = |k: usize| whole_mut::<F>(pointers[k], 0, lengths[k]);
@@ -82,14 +84,6 @@ impl StorageVisitor for Run<'_, '_> {
             }
         }
     }
-}
-
-/// # Safety
-/// The tensor stores `E`.
-unsafe fn copy<E: Element<F>, F: Real>(loops: Loops, from: &RawTensor, to: &mut Vec<F>) {
-    to.resize(from.len, F::ZERO);
-    // SAFETY: the caller's duty.
-    each_part(loops, to, STRETCH, |i, part| unsafe { load::<E, F>(from, i * STRETCH, part) });
 }
 
 /// One update of one tensor; spread inside a pool.

@@ -5,6 +5,7 @@
 use super::{Backend, Besides, Optimizer, refuse_sparse};
 #[cfg(feature = "gpu")]
 use super::{COPY_IN_PARALLEL, noted};
+use crate::cpu::StandardFloats;
 use crate::cpu::memory::gather;
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
@@ -58,6 +59,7 @@ impl Optimizer {
     /// Adds gradients to the sums that [`Optimizer::step_accumulated`] takes. They are in order of registration;
     /// `None` adds nothing. On an error nothing has changed.
     pub fn accumulate(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        let _arithmetic = StandardFloats::begin();
         let place = self.place_of("accumulate");
         if self.preset.needs_closure() {
             let name = self.preset.name;

@@ -18,6 +18,7 @@ use crate::closure::descent::{Descent, Limits, Settings, State};
 use crate::closure::parts::{Part, Parts};
 use crate::closure::vector::Vector;
 use crate::closure::{Ask, ClosureRule, Machine};
+use crate::cpu::StandardFloats;
 use crate::cpu::memory::{gather, spread};
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
@@ -416,6 +417,7 @@ impl Optimizer {
     /// # Ok::<(), roptim::Error>(())
     /// ```
     pub fn begin(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
+        let _arithmetic = StandardFloats::begin();
         let place = self.place_of("step");
         self.minimizer(&place)?;
         self.refuse_under_way(&place)?;
@@ -437,6 +439,7 @@ impl Optimizer {
         params: &mut [TensorMut<'_>],
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<Ask> {
+        let _arithmetic = StandardFloats::begin();
         let place = self.place_of("step");
         if !self.minimizer(&place)?.is_running() {
             return Err(Error::refuse(ErrorKind::Value, place, "step", "under way", "an answer without a question"));
@@ -500,6 +503,8 @@ impl Optimizer {
 
     /// All of it.
     pub(super) fn joint_state(&self, index: usize) -> Result<Vec<(&'static str, StateValue)>> {
+        // Vectors are shown in the parameters' types.
+        let _arithmetic = StandardFloats::begin();
         let seasoned = self.seasoned().filter(|_| index == 0);
         seasoned.map_or(Ok(Vec::new()), |(minimizer, hypers)| minimizer.state(hypers, &|_| true))
     }
@@ -511,6 +516,7 @@ impl Optimizer {
 
     /// A copy of one value of it.
     pub fn joint_value(&self, index: usize, key: &str) -> Result<Option<StateValue>> {
+        let _arithmetic = StandardFloats::begin();
         let Some((minimizer, hypers)) = self.seasoned().filter(|_| index == 0) else { return Ok(None) };
         Ok(minimizer.state(hypers, &|name| name == key)?.pop().map(|(_, value)| value))
     }
@@ -523,6 +529,7 @@ impl Optimizer {
         saved: &StateDict,
         sources: &[usize],
     ) -> Result<Option<Box<dyn Minimizer>>> {
+        let _arithmetic = StandardFloats::begin();
         let Some(mut minimizer) = self.minimizer_for_parameters(false) else { return Ok(None) };
         let order: Vec<usize> = saved.groups.iter().flat_map(|group| group.params.iter().copied()).collect();
         if let Some(stray) = saved.state.keys().find(|&key| Some(key) != order.first()) {

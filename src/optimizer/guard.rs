@@ -4,7 +4,7 @@
 //! gradients once before it writes anything.
 
 use super::Optimizer;
-use crate::cpu::reduce::{Summand, clip_factor, first_nonfinite, norm_within};
+use crate::cpu::reduce::{Summand, clip_factor, first_nonfinite, nonfinite_in, norm_within};
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
@@ -75,6 +75,21 @@ pub(super) enum Verdict {
     Skip,
 }
 
+/// What the first number that is not finite is, and where.
+pub(super) fn found_in(gradient: &TensorRef<'_>, is_complex: bool) -> String {
+    // Another thread may have written over it since it was seen.
+    let Some((i, value)) = nonfinite_in(gradient) else { return "a number that is not".into() };
+    let mut place = i;
+    if let Some(rows) = &gradient.rows {
+        rows.walk(i, 1, |_, at| place = at);
+    }
+    let part = ["real", "imaginary"][place % 2];
+    match is_complex {
+        true => format!("{value:?} in the {part} part at flat index {}", place / 2),
+        false => format!("{value:?} at flat index {place}"),
+    }
+}
+
 impl Optimizer {
     /// What the coming gradients were multiplied by; 1 unless it was set.
     pub fn grad_scale(&self) -> f64 {
@@ -97,9 +112,8 @@ impl Optimizer {
     }
 
     /// The error of a gradient that is not finite.
-    pub(super) fn nonfinite(&self, index: usize, is_nan: bool) -> Error {
+    pub(super) fn nonfinite(&self, index: usize, got: &str) -> Error {
         let name = format!("gradient of {}", self.entries[index].label(index));
-        let got = if is_nan { "NaN" } else { "an infinite number" };
         Error::refuse(ErrorKind::Nonfinite, self.place_of("step"), name, "finite", got)
             .with_remedy("nonfinite=\"skip\" leaves such updates out")
     }
@@ -130,12 +144,13 @@ impl Optimizer {
         let known_finite = clip_value.is_none() && norm.is_some_and(f64::is_finite);
         if nonfinite != Nonfinite::Propagate
             && !known_finite
-            && let Some((which, magnitude)) = first_nonfinite(&summands, &mut self.threads)
+            && let Some(which) = first_nonfinite(&summands, &mut self.threads)
         {
             if nonfinite == Nonfinite::Skip {
                 return Ok(Verdict::Skip);
             }
-            return Err(self.nonfinite(indices[which], magnitude.is_nan()));
+            let Summand { tensor, is_complex } = &summands[which];
+            return Err(self.nonfinite(indices[which], &found_in(tensor, *is_complex)));
         }
         Ok(Verdict::Go(match (clip_norm, norm) {
             (Some(max_norm), Some(norm)) => clip_factor(max_norm, norm),

@@ -286,6 +286,13 @@ impl Optimizer {
     /// Where it left its update out, counts and scalar slots return to those before it; with
     /// [`Nonfinite::Raise`] this is the error that the step could not return. Without such a step nothing happens.
     pub fn settle(&mut self) -> Result<()> {
+        self.settle_with(&[])
+    }
+
+    /// [`Optimizer::settle`], where the step's gradients are still at hand: an error then says where in one it was.
+    fn settle_with(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
+        #[cfg(not(feature = "gpu"))]
+        let _ = gradients;
         #[cfg(feature = "gpu")]
         if let Some(before) = self.pending.take()
             && let Backend::Gpu(executor) = &mut self.backend
@@ -296,21 +303,27 @@ impl Optimizer {
                 self.entries[index].scalars = scalars;
             }
             self.update_count = self.update_count.saturating_sub(1);
-            return self.left_out();
+            return self.left_out(gradients);
         }
         Ok(())
     }
 
     /// Counts or reports an update that the device left out.
     #[cfg(feature = "gpu")]
-    fn left_out(&mut self) -> Result<()> {
+    fn left_out(&mut self, gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         if self.guard.nonfinite == Nonfinite::Skip {
             self.skip_count = self.skip_count.saturating_add(1);
             return Ok(());
         }
         let Backend::Gpu(executor) = &mut self.backend else { return Ok(()) };
         match noted(executor.culprit(), &mut self.torn)? {
-            Some(gpu::Culprit { index, is_nan }) => Err(self.nonfinite(index, is_nan)),
+            Some(gpu::Culprit { index, is_nan }) => {
+                let at_hand = gradients.get(index).and_then(Option::as_ref).filter(|g| g.on_device.is_none());
+                let kind = if is_nan { "NaN" } else { "an infinite number" };
+                let is_complex = self.entries[index].info.dtype.is_complex();
+                let got = at_hand.map_or_else(|| kind.into(), |g| guard::found_in(g, is_complex));
+                Err(self.nonfinite(index, &got))
+            }
             None => {
                 let place = self.place_of("step");
                 Err(Error::refuse(ErrorKind::Nonfinite, place, "gradients", "finite", "some that are not"))
@@ -651,6 +664,7 @@ impl Optimizer {
         gradients: &[Option<TensorRef<'_>>],
         besides: Besides<'_, '_>,
     ) -> Result<()> {
+        let _arithmetic = cpu::StandardFloats::begin();
         if self.preset.needs_closure() {
             let place = self.place_of("step");
             return Err(Error::refuse(ErrorKind::Type, place, "closure", "given", "gradients alone")
@@ -686,7 +700,7 @@ impl Optimizer {
         match outcome? {
             Made::Whole => {}
             #[cfg(feature = "gpu")]
-            Made::Nothing => return self.left_out(),
+            Made::Nothing => return self.left_out(gradients),
             #[cfg(feature = "gpu")]
             Made::Unknown => {
                 let entries = self.entries.iter().enumerate().zip(gradients).filter(|(_, g)| g.is_some());
@@ -701,7 +715,7 @@ impl Optimizer {
         if let Some((average, averages)) = average {
             average.join(averages, params)?;
         }
-        if self.nonfinite_sync { self.settle() } else { Ok(()) }
+        if self.nonfinite_sync { self.settle_with(gradients) } else { Ok(()) }
     }
 
     /// Begins anew with what is found out for each step.

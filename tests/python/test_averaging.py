@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import roptim
 from roptim import SGD, AdamW, Parameter
+from roptim._errors import told
 from roptim.swa_utils import (
     AveragedModel,
     cumulative_stats,
@@ -457,11 +458,11 @@ def test_decays(make: Any) -> None:
     for good in (0, 1, 0.0, 1.0, 0.5, np.float32(0.5), np.int8(1)):
         AveragedModel([f32(1)], **{"multi_avg_fn" if "multi" in make.__name__ else "avg_fn": make(good)})
     for wrong in (-0.1, 1.1, 2, math.nan, math.inf, -math.inf, np.float64(1.5), 10**400):
-        message = f"{make.__name__}: decay must be a number in [0, 1], got {wrong!r}"
+        message = f"{make.__name__}: decay must be a number in [0, 1], got {told(wrong)}"
         with pytest.raises(roptim.RoptimValueError, match=f"^{re.escape(message)}$"):
             make(wrong)
     for other in (True, "x", None, 1j, [0.5], np.array(0.5), np.complex64(1)):
-        message = f"{make.__name__}: decay must be a number in [0, 1], got {other!r}"
+        message = f"{make.__name__}: decay must be a number in [0, 1], got {told(other)}"
         with pytest.raises(roptim.RoptimTypeError, match=f"^{re.escape(message)}$"):
             make(other)
 

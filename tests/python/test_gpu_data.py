@@ -469,7 +469,9 @@ def test_what_is_not_finite_in_sums(side: dict[str, Any]) -> None:
             if how == "skip":
                 opt.step()
             else:
-                with pytest.raises(NonfiniteError, match=r"parameter .*1.* must be finite, got an infinite number"):
+                with pytest.raises(
+                    NonfiniteError, match=r"parameter .*1.* must be finite, got (inf at|an infinite number)"
+                ):
                     opt.step()
             assert (np.asarray(p[0]) == 1).all()
             assert (opt.update_count, opt.skip_count) == (0, int(how == "skip"))

@@ -71,6 +71,11 @@ def device(request: pytest.FixtureRequest) -> Device:
     return Device(name, {"backend": "gpu", "allow_software": True}, exact)
 
 
+def told(bad: float) -> str:
+    """A number that is not finite, as messages call it."""
+    return "NaN" if math.isnan(bad) else str(bad)
+
+
 # ---- what is compared ---------------------------------------------------------------------------------------
 
 
@@ -405,9 +410,12 @@ def test_a_bad_step_is_as_if_it_had_never_been(device: Device, clip: dict[str, f
     start = [draw(rng, shape, np.float32) for shape in device.shapes()]
     good = [[draw(rng, p.shape, p.dtype) for p in start] for _ in range(3)]
 
+    def places(n: int) -> list[int]:
+        return [0, n - 1, 1234 % n]
+
     def bad(at: int) -> list[Any]:
         g = [draw(rng, p.shape, p.dtype) for p in start]
-        g[2].flat[[0, -1, 1234 % g[2].size][at]] = BAD[at]
+        g[2].flat[places(g[2].size)[at]] = BAD[at]
         if at == 1:
             g[0] = None
         return g
@@ -427,7 +435,7 @@ def test_a_bad_step_is_as_if_it_had_never_been(device: Device, clip: dict[str, f
         assert equal(everything(skipping, skipped), before)
         assert skipping.skip_count == at + 1
         before = everything(raising, refused)
-        got = "NaN" if math.isnan(BAD[at]) else "an infinite number"
+        got = f"{told(BAD[at])} at flat index {places(start[2].size)[at]}"
         message = f"{device.name}.step: gradient of parameter 2 must be finite, got {got}; {REMEDY}"
         with pytest.raises(NonfiniteError, match=f"^{re.escape(message)}$"):
             step(raising, gradients)
@@ -463,10 +471,12 @@ def test_it_is_noticed_anywhere(
         g[which][at] = bad
     if reversed_:
         g = [x[::-1] for x in g]
+        at = sizes[which] - 1 - at
     params = [np.ones(x.shape, x.dtype) for x in g]
     named = {f"p{i}": p for i, p in enumerate(params)}
     raising, skipping = SGD(named, nonfinite="raise", **clip), SGD(params, nonfinite="skip", **clip)
-    got = "NaN" if math.isnan(bad) else "an infinite number"
+    part = " in the imaginary part" if g[which].imag.flat[at] != 0 else " in the real part"
+    got = f"{told(bad)}{part if g[which].dtype.kind == 'c' else ''} at flat index {at}"
     with pytest.raises(NonfiniteError) as raised:
         raising.step({f"p{i}": x for i, x in enumerate(g)})
     assert str(raised.value) == f'SGD.step: gradient of parameter "p{which}" must be finite, got {got}; {REMEDY}'
@@ -511,9 +521,9 @@ def test_the_first_bad_parameter_is_named_as_it_is_known() -> None:
     bad, good = np.array([0.0, math.nan]), np.zeros(2)
     arrays = [np.ones(2) for _ in range(3)]
     by_index = SGD([{"params": arrays[:1]}, {"params": arrays[1:]}], nonfinite="raise")
-    with pytest.raises(NonfiniteError, match=r"^SGD\.step: gradient of parameter 1 must be finite, got NaN; "):
+    with pytest.raises(NonfiniteError, match=r"^SGD\.step: gradient of parameter 1 must be finite, got NaN at flat"):
         by_index.step([good, bad, bad])
-    with pytest.raises(NonfiniteError, match="gradient of parameter 2 must be finite, got an infinite number"):
+    with pytest.raises(NonfiniteError, match="gradient of parameter 2 must be finite, got -inf at flat index 0"):
         by_index.step([None, good, np.array([-math.inf, 1.0])])
     pairs = Adam([("encoder.weight", arrays[0]), ("bias", arrays[1])], nonfinite="raise")
     with pytest.raises(NonfiniteError, match=r'^Adam\.step: gradient of parameter "bias" must be finite'):
@@ -575,7 +585,7 @@ def test_infinities_are_bounded_where_they_may_pass(backend: dict[str, Any]) -> 
         r = np.zeros(4, np.float32)
         guarded = SGD([r], lr=1.0, clip_value=2.0, nonfinite=nonfinite, **backend)
         if nonfinite == "raise":
-            with pytest.raises(NonfiniteError, match="got an infinite number"):
+            with pytest.raises(NonfiniteError, match="got inf at flat index 0"):
                 guarded.step([g])
         else:
             guarded.step([g])

@@ -300,7 +300,7 @@ def test_a_schedule_writes_all_groups_or_none() -> None:
 # ---- bad input ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("params", [[[]], {"a": []}, [{"params": []}], [{"params": []}, {"params": {}}], iter([])])
+@pytest.mark.parametrize("params", [[[]], {"a": []}, [{"params": []}], [{"params": []}, {"params": {}}]])
 def test_no_parameter_at_all(params: Any) -> None:
     with pytest.raises(ValueError, match=r"^SGD: params must be at least one array, got an empty container$"):
         SGD(params)

@@ -414,6 +414,7 @@ def changed_groups(case: Case, before: Any, saved: Any, origins: list[int | None
     return groups, changes
 
 
+@pytest.mark.filterwarnings("ignore:.*no Parameter has a gradient")
 @pytest.mark.parametrize("block", range(15))
 def test_random_differences_do_what_a_model_says(block: int) -> None:
     outcomes = {"loaded": 0, "partly": 0, "refused": 0}

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import roptim
 from roptim import LBFGS, SGD, Adafactor, Adam, AdamW, schedules
+from roptim._errors import told
 from roptim.optimizer import REGISTRY
 from roptim.schedules import (
     Schedule,
@@ -723,7 +724,7 @@ NAN, INF = math.nan, math.inf
         (
             lambda: sequence([S, S]),
             TypeError,
-            f"schedules.sequence: the other must be a schedule or a number, got {[S, S]!r}",
+            f"schedules.sequence: the other must be a schedule or a number, got {told([S, S])}",
         ),
         (lambda: S * NAN, ValueError, "schedules.constant: value must be a finite number, got nan"),
         (lambda: -INF * S, ValueError, "schedules.constant: value must be a finite number, got -inf"),

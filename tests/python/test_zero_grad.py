@@ -566,7 +566,8 @@ def test_with_a_scheduler_and_a_schedule(name: str) -> None:
 
 def test_no_gradient_at_all() -> None:
     opt = SGD([p := Parameter(np.ones(2, np.float32))])
-    opt.step(zero_grad=True)
+    with pytest.warns(UserWarning, match="no Parameter has a gradient"):
+        opt.step(zero_grad=True)
     opt.step([None], zero_grad=True)
     assert np.all(p.data == 1)
     assert opt.update_count == 0

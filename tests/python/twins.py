@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import ml_dtypes
@@ -116,10 +117,12 @@ def everything(opt: Any, params: list[Any]) -> Any:
 
 
 def outcome(opt: Any, *args: Any, **kwargs: Any) -> str | None:
-    """One step to its end: the message of what it raised, at once or when it was asked for."""
+    """One step to its end: the message of what it raised, at once or when it was asked for, without the place in the
+    gradient, which is known where the gradient is still at hand."""
     try:
         opt.step(*args, **kwargs)
         opt.update_count  # noqa: B018  # asks
     except NonfiniteError as error:
-        return str(error)
+        message = re.sub(r"( in the (real|imaginary) part)? at flat index [0-9]+", "", str(error))
+        return re.sub("got -?inf;", "got an infinite number;", message)
     return None

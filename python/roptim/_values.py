@@ -1,0 +1,26 @@
+"""What counts as a number or a switch in arguments, wherever they are given."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from roptim._errors import RoptimTypeError, refuse, told
+
+
+def is_whole(x: object) -> TypeGuard[int]:
+    """Whether it is an integer of Python or NumPy; a bool is none, nor is a time, which NumPy calls one."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, (bool, np.timedelta64))
+
+
+def is_real(x: object) -> TypeGuard[float]:
+    """Whether it is a real number of Python or NumPy."""
+    return is_whole(x) or isinstance(x, (float, np.floating))
+
+
+def flag(place: str, name: str, value: Any) -> bool:
+    """A switch: of anything else the truth is seldom what was meant, as of the text "False"."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise refuse(RoptimTypeError, place, name, "True or False", told(value))
+    return bool(value)
