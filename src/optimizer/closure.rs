@@ -19,6 +19,7 @@ use crate::closure::parts::{Part, Parts};
 use crate::closure::vector::Vector;
 use crate::closure::{Ask, ClosureRule, Machine};
 use crate::cpu::memory::{gather, spread};
+use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
@@ -179,6 +180,7 @@ fn is_zero<V: Vector>(part: &Part<V>, range: &Range<usize>) -> bool {
 fn each_part<T>(tensors: impl IntoIterator<Item = (usize, T)>, mut visit: impl FnMut(Range<usize>, T)) {
     let mut start = 0;
     for (len, tensor) in tensors {
+        point();
         visit(start..start + len, tensor);
         start += len;
     }
@@ -226,8 +228,8 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
         match answer {
             Ok(Ask::Evaluate) => {}
             Ok(Ask::Done) => {
-                self.under_way = None;
                 self.machine.ended_at(&gathered::<V::Real>(params, self.n));
+                self.under_way = None;
             }
             Err(_) => self.abandon(Some(params)),
         }
@@ -421,6 +423,7 @@ impl Optimizer {
         self.refuse_under_way(&place)?;
         self.check(params, &vec![None; params.len()])?;
         let hypers = self.joint_hypers(&place)?.clone();
+        self.torn = true;
         let begun = self.minimizer(&place)?.begin(&hypers, params);
         self.torn = is_lost(&begun);
         begun
