@@ -72,8 +72,8 @@ class Steps:
 
 
 CASES: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
-    "Muon": (lambda p: Muon([p], lr=0.01, threads=2), (400, 900)),
-    "AdamW": (lambda p: AdamW([p], clip_norm=1.0, nonfinite="raise", threads=2), (3_000_000,)),
+    "Muon": (lambda p: Muon([p], lr=0.01, threads=2), (256, 700)),
+    "AdamW": (lambda p: AdamW([p], clip_norm=1.0, nonfinite="raise", threads=2), (1_000_000,)),
     "a schedule": (lambda p: SGD([p], lr=roptim.schedules.cosine(1000, 0.1), momentum=0.9), (1_000_000,)),
     "LBFGS": (lambda p: roptim.LBFGS([p], lr=0.05, max_iter=4), (200_000,)),
     "ConjugateGradient": (lambda p: roptim.ConjugateGradient([p], max_iter=4), (200_000,)),
@@ -301,6 +301,7 @@ def test_an_interrupt_at_every_line_leaves_before_or_after(case: str) -> None:
         found = fingerprint(look())
         assert found in seen, f"line {n}: neither before nor after"
         seen[found] += 1
-        n += 1
+        # Long ones mostly repeat themselves.
+        n += 1 if FULL or n < 100 else 7
     assert n > 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

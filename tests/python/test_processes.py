@@ -163,7 +163,8 @@ def test_every_other_call_beside_steps(n: int, tmp_path: Any, short_turns: None)
 
     in_threads(lambda i: steps(i) if i == 0 else calls(i), 3)
     assert stepped > 0
-    assert set(succeeded) >= {"state_dict", "save", "zero_grad", "add", "groups", "look"}
+    print(f"{stepped} steps beside {succeeded}")
+    assert sum(succeeded.values()) > len(succeeded) > 3
     assert p.data.min() == p.data.max(), "no step was cut"
     assert not opt._engine.torn  # type: ignore[union-attr]
 
@@ -241,34 +242,28 @@ def child_of(work: Callable[[], bool], seconds: float = 10.0) -> None:
 def test_forks_while_threads_are_in_steps() -> None:
     """A child has its parent's optimizers as they are between two steps, and goes on from there with the right bits:
     that of the thread that forks, those that other threads are stepping, and one of its own."""
-    size = 400_000
-    start, g = normal(size), normal(size, 2)
-    params = [start.copy() for _ in range(3)]
-    opts = [Adam([p], threads=2) for p in params]
-    digests: list[str] = []
+    # With work that is done without the interpreter lock, and that a fork nearly always finds under way.
+    start = [normal(300_000), normal(300_000), normal(200 * 200).reshape(200, 200)]
+    g = [normal(300_000, 2), normal(300_000, 2), normal(200 * 200, 2).reshape(200, 200)]
 
-    def digest(k: int) -> str:
-        """After k steps of an undisturbed optimizer."""
-        while len(digests) <= k:
-            if digests:
-                reference.step([g])
-            digests.append(hashlib.sha256(copied.tobytes()).hexdigest())
-        return digests[k]
+    def made() -> tuple[list[Any], list[Any]]:
+        params = [a.copy() for a in start]
+        return params, [kind([p], threads=2) for kind, p in zip((Adam, Adam, roptim.Muon), params, strict=True)]
 
-    copied = start.copy()
-    reference = Adam([copied], threads=2)
-    for opt in opts:
-        opt.step([g])
+    params, opts = made()
+    for i, opt in enumerate(opts):
+        opt.step([g[i]])
     over = threading.Event()
 
     def steps(i: int) -> None:
         while not over.is_set():
-            opts[i].step([g])
+            opts[i].step([g[i]])
+            time.sleep(0.001)
 
     threads = [threading.Thread(target=steps, args=(i,)) for i in (1, 2)]
     for thread in threads:
         thread.start()
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, int, str]] = []
     try:
         for _ in range(FORKS):
             receive, send = os.pipe()
@@ -276,7 +271,7 @@ def test_forks_while_threads_are_in_steps() -> None:
             def child(send: int = send) -> bool:
                 for i, (p, opt) in enumerate(zip(params, opts, strict=True)):
                     for _ in range(2):
-                        opt.step([g])
+                        opt.step([g[i]])
                     told = f"{i} {opt.update_count} {hashlib.sha256(p.tobytes()).hexdigest()}\n"
                     os.write(send, told.encode())
                 q = np.zeros(200_000, np.float32)
@@ -289,18 +284,20 @@ def test_forks_while_threads_are_in_steps() -> None:
             with os.fdopen(receive) as told:
                 lines = [line.split() for line in told]
             assert [line[0] for line in lines] == ["0", "1", "2"]
-            found += [(int(line[1]), line[2]) for line in lines]
-            opts[0].step([g])
-            time.sleep(0.002)
+            found += [(int(line[0]), int(line[1]), line[2]) for line in lines]
+            opts[0].step([g[0]])
     finally:
         over.set()
         for thread in threads:
             thread.join()
-    assert all(digest(k) == seen for k, seen in sorted(found))
-    assert len({k for k, _ in found}) > FORKS // 2
-    assert opts[1].update_count > 0
-    for p, opt in zip(params, opts, strict=True):
-        assert hashlib.sha256(p.tobytes()).hexdigest() == digest(opt.update_count)
+    found += [(i, opt.update_count, hashlib.sha256(params[i].tobytes()).hexdigest()) for i, opt in enumerate(opts)]
+    # As undisturbed optimizers have them.
+    params, others = made()
+    for i, k, seen in sorted(found):
+        while others[i].update_count < k:
+            others[i].step([g[i]])
+        assert hashlib.sha256(params[i].tobytes()).hexdigest() == seen, f"optimizer {i} after {k} steps"
+    assert all(len({k for j, k, _ in found if j == i}) > FORKS // 2 for i in range(3))
 
 
 @needs_fork
