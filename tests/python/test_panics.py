@@ -350,7 +350,7 @@ def test_a_panic_around_the_work_of_a_gpu(gpu: str, name: str, wrap: bool) -> No
     """Arrays on their way to the device and back, and between."""
     on_gpu: dict[str, Any] = {"backend": gpu, "allow_software": True}
     few = {"max_iter": 4} if REGISTRY[name]["needs_closure"] else {}
-    twins = Twins(lambda params: getattr(roptim, name)(params, **few, **on_gpu), [(60, 70), (90_000, 1)], wrap)
+    twins = Twins(lambda params: getattr(roptim, name)(params, **few, **on_gpu), [(60, 70), (40, 20)], wrap)
     count = parts(twins.next_step)
     twins.restore()
     assert count > len(twins.params)
