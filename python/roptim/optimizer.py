@@ -240,6 +240,8 @@ class Optimizer:
         self._current: _Current | None = None
         #: Whether the memory on a device is made with each group.
         self._reserves = True
+        #: Who is adding a group.
+        self._adding: dict[str, tuple[int, object]] = {}
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
             self._options = checked_options(self._place, self._options)
@@ -331,16 +333,16 @@ class Optimizer:
     def _adding_alone(self) -> Iterator[None]:
         """Groups have one order, here and in the engine."""
         own = (os.getpid(), object())
-        holder = self.__dict__.setdefault("_adding", own)
+        holder = self._adding.setdefault("call", own)
         # In a child, the thread that a fork found in here is gone.
         if holder is not own and holder[0] == own[0]:
             sentence = f"{self._place}.add_param_group: another group is being added to this optimizer"
             raise ConcurrentStepError(f"{sentence}; call it from one thread at a time")
-        self._adding = own
+        self._adding["call"] = own
         try:
             yield
         finally:
-            del self._adding
+            del self._adding["call"]
 
     def _check_names(self, names: list[str] | None) -> None:
         if self._state._objects and (names is None) != (not self._state._by_name):
