@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -98,7 +99,7 @@ def test_interrupts_at_random_moments_come_between_steps(case: str) -> None:
         sent[0] = time.perf_counter()
         os.kill(os.getpid(), signal.SIGINT)
 
-    longest = late = 0.0
+    longest, late = 0.0, list[float]()
     for _ in range(INTERRUPTS):
         thread = threading.Thread(target=interrupt, args=(rng.random() * spread,))
         try:
@@ -108,14 +109,15 @@ def test_interrupts_at_random_moments_come_between_steps(case: str) -> None:
                 run.one(run.opt, run.p)
                 longest = max(longest, time.perf_counter() - began)
         except KeyboardInterrupt:
-            late = max(late, time.perf_counter() - sent[0])
+            late.append(time.perf_counter() - sent[0])
         thread.join()
         assert not run.opt._engine.torn
         assert run.digest(run.p) == run.after(run.opt.update_count)
     assert fingerprint([run.p, run.opt]) == fingerprint([run.q, run.other])
-    print(f"{case}: steps of up to {longest:.3f} s, interrupts at most {late:.3f} s late")
-    # A step and a tenth of a second, with room for a machine that has other things to do.
-    assert late < 3 * longest + 1.5
+    middle = statistics.median(late)
+    print(f"{case}: steps of up to {longest:.3f} s, interrupts {middle:.3f} s late, at most {max(late):.3f} s")
+    # Half of them: a machine that has other things to do is late for some.
+    assert middle < longest + 0.1
 
 
 def test_interrupts_on_a_gpu(gpu: str) -> None:
