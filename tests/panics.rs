@@ -91,5 +91,5 @@ fn a_panic_at_any_part_of_any_step() {
         }
     }
     let _ = std::panic::take_hook();
-    println!("{drills} panics in {} optimizers", REGISTRY.len());
+    assert!(drills >= 10 * REGISTRY.len(), "{drills} panics");
 }
