@@ -9,6 +9,7 @@
 //! | [`error`] | one error type, one sentence form |
 //! | [`hyper`] | hyperparameters: name, default and range as data |
 //! | [`real`] | compute and storage types |
+//! | `drill` | panics on demand, for tests |
 //! | `isa` | instruction sets of loops |
 //! | `linear` | sums and matrix products of whole tensors |
 //! | [`rule`] | what a rule declares, and the coefficients of a step |
@@ -26,6 +27,8 @@
 pub mod checkpoint;
 pub mod closure;
 pub mod cpu;
+#[doc(hidden)]
+pub mod drill;
 pub mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;

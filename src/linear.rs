@@ -7,6 +7,7 @@
 
 use rayon::prelude::*;
 
+use crate::drill::point;
 use crate::isa::{Loop, Loops};
 use crate::real::{Dtype, Real};
 
@@ -166,15 +167,23 @@ fn join_arrays<F: Real>(
 
 /// `f(0), f(1), …, f(n − 1)`.
 pub(crate) fn map<T: Send>(loops: Loops, n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    let f = |i: usize| {
+        point();
+        f(i)
+    };
     if loops.parallel && n > 1 { (0..n).into_par_iter().map(f).collect() } else { (0..n).map(f).collect() }
 }
 
 /// Calls `f` with each part of `len` elements, the last one shorter, and its index.
 pub(crate) fn each_part<T: Send>(loops: Loops, x: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    let f = |(i, part): (usize, &mut [T])| {
+        point();
+        f(i, part);
+    };
     if loops.parallel && x.len() > len {
-        x.par_chunks_mut(len).enumerate().for_each(|(i, part)| f(i, part));
+        x.par_chunks_mut(len).enumerate().for_each(f);
     } else {
-        x.chunks_mut(len).enumerate().for_each(|(i, part)| f(i, part));
+        x.chunks_mut(len).enumerate().for_each(f);
     }
 }
 

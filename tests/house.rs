@@ -5,22 +5,23 @@ use std::path::{Path, PathBuf};
 
 /// Each module of the engine and the modules it may use. ARCHITECTURE.md says the same.
 const USES: &[(&str, &[&str])] = &[
+    ("drill", &[]),
     ("error", &[]),
     ("hyper", &["error"]),
     ("isa", &[]),
     ("real", &[]),
     ("rule", &["error", "hyper", "isa", "real"]),
-    ("linear", &["isa", "real"]),
+    ("linear", &["drill", "isa", "real"]),
     ("rules", &["closure", "error", "hyper", "isa", "linear", "real", "rule"]),
     ("tensor", &["error", "real"]),
     ("store", &["error", "hyper", "real", "rule", "tensor"]),
-    ("cpu", &["error", "hyper", "isa", "linear", "real", "rule", "rules", "tensor"]),
+    ("cpu", &["drill", "error", "hyper", "isa", "linear", "real", "rule", "rules", "tensor"]),
     ("shader", &["real", "rule", "rules"]),
-    ("gpu", &["closure", "cpu", "error", "linear", "real", "rule", "rules", "shader", "store", "tensor"]),
+    ("gpu", &["closure", "cpu", "drill", "error", "linear", "real", "rule", "rules", "shader", "store", "tensor"]),
     ("closure", &["error", "hyper", "isa", "linear", "real", "rule"]),
     ("schedule", &["error"]),
     ("checkpoint", &["error", "hyper", "real", "store"]),
-    ("optimizer", &["closure", "cpu", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),
+    ("optimizer", &["closure", "cpu", "drill", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),
 ];
 
 /// Files that may hold `unsafe`, and why.

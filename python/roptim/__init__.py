@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from roptim import schedules, utils
+from roptim import _interpreter, schedules, utils  # noqa: F401  # the first may refuse to go on
 from roptim._devices import Device, devices
 from roptim._errors import (
     CheckpointError,

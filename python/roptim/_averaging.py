@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from roptim import _tree
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
+from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, TornError, refuse, told
 from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
+from roptim._signals import deferred
 from roptim._values import flag, is_real, is_whole
 from roptim.optimizer import checked_options
 
@@ -228,15 +229,17 @@ class AveragedModel:
             joined = self._joined("buffer", self._buffers, new_buffers)
             # Truth values have no average.
             new_buffers = [n if n.dtype == bool else j for n, j in zip(new_buffers, joined, strict=True)]
-        if self._engine is not None:
-            self._engine.step(values)
-        else:
-            results = values if self.n_averaged == 0 else self._joined("average", self._averages, values)
-            for average, result in zip(self._averages, results, strict=True):
-                average[...] = result
-        for mine, theirs in zip(self._buffers, new_buffers, strict=True):
-            mine[...] = theirs
-        self._count += 1
+        if self._engine is None:
+            values = values if self.n_averaged == 0 else self._joined("average", self._averages, values)
+        with deferred():
+            if self._engine is not None:
+                self._engine.step(values)
+            else:
+                for average, value in zip(self._averages, values, strict=True):
+                    average[...] = value
+            for mine, theirs in zip(self._buffers, new_buffers, strict=True):
+                mine[...] = theirs
+            self._count += 1
 
     def _check_fit(self, place: str, params: list[Any]) -> None:
         """Refuses to be the average of these parameters, which a step is about to change."""
@@ -310,12 +313,14 @@ class AveragedModel:
 
     def copy_to(self, model: Any) -> None:
         """Writes the averages into parameters of the same shape, in place."""
+        self._check_whole("copy_to")
         place = f"{_PLACE}.copy_to"
         self._write(self._targets(place, model), [np.array(a) for a in self._averages])
 
     @contextmanager
     def applied_to(self, model: Any) -> Iterator[None]:
         """Within the block the parameters have the averages' values; afterwards their own again, bit for bit."""
+        self._check_whole("applied_to")
         targets = self._targets(f"{_PLACE}.applied_to", model)
         before = [np.array(p) for p in targets]
         self._write(targets, [np.array(a) for a in self._averages])
@@ -348,6 +353,7 @@ class AveragedModel:
     def state_dict(self) -> dict[str, Any]:
         """A copy: ``n_averaged``, ``module`` (a list of arrays, by name in a dict where there are names), and
         ``buffers`` where there are some."""
+        self._check_whole("state_dict")
         arrays = [np.array(a) for a in self._averages]
         module: Any = dict(zip(self._names, arrays, strict=True)) if self._names else arrays
         state = {"n_averaged": self.n_averaged, "module": module}
@@ -391,11 +397,21 @@ class AveragedModel:
                     got = f"{array.dtype} of shape {array.shape}"
                     raise refuse(RoptimValueError, place, f"{what} {i}", f"{own.dtype} of shape {own.shape}", got)
                 checked.append((own, array))
-        for own, array in checked:
-            own[...] = array
-        self.n_averaged = int(count)
+        with deferred():
+            if self._engine is not None and self._engine.torn:
+                nothing = {"state": {}, "param_groups": [{"params": list(range(len(self._averages)))}]}
+                self._engine.load(self._engine.prepare_load(nothing))
+            for own, array in checked:
+                own[...] = array
+            self.n_averaged = int(count)
+
+    def _check_whole(self, call: str) -> None:
+        """Refuses where an update left averages that nobody knows."""
+        if self._engine is not None and self._engine.torn:
+            raise TornError(f"{_PLACE}.{call}: an earlier update was interrupted half-way; call load_state_dict")
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_whole("copy")
         state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module")}
         state["_averages"] = [_copied("a parameter", a) for a in self._averages]
         state["_buffers"] = [b.copy() for b in self._buffers]

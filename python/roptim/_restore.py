@@ -6,14 +6,23 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
+from roptim._errors import (
+    DeviceLostError,
+    RoptimError,
+    RoptimKeyError,
+    RoptimTypeError,
+    RoptimValueError,
+    TornError,
+    refuse,
+    told,
+)
 from roptim._files import Progress, load, state_of
 from roptim._loading import LoadReport, Missing, Rules, Unexpected, prepare
 from roptim._parameter import Parameter
@@ -332,7 +341,7 @@ class _Plan:
             # What cannot give its state back comes last.
             for name, target, saved in sorted(self.objects, key=lambda each: not hasattr(each[1], "state_dict")):
                 if hasattr(target, "state_dict"):
-                    undo.callback(_put_back, name, target.load_state_dict, copy.deepcopy(target.state_dict()))
+                    _keep(undo, name, target)
                 with _placed(name):
                     target.load_state_dict(saved)
             for assign, old, new in self.values:
@@ -341,13 +350,19 @@ class _Plan:
             for target, load_prepared in self.optimizers:
                 # What was checked fails only with its device or memory; a copy is kept where another one went before.
                 if len(self.optimizers) > 1:
-                    undo.callback(_put_back, type(target).__name__, target.load_state_dict, target.state_dict())
+                    _keep(undo, type(target).__name__, target)
                 load_prepared()
             for write in self.writes:
                 write()
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+def _keep(undo: ExitStack, name: str, target: Any) -> None:
+    """Has what an object is now put back, unless an interrupted step or a lost device has left nothing worth it."""
+    with suppress(TornError, DeviceLostError):
+        undo.callback(_put_back, name, target.load_state_dict, copy.deepcopy(target.state_dict()))
 
 
 def _put_back(name: str, put: Callable[[Any], Any], old: Any) -> None:

@@ -18,7 +18,10 @@ __all__ = [
     "Series",
     "Snapshot",
     "__version__",
+    "_drill",
+    "after_fork",
     "anneal_share",
+    "before_fork",
     "chain_closed",
     "chain_next",
     "clip_factor",
@@ -53,6 +56,16 @@ def registry() -> list[dict[str, Any]]:
 def limit_threads(limit: int | None) -> int | None:
     """Bounds the threads of whatever the calling thread asks for from now on, None for no bound; returns the bound
     before."""
+
+def before_fork() -> None:
+    """Waits until no other thread is in an optimizer, and holds those that come up."""
+
+def after_fork(in_child: bool) -> None:
+    """Ends what :func:`before_fork` began."""
+
+def _drill(n: int, on_pool: bool) -> int:
+    """For tests: the n-th part of work from now on panics, in whichever optimizer; none with 0. With ``on_pool`` only
+    parts that the engine's own threads do are counted. Returns how many were left of the drill before."""
 
 def devices() -> list[tuple[str, str, str, str, bool, str, int, int]]:
     """Every device: what chooses it, name, kind, driver, whether it is a software adapter, its interface, and the

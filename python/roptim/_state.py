@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
+from roptim._signals import deferred
 from roptim._values import is_real, is_whole
 
 if TYPE_CHECKING:
@@ -169,11 +170,12 @@ class State(MutableMapping[Any, Any]):
 
     def clear(self) -> None:
         """Returns every parameter to step 0 without state."""
-        for index in range(len(self._objects)):
-            if self._engine is None:
-                self._own.pop(index, None)
-            else:
-                self._engine.reset(index)
+        with deferred():
+            for index in range(len(self._objects)):
+                if self._engine is None:
+                    self._own.pop(index, None)
+                else:
+                    self._engine.reset(index)
 
     # The keys may be arrays, which are not hashable and do not compare to one truth value.
     def items(self) -> Any:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from roptim import _roptim, _tree
+from roptim import _forks, _roptim, _tree  # noqa: F401  # the first is there once it is imported
 from roptim._devices import Device, fastest, selected
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told, warn
+from roptim._errors import (
+    ConcurrentStepError,
+    RoptimKeyError,
+    RoptimTypeError,
+    RoptimValueError,
+    refuse,
+    told,
+    warn,
+)
 from roptim._foreign import clear, has_gradient, number_of
 from roptim._groups import (
     OPTIONS,
@@ -289,6 +298,8 @@ class Optimizer:
         self._current: _Current | None = None
         #: Whether the memory on a device is made with each group.
         self._reserves = True
+        #: Who is adding a group.
+        self._adding: dict[str, tuple[int, object]] = {}
         hypers: frozenset[str] = frozenset()
         if self._engine_name is not None:
             self._options = checked_options(self._place, self._options)
@@ -349,33 +360,49 @@ class Optimizer:
             if len(names) != len(objects):
                 raise refuse(RoptimValueError, place, "param_names", f"{len(objects)} names", str(len(names)))
             _tree.check_names(names, place)
-        if objects:
-            self._check_names(names)
         options = {**given, **{key: value for key, value in self.defaults.items() if key not in given}}
         options = {key: settled(value) if key in self._hypers else value for key, value in options.items()}
-        index = len(self.param_groups)
         scheduled = {key: value for key, value in options.items() if key in self._hypers and is_scheduled(value)}
         options.update(values_at(scheduled, self.update_count))
         if self._engine is None:
             refuse_schedules(place, options)
-        if self._engine is not None:
-            hypers = {key: options[key] for key in self._hypers if key in options}
-            engine_values = self._engine.add_group(hypers, objects, names, self._reserves)
-            options = {**options, **engine_values, **shown(hypers, engine_values)}
-        else:
-            self._check_objects(objects)
         group: dict[str, Any] = {"params": FixedList(objects)}
         if names is not None:
             group["param_names"] = names
-        self._specs.append(spec)
-        apply = None if self._current is None else _assigner(self._current, index, self._scheduled)
         look = functools.partial(refuse_schedules, place) if self._engine is None else None
-        if scheduled:
-            self._scheduled[index] = scheduled
-        self.param_groups._add(
-            ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply, look=look)
-        )
-        self._state._register(objects, names)
+        with deferred(), self._adding_alone():
+            index = len(self.param_groups)
+            apply = None if self._current is None else _assigner(self._current, index, self._scheduled)
+            if objects:
+                self._check_names(names)
+            if self._engine is not None:
+                hypers = {key: options[key] for key in self._hypers if key in options}
+                engine_values = self._engine.add_group(hypers, objects, names, self._reserves)
+                options = {**options, **engine_values, **shown(hypers, engine_values)}
+            else:
+                self._check_objects(objects)
+            self._specs.append(spec)
+            if scheduled:
+                self._scheduled[index] = scheduled
+            self.param_groups._add(
+                ParamGroup({**group, **options}, place=place, hypers=self._hypers, apply=apply, look=look)
+            )
+            self._state._register(objects, names)
+
+    @contextlib.contextmanager
+    def _adding_alone(self) -> Iterator[None]:
+        """Groups have one order, here and in the engine."""
+        own = (os.getpid(), object())
+        holder = self._adding.setdefault("call", own)
+        # In a child, the thread that a fork found in here is gone.
+        if holder is not own and holder[0] == own[0]:
+            sentence = f"{self._place}.add_param_group: another group is being added to this optimizer"
+            raise ConcurrentStepError(f"{sentence}; call it from one thread at a time")
+        self._adding["call"] = own
+        try:
+            yield
+        finally:
+            del self._adding["call"]
 
     def _check_names(self, names: list[str] | None) -> None:
         if self._state._objects and (names is None) != (not self._state._by_name):
@@ -489,10 +516,14 @@ class Optimizer:
             self._look_for_gradients()
         if self._scheduled:
             self._follow_schedules()
-        if (zero_grad is not False and zero_grad is not None) or average is not None or statistics is not False:
-            self._step_and_more(gradients, zero_grad, average, statistics)
-        else:
-            self._engine.step(None if gradients is None else self._read(gradients))
+        try:
+            if (zero_grad is not False and zero_grad is not None) or average is not None or statistics is not False:
+                self._step_and_more(gradients, zero_grad, average, statistics)
+            else:
+                self._engine.step(None if gradients is None else self._read(gradients))
+        except KeyboardInterrupt:
+            self._show_interrupted()
+            raise
         if self._scheduled:
             self._show_schedules()
         return loss
@@ -530,8 +561,10 @@ class Optimizer:
             follows = follower is not None and not accumulated and self._options["backend"] == "cpu"
             if not follows:
                 average._check_fit(place, objects)
-            engine.step(given, clears_given, follower if follows else None, measures)
-            average._stepped(None if follows else objects)
+            # An interrupt comes when both have counted the step.
+            with deferred():
+                engine.step(given, clears_given, follower if follows else None, measures)
+                average._stepped(None if follows else objects)
         if clears and accumulated:
             self.zero_grad(set_to_none=False)
 
@@ -657,6 +690,12 @@ class Optimizer:
         _ = self._engine.update_count
         with contextlib.suppress(Exception):
             self._follow_schedules()
+
+    def _show_interrupted(self) -> None:
+        """The same where Ctrl-C came, which may be right after the update. A device is not waited for then, as it may
+        have an error to tell: the next step brings the groups up to date."""
+        if self._scheduled and self._options["backend"] == "cpu":
+            self._show_schedules()
 
     def _told_apart(self, gradients: Any, closure: Any) -> tuple[Any, Callable[[], Any] | None]:
         """Gradients and closure, of which the first argument of step may be either."""
@@ -941,7 +980,7 @@ class Optimizer:
             "_hypers",
         }
         # Hooks are not copied, as in torch: what they do belongs to the original.
-        internal |= {"_hooks", "_in_step", "_scheduled", "_shown_at"}
+        internal |= {"_hooks", "_in_step", "_scheduled", "_shown_at", "_adding"}
         return {
             "defaults": self.defaults,
             "options": self._options,
@@ -1065,7 +1104,11 @@ class ClosureOptimizer(Optimizer):
 
         if self._scheduled:
             self._follow_schedules()
-        self._engine.minimize(evaluate)
+        try:
+            self._engine.minimize(evaluate)
+        except KeyboardInterrupt:
+            self._show_interrupted()
+            raise
         if self._scheduled:
             self._show_schedules()
         if average is not None:

@@ -238,6 +238,7 @@ pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: C
 
 impl Seen {
     /// Whether the array's header still says what was seen.
+    #[inline]
     pub(crate) fn still_holds(&self, array: &Bound<'_, PyUntypedArray>, access: Access) -> bool {
         let head = header(array);
         let in_order = self.raw.strides.is_none();

@@ -20,6 +20,7 @@ use crate::arrays::{self, Access, Context, Seen, Taking, as_array, look, share_m
 use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
+use crate::forks::{heed, let_pass};
 use crate::load::{self, Loading};
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
@@ -174,7 +175,7 @@ pub(crate) struct Engine {
     step: String,
     /// Work from which on a step gives up the interpreter lock.
     release_lock_from: usize,
-    table: Mutex<Table>,
+    table: Arc<Mutex<Table>>,
     on_gpu: bool,
     needs_closure: bool,
 }
@@ -191,6 +192,7 @@ impl Engine {
     }
 
     fn table(&self, py: Python<'_>) -> PyResult<MutexGuard<'_, Table>> {
+        let_pass(py);
         match self.table.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
@@ -501,17 +503,13 @@ impl Engine {
         };
         let optimizer = optimizer.or_raise(py)?;
         let preset = optimizer.preset();
-        let shared = Arc::new(Shared { name: preset.name, optimizer: Mutex::new(optimizer) });
+        let shared = Arc::new(Shared::new(optimizer));
         let step = format!("{}.step", preset.name);
         let release_lock_from = release_lock_from(preset.method);
-        Ok(Self {
-            shared,
-            step,
-            release_lock_from,
-            table: Mutex::new(Table::default()),
-            on_gpu,
-            needs_closure: preset.needs_closure(),
-        })
+        let table = Arc::new(Mutex::new(Table::default()));
+        heed(Arc::downgrade(&table) as _);
+        heed(Arc::downgrade(&shared) as _);
+        Ok(Self { shared, step, release_lock_from, table, on_gpu, needs_closure: preset.needs_closure() })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
@@ -768,6 +766,7 @@ impl Engine {
     /// have then. An error there, or one of what it returned, leaves parameters and state as they were.
     fn minimize(&self, py: Python<'_>, evaluate: &Bound<'_, PyAny>) -> PyResult<()> {
         self.with_parameters(py, Haste::Now, Optimizer::begin)?;
+        *self.shared.minimizing() = Some(std::thread::current().id());
         // The closure may do anything, so nothing is locked while it runs. No Python code runs between the calls,
         // so an interrupt arrives in it and is an error like others.
         let one = || {
@@ -782,16 +781,15 @@ impl Engine {
                 |optimizer, _, params, gradients| optimizer.tell(loss, params, gradients),
             )
         };
-        loop {
+        let outcome = loop {
             match one() {
                 Ok(Ask::Evaluate) => {}
-                Ok(Ask::Done) => return Ok(()),
-                Err(error) => {
-                    self.abandon(py, &error)?;
-                    return Err(error);
-                }
+                Ok(Ask::Done) => break Ok(()),
+                Err(error) => break self.abandon(py, &error).and(Err(error)),
             }
-        }
+        };
+        *self.shared.minimizing() = None;
+        outcome
     }
 
     /// Names of the slots a parameter has, `step` first where the optimizer shows it; empty before the
@@ -871,6 +869,7 @@ impl Engine {
 
     /// A copy of everything but the parameters' values, in torch's layout.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let_pass(py);
         let tree = py.detach(|| {
             guarded(self.name(), || {
                 let mut optimizer = self.shared.try_use()?;
@@ -892,6 +891,7 @@ impl Engine {
     ) -> PyResult<Loading> {
         let place = format!("{}.load_state_dict", self.name());
         let tree = files::to_tree(saved, &place, "state_dict", Taking::Lent)?;
+        let_pass(py);
         let known = self.shared.try_use().or_raise(py)?.preset().hypers();
         let hypers = hypers.map_or(Ok(Vec::new()), |given| values::hypers(given, &known, &place))?;
         let options = load::options(rules, hypers);
@@ -907,6 +907,7 @@ impl Engine {
 
     /// Replaces hyperparameters and state by those that were prepared, checked once more.
     fn load(&self, py: Python<'_>, loading: &Loading) -> PyResult<()> {
+        let_pass(py);
         let load = || self.shared.try_use()?.load_state_dict_with(&loading.saved, &loading.options).map(drop);
         py.detach(|| guarded(self.name(), load)).or_raise(py)
     }
@@ -986,6 +987,7 @@ impl Engine {
         if !self.on_gpu {
             return Ok(());
         }
+        let_pass(py);
         py.detach(|| guarded(self.name(), || self.shared.try_use()?.settle())).or_raise(py)
     }
 
@@ -1211,7 +1213,7 @@ impl Engine {
     fn abandon(&self, py: Python<'_>, error: &PyErr) -> PyResult<()> {
         let restored = self.with_parameters(py, Haste::Wait, |optimizer, params| optimizer.abandon(Some(params)));
         if let Err(obstacle) = restored {
-            py.detach(|| self.shared.wait().abandon(None)).or_raise(py)?;
+            py.detach(|| guarded(&self.step, || self.shared.wait().abandon(None))).or_raise(py)?;
             let note = format!("The parameters could not be restored: {}", obstacle.value(py));
             error.value(py).call_method1("add_note", (note,))?;
         }

@@ -5,9 +5,11 @@ mod arrays;
 mod clip;
 mod device_array;
 mod devices;
+mod drill;
 mod engine;
 mod errors;
 mod files;
+mod forks;
 mod load;
 mod overlap;
 mod parameter;
@@ -21,6 +23,9 @@ mod values;
 
 use pyo3::prelude::*;
 
+#[cfg(not(panic = "unwind"))]
+compile_error!("a panic must unwind: it becomes an InternalError, and the interpreter lives on");
+
 #[pymodule]
 mod _roptim {
     use pyo3::prelude::*;
@@ -32,9 +37,13 @@ mod _roptim {
     #[pymodule_export]
     use crate::devices::devices;
     #[pymodule_export]
+    use crate::drill::_drill;
+    #[pymodule_export]
     use crate::engine::Engine;
     #[pymodule_export]
     use crate::files::{dumps, from_json, load, loads, save, to_json, write_file};
+    #[pymodule_export]
+    use crate::forks::{after_fork, before_fork};
     #[pymodule_export]
     use crate::load::{Loading, match_parameters};
     #[pymodule_export]

@@ -1,9 +1,12 @@
 //! The engine's optimizer behind its lock, shared between `Engine` and the parameters on its device.
 
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::ThreadId;
 
 use roptim::tensor::RawTensor;
 use roptim::{Error, ErrorKind, Optimizer, TensorMut, TensorRef};
+
+use crate::forks::{Shareable, was_looked_at};
 
 /// What a call does when another thread is in the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,13 +21,43 @@ pub(crate) enum Haste {
 /// object, so that no reference cycle goes through it.
 pub(crate) struct Shared {
     pub(crate) name: &'static str,
-    pub(crate) optimizer: Mutex<Optimizer>,
+    optimizer: Mutex<Optimizer>,
+    /// The thread in a step that evaluates the loss several times; the optimizer is not locked meanwhile.
+    minimizing: Mutex<Option<ThreadId>>,
+}
+
+impl Shareable for Shared {
+    fn is_busy(&self) -> bool {
+        self.optimizer.is_busy()
+    }
+
+    fn forked(&self) {
+        let minimizing = *self.minimizing();
+        if minimizing.is_some_and(|thread| thread != std::thread::current().id()) {
+            // Nobody will end that step. Its parameters are where it last evaluated.
+            *self.minimizing() = None;
+            let _ = self.try_use().and_then(|mut optimizer| optimizer.abandon(None));
+        }
+    }
 }
 
 impl Shared {
+    pub(crate) fn new(optimizer: Optimizer) -> Self {
+        Self { name: optimizer.preset().name, optimizer: Mutex::new(optimizer), minimizing: Mutex::new(None) }
+    }
+
+    /// Who minimizes, for a moment.
+    pub(crate) fn minimizing(&self) -> MutexGuard<'_, Option<ThreadId>> {
+        self.minimizing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The optimizer, unless another thread is in it.
     pub(crate) fn try_use(&self) -> roptim::Result<MutexGuard<'_, Optimizer>> {
-        match self.optimizer.try_lock() {
+        let again = |taken| match taken {
+            TryLockError::WouldBlock if was_looked_at() => self.optimizer.try_lock(),
+            taken => Err(taken),
+        };
+        match self.optimizer.try_lock().or_else(again) {
             Ok(guard) => Ok(guard),
             // The torn flag inside, not the lock's poison, tells whether a panic left work half done.
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
@@ -48,7 +81,7 @@ impl Shared {
 
     /// The optimizer, when other threads are done with it.
     pub(crate) fn wait(&self) -> MutexGuard<'_, Optimizer> {
-        self.optimizer.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.optimizer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn host_is_stale(&self, index: usize) -> bool {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::part;
 use super::pool::Threads;
+use crate::drill::point;
 use crate::isa::{Isa, Loop, StandardFloats};
 use crate::linear::{Joined, SUM_BLOCK, join_array, join_lanes, join_tree};
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
@@ -119,6 +120,7 @@ impl<T: Fn(Dtype, f64) -> f64 + Sync, J: Fn(f64, f64) -> f64 + Sync> Fold<T, J> 
         let total = of.last().zip(first.last()).map_or(0, |(x, first)| first + x.tensor.raw.len.div_ceil(SUM_BLOCK));
         let joined: Vec<AtomicU64> = (0..total).map(|_| AtomicU64::new(0)).collect();
         let task = |i: usize| {
+            point();
             let blocks = i * BLOCKS_PER_TASK..total.min((i + 1) * BLOCKS_PER_TASK);
             let mut array = first.partition_point(|&first| first <= blocks.start) - 1;
             for block in blocks {

@@ -20,6 +20,7 @@ use std::marker::PhantomData;
 use super::Job;
 use super::memory::{BLOCK, clear, load, load_rows, store_rows, whole, whole_mut};
 use super::plan::Piece;
+use crate::drill::point;
 use crate::isa::Isa;
 use crate::real::{Dtype, Element, Real, StorageVisitor, with_storage};
 use crate::rule::{Coefficients, Decay, Kernel, MAX_SLOTS, Row, Shared, SlotValues};
@@ -169,6 +170,7 @@ unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(isa: Isa, row: 
     let sweep = at_level::<K, F>(isa);
     let count = <K::S<F> as SlotValues<F>>::COUNT;
     for &Piece { tensor, start, len } in pieces {
+        point();
         let job = &jobs[tensor];
         let plain = job.p.strides.is_none() && job.g.strides.is_none() && job.rows.is_none();
         let slot = |k: usize| if k < count { (job.slots[k], len) } else { (std::ptr::null_mut(), 0) };

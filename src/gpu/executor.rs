@@ -23,6 +23,7 @@ use super::passes::{Bounds, CHUNK, Dispatch, Finding, GuardPasses, Table};
 use super::program::{self, Bound, Member, Scratch};
 use super::staging::{BLOCK_BYTES, Download, Part, Sink, Source, Staging, Ticket, Upload, submit, unmapped};
 use crate::cpu::Frame;
+use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::real::Dtype;
 use crate::rule::{Form, KernelFacts, MAX_AREAS, Program, Row, SlotSet};
@@ -585,6 +586,7 @@ impl Executor {
         }
         Dispatch::record(context, &mut encoder, &plan.updates);
         make_room(context, place, in_flight)?;
+        point();
         let mut verdict = [0; 4 * CONTROL_WORDS];
         let waits = !downloads.is_empty();
         let mut ticket = None;

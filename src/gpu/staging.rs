@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use super::context::{Context, lock};
 use crate::cpu::memory;
+use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::RawTensor;
 
@@ -217,6 +218,7 @@ impl<'a> Fills<'a> {
 
 /// Writes the source's bytes from `from` on, and zeros behind its end.
 fn fill(mut target: wgpu::WriteOnly<'_, [u8]>, source: Source<'_>, from: usize) {
+    point();
     let filled = match source {
         Source::Array(Part { raw, start, len }) => {
             let size = raw.dtype.size();
@@ -271,6 +273,7 @@ impl<'a> Drain<'a> {
     }
 
     fn run(self) {
+        point();
         match self.sink {
             // SAFETY: promised when the part was made; pieces are disjoint.
             Sink::Array(Part { raw, start, .. }) => unsafe {

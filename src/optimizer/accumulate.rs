@@ -7,6 +7,7 @@ use super::{Backend, Besides, Optimizer, refuse_sparse};
 use super::{COPY_IN_PARALLEL, noted};
 use crate::cpu::StandardFloats;
 use crate::cpu::memory::gather;
+use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
@@ -67,7 +68,7 @@ impl Optimizer {
         }
         // What became of the step before is told first: nothing has been added then.
         self.settle()?;
-        self.check_whole()?;
+        self.check_whole("accumulate")?;
         if gradients.len() != self.entries.len() {
             let (want, got) = (format!("{} arrays", self.entries.len()), gradients.len());
             return Err(Error::refuse(ErrorKind::Value, place, "gradients", want, got));
@@ -80,15 +81,18 @@ impl Optimizer {
         }
         match &mut self.backend {
             Backend::Cpu(_) => {
+                self.torn = true;
                 self.sums.resize_with(gradients.len(), || None);
                 let (mut single, mut double) = (Vec::new(), Vec::new());
                 for (sum, gradient) in self.sums.iter_mut().zip(gradients) {
+                    point();
                     match (sum, gradient) {
                         (Some(sum), Some(gradient)) => sum.add(gradient, &mut single, &mut double),
                         (sum @ None, Some(gradient)) => *sum = Some(Sum::of(gradient)),
                         (_, None) => {}
                     }
                 }
+                self.torn = false;
                 Ok(())
             }
             #[cfg(feature = "gpu")]
@@ -97,7 +101,10 @@ impl Optimizer {
             Backend::Gpu(executor) => {
                 let elements: usize = gradients.iter().flatten().map(TensorRef::len).sum();
                 let pool = self.threads.pool(elements >= COPY_IN_PARALLEL);
-                noted(executor.accumulate(gradients, pool), &mut self.torn)
+                self.torn = true;
+                let added = executor.accumulate(gradients, pool);
+                self.torn = false;
+                noted(added, &mut self.torn)
             }
         }
     }

@@ -20,6 +20,7 @@ use crate::closure::vector::Vector;
 use crate::closure::{Ask, ClosureRule, Machine};
 use crate::cpu::StandardFloats;
 use crate::cpu::memory::{gather, spread};
+use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
@@ -180,6 +181,7 @@ fn is_zero<V: Vector>(part: &Part<V>, range: &Range<usize>) -> bool {
 fn each_part<T>(tensors: impl IntoIterator<Item = (usize, T)>, mut visit: impl FnMut(Range<usize>, T)) {
     let mut start = 0;
     for (len, tensor) in tensors {
+        point();
         visit(start..start + len, tensor);
         start += len;
     }
@@ -227,8 +229,8 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
         match answer {
             Ok(Ask::Evaluate) => {}
             Ok(Ask::Done) => {
-                self.under_way = None;
                 self.machine.ended_at(&gathered::<V::Real>(params, self.n));
+                self.under_way = None;
             }
             Err(_) => self.abandon(Some(params)),
         }
@@ -423,6 +425,7 @@ impl Optimizer {
         self.refuse_under_way(&place)?;
         self.check(params, &vec![None; params.len()])?;
         let hypers = self.joint_hypers(&place)?.clone();
+        self.torn = true;
         let begun = self.minimizer(&place)?.begin(&hypers, params);
         self.torn = is_lost(&begun);
         begun

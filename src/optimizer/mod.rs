@@ -494,7 +494,7 @@ impl Optimizer {
     }
 
     fn check(&self, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
-        self.check_whole()?;
+        self.check_whole("step")?;
         let refuse = |kind, name: String, allowed: String, got: String| {
             Err(Error::refuse(kind, self.place_of("step"), name, allowed, got))
         };
@@ -527,19 +527,21 @@ impl Optimizer {
     }
 
     /// Refuses where an earlier call left parameters or state that nobody knows.
-    fn check_whole(&self) -> Result<()> {
-        if self.torn {
-            return Err(Error::plain(
-                ErrorKind::Torn,
-                format!("{}.step: an earlier step was interrupted half-way", self.preset.name),
-            )
-            .with_remedy("restore the parameters and call load_state_dict"));
-        }
+    fn check_whole(&self, call: &str) -> Result<()> {
+        self.refuse_torn(call)?;
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &self.backend {
-            executor.refuse_lost(&self.place_of("step"), |index| self.entries[index].label(index))?;
+            executor.refuse_lost(&self.place_of(call), |index| self.entries[index].label(index))?;
         }
         Ok(())
+    }
+
+    fn refuse_torn(&self, call: &str) -> Result<()> {
+        if !self.torn {
+            return Ok(());
+        }
+        let sentence = format!("{}: an earlier step was interrupted half-way", self.place_of(call));
+        Err(Error::plain(ErrorKind::Torn, sentence).with_remedy("restore the parameters and call load_state_dict"))
     }
 
     fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
@@ -1205,6 +1207,7 @@ mod tests {
         adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap();
         let (saved, kept) = (adam.state_dict().unwrap(), p);
         adam.torn = true;
+        assert_eq!(adam.state_dict().unwrap_err().kind(), ErrorKind::Torn);
         let error = adam.step(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Torn);
         assert_eq!(

@@ -34,7 +34,7 @@ struct Planned<'s> {
 }
 
 impl Optimizer {
-    /// A copy of everything but the parameters' values.
+    /// A copy of everything but the parameters' values. Refused after a step that was interrupted half-way.
     pub fn state_dict(&mut self) -> Result<StateDict> {
         self.settle()?;
         let declared = self.preset.declaration().slots;
@@ -59,6 +59,8 @@ impl Optimizer {
                 param_names: members().map(|(_, e)| e.info.name.clone()).collect(),
             }
         });
+        // A device that was lost has said so above.
+        self.refuse_torn("state_dict")?;
         Ok(StateDict {
             optimizer: Some(self.preset.name.to_owned()),
             format: STATE_FORMAT,
@@ -97,7 +99,10 @@ impl Optimizer {
         *self.groups.change() = groups;
         self.update_count = saved.update_count;
         self.skip_count = saved.skip_count;
-        self.torn = false;
+        if std::mem::take(&mut self.torn) {
+            // They may be half of what was added.
+            self.clear_sums();
+        }
         Ok(report)
     }
 
