@@ -8,7 +8,7 @@ use roptim::cpu::reduce::{self, Summand};
 use roptim::{ErrorKind, TensorRef};
 
 use crate::arrays::{Access, Context, as_array, look, share_memory};
-use crate::errors::refuse;
+use crate::errors::{OrRaise, refuse};
 use crate::overlap::{Interval, Map};
 
 /// The p-norm of all arrays together, in float64. Where they are about to be `written` each must be writeable, and
@@ -37,7 +37,7 @@ pub(crate) fn norm(py: Python<'_>, arrays: &Bound<'_, PyList>, p: f64, written: 
         summands.push(Summand { tensor: unsafe { TensorRef::from_raw(seen.raw) }, is_complex });
     }
     let mut threads = Threads::new(None);
-    Ok(py.detach(|| reduce::p_norm(&summands, p, &mut threads)))
+    py.detach(|| reduce::p_norm(&summands, p, &mut threads)).or_raise(py)
 }
 
 /// What gradients of this norm are multiplied by so that it is at most `max_norm`.

@@ -9,6 +9,7 @@ use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
 use roptim::error::shape_text;
+use roptim::room::recycled;
 use roptim::rules::Method;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
@@ -42,6 +43,9 @@ enum Given<'py> {
     Host(Gradient<'py>),
     Device(Bound<'py, DeviceArray>),
 }
+
+/// As large as a gradient as it was given: what keeps memory for a list of them, which holds none between steps.
+type Place = [usize; size_of::<Option<Given<'static>>>() / size_of::<usize>()];
 
 /// What gradients of a parameter may store.
 fn gradient_dtypes(parameter: Dtype) -> String {
@@ -101,6 +105,8 @@ struct Table {
     targets: (u64, Vec<TensorMut<'static>>),
     /// Gradients of the last step, whose addresses nobody uses until they were brought up to date.
     gradients: Vec<Option<TensorRef<'static>>>,
+    /// Memory for the arrays of a step's gradients.
+    places: Vec<Place>,
 }
 
 /// An optimizer of the engine with its registered parameters.
@@ -229,7 +235,7 @@ impl Engine {
         self.refresh(py, table, haste)
     }
 
-    /// The gradients as arrays, in order of registration. Python code of the objects may run here, so
+    /// Adds the gradients as arrays, in order of registration. Python code of the objects may run here, so
     /// that nothing that was looked at before still counts.
     fn collect<'py>(
         &self,
@@ -238,7 +244,8 @@ impl Engine {
         gradients: Option<&Bound<'py, PyList>>,
         access: Access,
         place: &str,
-    ) -> PyResult<Vec<Option<Given<'py>>>> {
+        collected: &mut Vec<Option<Given<'py>>>,
+    ) -> PyResult<()> {
         let count = table.params.len();
         if let Some(list) = gradients
             && list.len() != count
@@ -246,7 +253,7 @@ impl Engine {
             let (want, got) = (format!("{count} in number"), list.len());
             return Err(refuse(py, ErrorKind::Value, place, "gradients", want, got, None));
         }
-        let mut collected = Vec::with_capacity(count);
+        collected.reserve(count);
         for (index, registered) in table.params.iter().enumerate() {
             let parameter = registered.parameter.as_ref().map(|p| p.get());
             let object = match (gradients, parameter) {
@@ -278,7 +285,7 @@ impl Engine {
                 },
             });
         }
-        Ok(collected)
+        Ok(())
     }
 
     /// A gradient that is no plain array.
@@ -902,7 +909,8 @@ impl Engine {
         let table = &mut *guard;
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
         // does, up to the engine's own step.
-        let arrays = self.collect(py, table, gradients, access, place)?;
+        let mut arrays = recycled(std::mem::take(&mut table.places));
+        self.collect(py, table, gradients, access, place, &mut arrays)?;
         self.settle_homes(py, table)?;
         self.verify(py, table, place, haste)?;
         let mut tensors = std::mem::take(&mut table.gradients);
@@ -945,7 +953,7 @@ impl Engine {
         }
         let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| call(optimizer, params, &tensors);
         let outcome = self.call(py, place, table, work, haste, run);
-        drop(arrays);
+        table.places = recycled(arrays);
         if is_light {
             table.gradients = tensors;
         }

@@ -7,6 +7,7 @@ mod guard;
 pub mod matching;
 mod state;
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::cpu;
@@ -15,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
 use crate::real::Dtype;
+use crate::room;
 use crate::rule::{MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
@@ -137,10 +139,23 @@ struct Scratch {
     gradient_scale: f64,
     /// Whether gradients are still to be set to zero.
     clears_gradients: bool,
+    /// Numbers of the gradients that there are.
+    present: Vec<usize>,
+    /// Of their norm.
+    joined: cpu::reduce::Joined,
+    /// Gradients that are also written, as they are read.
+    read: Vec<Option<TensorRef<'static>>>,
 }
 
 impl Scratch {
-    fn clear(&mut self, groups: usize, entries: usize) {
+    /// Nothing of the step before, and room for this one.
+    fn clear(&mut self, groups: usize, entries: usize) -> Result<()> {
+        const WHAT: &str = "the numbers of a step";
+        room::reserve(&mut self.rows, groups, WHAT)?;
+        room::reserve(&mut self.scalars, groups, WHAT)?;
+        room::reserve(&mut self.latest, groups, WHAT)?;
+        room::reserve(&mut self.row_of, entries, WHAT)?;
+        room::reserve(&mut self.fresh, entries, WHAT)?;
         self.rows.clear();
         self.scalars.clear();
         self.fresh.clear();
@@ -149,6 +164,7 @@ impl Scratch {
         self.latest.resize(groups, None);
         self.row_of.clear();
         self.row_of.resize(entries, None);
+        Ok(())
     }
 
     /// Index of the coefficient row of a parameter whose group is alike `group`. Parameters of a group mostly are at the
@@ -394,8 +410,8 @@ impl Optimizer {
         }
     }
 
-    fn place_of(&self, call: &str) -> String {
-        format!("{}.{call}", self.preset.name)
+    fn place_of(&self, call: &'static str) -> Place {
+        Place { optimizer: self.preset.name, call }
     }
 
     fn place(&self, group: usize) -> String {
@@ -462,7 +478,12 @@ impl Optimizer {
             Backend::GpuVectors(space) => space.accept(&params, self.entries.len())?,
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
-        self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
+        let preset = self.preset;
+        let entry = |info: ParamInfo| {
+            let possible = preset.possible_slots(&info.shape);
+            Entry { possible, ..Entry::new(info, group, slots, scalars) }
+        };
+        self.entries.extend(params.into_iter().map(entry));
         self.groups.change().push(checked);
         self.resize_minimizer();
         Ok(group)
@@ -499,9 +520,9 @@ impl Optimizer {
                     entry.step.to_string(),
                 );
             }
-            fits(&place, || entry.label(i), entry, &p.raw)?;
+            fits(place, || entry.label(i), entry, &p.raw)?;
             if let Some(g) = g {
-                self.check_gradient(&place, i, g)?;
+                self.check_gradient(place, i, g)?;
             }
         }
         Ok(())
@@ -518,12 +539,12 @@ impl Optimizer {
         }
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &self.backend {
-            executor.refuse_lost(&self.place_of("step"), |index| self.entries[index].label(index))?;
+            executor.refuse_lost(&self.place_of("step").to_string(), |index| self.entries[index].label(index))?;
         }
         Ok(())
     }
 
-    fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
+    fn check_gradient(&self, place: Place, i: usize, g: &TensorRef<'_>) -> Result<()> {
         let entry = &self.entries[i];
         let Entry { info, group, .. } = entry;
         let label = || format!("gradient of {}", entry.label(i));
@@ -591,9 +612,15 @@ impl Optimizer {
     ) -> Result<()> {
         // SAFETY: `gradients` are writable, overlap nothing, and are borrowed until the step is over.
         let read = |g: &TensorMut<'_>| unsafe { TensorRef::from_raw(g.raw.clone()) };
-        let read: Vec<_> = gradients.iter().map(|g| g.as_ref().map(read)).collect();
+        let mut reading = std::mem::take(&mut self.scratch.read);
+        reading.clear();
+        reading.extend(gradients.iter().map(|g| g.as_ref().map(read)));
         // SAFETY: as above.
-        unsafe { self.step_and_clear_raw(params, &read) }
+        let stepped = unsafe { self.step_and_clear_raw(params, &reading) };
+        // Strides are let go; addresses nobody reads.
+        reading.clear();
+        self.scratch.read = reading;
+        stepped
     }
 
     /// [`Optimizer::step_and_clear`], of gradients that are known as what is read.
@@ -643,9 +670,9 @@ impl Optimizer {
             self.skip_count = self.skip_count.saturating_add(1);
             return Ok(());
         };
+        self.scratch.clear(self.groups.len(), self.entries.len())?;
         self.torn = true;
         self.groups.read(self.preset);
-        self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => {
@@ -696,7 +723,7 @@ impl Optimizer {
             let wanted = match (&gradients[i], groups.reading(entry.group).kernel) {
                 (None, _) => SlotSet::EMPTY,
                 (Some(_), Some((_, slots))) => slots,
-                (Some(_), None) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
+                (Some(_), None) => entry.possible,
             };
             if wanted.iter().all(|k| entry.slots[k].is_some()) {
                 scratch.fresh.push(SlotSet::EMPTY);
@@ -706,15 +733,21 @@ impl Optimizer {
             match entry.ensure(wanted, |k| preset.slot_shape(k, &shape)) {
                 Ok(fresh) => scratch.fresh.push(fresh),
                 Err(error) => {
-                    for (entry, &fresh) in entries.iter_mut().zip(&scratch.fresh) {
-                        entry.release(fresh);
-                    }
+                    self.release();
                     return Err(error);
                 }
             }
         }
         *allocations += u64::from(scratch.fresh.iter().any(|fresh| !fresh.is_empty()));
         Ok(())
+    }
+
+    /// Takes back the slots that were allocated for a step that is not made.
+    fn release(&mut self) {
+        for (entry, &fresh) in self.entries.iter_mut().zip(&self.scratch.fresh) {
+            entry.release(fresh);
+        }
+        self.allocations += 1;
     }
 
     fn step_cpu(
@@ -766,6 +799,15 @@ impl Optimizer {
     fn make_jobs(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         self.jobs_made_at = None;
         self.allocate(gradients)?;
+        let pushed = self.push_jobs(rule, params, gradients);
+        if pushed.is_err() {
+            self.release();
+            self.backend.cpu().clear();
+        }
+        pushed
+    }
+
+    fn push_jobs(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         let Self { groups, entries, backend, scratch, .. } = self;
         let executor = backend.cpu();
         executor.clear();
@@ -788,6 +830,7 @@ impl Optimizer {
             let pass = rule.with_kernel(hypers, executor.select(entry.info.dtype, g.dtype));
             executor.push(cpu::Job { index, pass, row: 0, p: params[index].raw.clone(), g, slots, rows });
         }
+        executor.reserve()?;
         self.jobs_made_at = self.scratch.dense.is_empty().then_some((self.allocations, self.groups.changes()));
         Ok(())
     }
@@ -802,7 +845,7 @@ impl Optimizer {
         let common = self.common();
         let Self { groups, entries, backend, scratch, .. } = self;
         let executor = backend.cpu();
-        let mut jobs = Vec::new();
+        let mut jobs = executor.tensor_jobs();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
             let hypers = &groups[entry.group];
@@ -817,11 +860,15 @@ impl Optimizer {
                 g: gradient.raw.clone(),
                 slots: std::array::from_fn(|k| slot(k).map_or(std::ptr::null_mut(), |raw| raw.ptr)),
                 lengths: std::array::from_fn(|k| slot(k).map_or(0, |raw| raw.len)),
+                is_done: false,
             });
         }
         // SAFETY: as in `step_cpu`.
-        unsafe { executor.execute_tensors(rule, &mut jobs) };
-        Ok(())
+        let executed = unsafe { executor.execute_tensors(rule, jobs) };
+        if executed.is_err() {
+            self.release();
+        }
+        executed
     }
 
     #[cfg(feature = "gpu")]
@@ -834,7 +881,7 @@ impl Optimizer {
         let mut elements = 0;
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
-            refuse_sparse(&format!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
+            refuse_sparse(format_args!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
             let (hypers, reading) = (&groups[entry.group], groups.reading(entry.group));
             let fresh = executor.missing(index, preset.needed_slots(hypers, &entry.info.shape));
             let at = Moment { step: entry.step + 1, fresh };
@@ -905,7 +952,7 @@ impl Optimizer {
         let place = self.place_of("sync");
         for (index, array) in &*arrays {
             let entry = &self.entries[*index];
-            fits(&place, || entry.info.label(*index), entry, &array.raw)?;
+            fits(place, || entry.info.label(*index), entry, &array.raw)?;
         }
         self.settle()?;
         match &mut self.backend {
@@ -915,7 +962,10 @@ impl Optimizer {
                 let elements: usize = arrays.iter().map(|(_, array)| array.raw.len).sum();
                 let pool = self.threads.pool(elements >= COPY_IN_PARALLEL);
                 let entries = &self.entries;
-                noted(executor.sync(&place, arrays, pool, |index| entries[index].label(index)), &mut self.torn)
+                noted(
+                    executor.sync(&place.to_string(), arrays, pool, |index| entries[index].label(index)),
+                    &mut self.torn,
+                )
             }
             #[cfg(feature = "gpu")]
             Backend::GpuVectors(_) => Ok(()),
@@ -936,7 +986,10 @@ impl Optimizer {
     fn read_slots(&mut self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
         let bytes = match &mut self.backend {
             Backend::Cpu(_) => {
-                wanted.iter().map(|&(index, k)| Some(self.entries[index].slots[k].as_ref()?.to_bytes())).collect()
+                let copied = |&(index, k): &(usize, usize)| {
+                    self.entries[index].slots[k].as_ref().map(|slot: &Arc<Buffer>| slot.to_bytes()).transpose()
+                };
+                wanted.iter().map(copied).collect::<Result<_>>()?
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => noted(executor.read_slots(wanted), &mut self.torn)?,
@@ -1011,7 +1064,7 @@ impl Optimizer {
     /// Where all parameters share one state, it is emptied.
     pub fn reset(&mut self, index: usize) -> Result<()> {
         self.settle()?;
-        self.refuse_under_way(&self.place_of("reset"))?;
+        self.refuse_under_way(&self.place_of("reset").to_string())?;
         self.reset_minimizer();
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
@@ -1031,8 +1084,21 @@ impl Optimizer {
     }
 }
 
+/// Where an error of a call is placed; a step makes no text of it that nobody reads.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    optimizer: &'static str,
+    call: &'static str,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.optimizer, self.call)
+    }
+}
+
 /// Whether an array is what was registered.
-fn fits(place: &str, label: impl Fn() -> String, Entry { info, reals, .. }: &Entry, raw: &RawTensor) -> Result<()> {
+fn fits(place: Place, label: impl Fn() -> String, Entry { info, reals, .. }: &Entry, raw: &RawTensor) -> Result<()> {
     if raw.dtype != info.dtype.part() {
         return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype.part(), raw.dtype));
     }
@@ -1071,7 +1137,13 @@ fn noted<T>(outcome: Result<T>, torn: &mut bool) -> Result<T> {
     outcome
 }
 
-fn refuse_sparse(place: &str, allowed: &str, entry: &Entry, index: usize, gradient: &TensorRef<'_>) -> Result<()> {
+fn refuse_sparse(
+    place: impl fmt::Display,
+    allowed: &str,
+    entry: &Entry,
+    index: usize,
+    gradient: &TensorRef<'_>,
+) -> Result<()> {
     if gradient.rows.is_none() {
         return Ok(());
     }
