@@ -37,7 +37,7 @@ pub(super) trait Minimizer: Debug + Send {
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()>;
 
     /// Answers with loss and gradients at the parameters' values, and brings the parameters to the next
-    /// point, or to the end of the step. Where a device fails, the step ends as if it had not begun.
+    /// point, or to the end of the step. Where a device or memory fails, the step ends as if it had not begun.
     fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Ask>;
 
     /// Ends a step under way as if it had not begun; the parameters get their values back, if they are given.
@@ -235,7 +235,11 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
                 gather_all(params, &mut self.gradient);
                 self.machine.ended_at(&self.gradient);
             }
-            Err(_) => self.abandon(Some(params)),
+            Err(_) => {
+                // The error is told; others of the same step are over with it.
+                let _ = V::outcome(&self.home);
+                self.abandon(Some(params));
+            }
         }
         answer
     }
