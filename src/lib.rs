@@ -14,6 +14,7 @@
 //! | `linear` | sums and matrix products of whole tensors |
 //! | [`rule`] | what a rule declares, and the coefficients of a step |
 //! | [`rules`] | one file per optimizer; the registry |
+//! | [`room`] | lists that there may be no memory for |
 //! | [`tensor`] | views of the caller's arrays, slot buffers |
 //! | [`store`] | state by parameter, and its serde form |
 //! | [`checkpoint`] | the file format: trees of values, strict reader, durable writer |
@@ -37,6 +38,7 @@ mod isa;
 mod linear;
 pub mod optimizer;
 pub mod real;
+pub mod room;
 pub mod rule;
 pub mod rules;
 pub mod schedule;

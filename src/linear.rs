@@ -45,6 +45,66 @@ pub(crate) fn join_tree(values: &mut [f64], join: impl Fn(f64, f64) -> f64) -> f
     values.first().copied().unwrap_or(0.0)
 }
 
+/// [`join_tree`] of `leaf(0), …, leaf(n − 1)`, without a list of them: `joined` has what whole subtrees come to, as the
+/// digits of a binary counter of the leaves.
+#[inline(always)]
+fn join_leaves_in_order(n: usize, mut leaf: impl FnMut(usize) -> f64, join: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut joined = [0.0; usize::BITS as usize];
+    let mut depth = 0;
+    for i in 0..n {
+        let mut value = leaf(i);
+        for _ in 0..i.trailing_ones() {
+            depth -= 1;
+            value = join(joined[depth], value);
+        }
+        joined[depth] = value;
+        depth += 1;
+    }
+    let Some(mut value) = joined[..depth].last().copied() else { return 0.0 };
+    for &before in joined[..depth - 1].iter().rev() {
+        value = join(before, value);
+    }
+    value
+}
+
+/// [`join_leaves_in_order`], side by side.
+#[inline(always)]
+fn join_leaves(
+    loops: Loops,
+    n: usize,
+    leaf: impl Fn(usize) -> f64 + Sync + Send,
+    join: impl Fn(f64, f64) -> f64 + Sync + Send,
+) -> f64 {
+    let leaf = |i: usize| {
+        point();
+        leaf(i)
+    };
+    if loops.parallel && n > 1 {
+        join_branch([0, n], n.next_power_of_two(), &leaf, &join)
+    } else {
+        join_leaves_in_order(n, leaf, join)
+    }
+}
+
+/// Of leaves `start..end`, at most `span`, a power of two: [`join_tree`] joins those of its halves last.
+fn join_branch(
+    [start, end]: [usize; 2],
+    span: usize,
+    leaf: &(impl Fn(usize) -> f64 + Sync + Send),
+    join: &(impl Fn(f64, f64) -> f64 + Sync + Send),
+) -> f64 {
+    if span == 1 {
+        return leaf(start);
+    }
+    let middle = start + span / 2;
+    let first = || join_branch([start, middle.min(end)], span / 2, leaf, join);
+    if middle >= end {
+        return first();
+    }
+    let (a, b) = rayon::join(first, || join_branch([middle, end], span / 2, leaf, join));
+    join(a, b)
+}
+
 /// [`tree`] of each column of a matrix in C order, which is used up.
 pub(crate) fn tree_of_columns(x: &mut [f64], columns: usize) -> &[f64] {
     let mut n = x.len() / columns;
@@ -165,15 +225,6 @@ fn join_arrays<F: Real>(
     join_tree(&mut joined, join)
 }
 
-/// `f(0), f(1), …, f(n − 1)`.
-pub(crate) fn map<T: Send>(loops: Loops, n: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-    let f = |i: usize| {
-        point();
-        f(i)
-    };
-    if loops.parallel && n > 1 { (0..n).into_par_iter().map(f).collect() } else { (0..n).map(f).collect() }
-}
-
 /// Calls `f` with each part of `len` elements, the last one shorter, and its index.
 pub(crate) fn each_part<T: Send>(loops: Loops, x: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
     let f = |(i, part): (usize, &mut [T])| {
@@ -184,6 +235,23 @@ pub(crate) fn each_part<T: Send>(loops: Loops, x: &mut [T], len: usize, f: impl 
         x.par_chunks_mut(len).enumerate().for_each(f);
     } else {
         x.chunks_mut(len).enumerate().for_each(f);
+    }
+}
+
+/// Calls `f` with each part of two arrays to write and of one to read, and cuts them by these lengths into equally many.
+pub(crate) fn each_parts<T: Send, U: Sync>(
+    loops: Loops,
+    [x, y]: [(&mut [T], usize); 2],
+    (z, z_len): (&[U], usize),
+    f: impl Fn([&mut [T]; 2], &[U]) + Sync + Send,
+) {
+    let ((x, x_len), (y, y_len)) = (x, y);
+    if loops.parallel && z.len() > z_len {
+        let written = x.par_chunks_mut(x_len).zip(y.par_chunks_mut(y_len));
+        written.zip(z.par_chunks(z_len)).for_each(|((x, y), z)| f([x, y], z));
+    } else {
+        let written = x.chunks_mut(x_len).zip(y.chunks_mut(y_len));
+        written.zip(z.chunks(z_len)).for_each(|((x, y), z)| f([x, y], z));
     }
 }
 
@@ -234,7 +302,7 @@ fn joined<F: Real>(
         let range = i * SUM_BLOCK..((i + 1) * SUM_BLOCK).min(n);
         loops.isa.run(Joined { x: &x[range.clone()], y: &y[range], term: &term, join: &join })
     };
-    join_tree(&mut map(loops, n.div_ceil(SUM_BLOCK), block), &join)
+    join_leaves(loops, n.div_ceil(SUM_BLOCK), block, &join)
 }
 
 /// The terms of a block of two arrays, joined in lanes.
@@ -266,7 +334,8 @@ pub(crate) fn squares<F: Real>(x: &[F]) -> f64 {
     if x.len() <= SUM_BLOCK {
         return sum_in_lanes(x);
     }
-    tree(&mut x.chunks(SUM_BLOCK).map(|x| sum_in_lanes(x)).collect::<Vec<_>>())
+    let block = |i: usize| sum_in_lanes(&x[i * SUM_BLOCK..x.len().min((i + 1) * SUM_BLOCK)]);
+    join_leaves_in_order(x.len().div_ceil(SUM_BLOCK), block, |a, b| a + b)
 }
 
 /// x·y in f64.
@@ -296,12 +365,11 @@ pub(crate) fn sum_scaled<F: Real>(loops: Loops, out: &mut [F], x: &[F], a: f64, 
     each(loops, out, [x, y], |_, [x, y]| x + a * y);
 }
 
-/// The transpose of a matrix with so many columns, in C order.
-pub(crate) fn transposed<F: Real>(loops: Loops, x: &[F], columns: usize) -> Vec<F> {
+/// Writes the transpose of a matrix with so many columns to `out`, in C order.
+pub(crate) fn transpose<F: Real>(loops: Loops, x: &[F], columns: usize, out: &mut [F]) {
     let rows = x.len() / columns;
-    let mut out = vec![F::ZERO; x.len()];
-    each_part(loops, &mut out, STRIP * rows, |i, out| turn(&x[i * STRIP..], columns, out, rows, 0));
-    out
+    assert!(out.len() == x.len(), "the transpose fits");
+    each_part(loops, out, STRIP * rows, |i, out| turn(&x[i * STRIP..], columns, out, rows, 0));
 }
 
 /// Writes the first columns of `x` to the rows of `out`, from element `at` of each on; their rows have so many elements.
@@ -468,7 +536,19 @@ mod tests {
         fn transposing(rows in 1usize..70, columns in 1usize..70) {
             let x: Vec<f64> = (0..rows * columns).map(|i| i as f64).collect();
             let want: Vec<f64> = (0..rows * columns).map(|i| x[(i % rows) * columns + i / rows]).collect();
-            prop_assert_eq!(transposed(SERIAL, &x, columns), want);
+            let mut out = vec![0.5; x.len()];
+            transpose(SERIAL, &x, columns, &mut out);
+            prop_assert_eq!(out, want);
+        }
+
+        #[test]
+        fn leaves_are_joined_as_a_list_is(n in 0usize..200) {
+            let leaf = |i: usize| 1.0 / (i as f64 + 0.3);
+            let want = tree(&mut (0..n).map(leaf).collect::<Vec<_>>()).to_bits();
+            for parallel in [false, true] {
+                let loops = Loops { parallel, ..SERIAL };
+                prop_assert_eq!(join_leaves(loops, n, leaf, |a, b| a + b).to_bits(), want);
+            }
         }
 
         #[test]

@@ -318,6 +318,19 @@ pub struct Work<'a, F> {
     pub slots: [&'a mut [F]; MAX_SLOTS],
     /// How its loops run.
     pub loops: Loops,
+    /// Working memory, as [`TensorRule::room`] asks for; what it holds nobody knows.
+    pub elements: &'a mut [F],
+    /// The same for sums.
+    pub sums: &'a mut [f64],
+}
+
+/// Working memory of one update of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Room {
+    /// Numbers of the compute type.
+    pub elements: usize,
+    /// Sums.
+    pub sums: usize,
 }
 
 /// The mathematics of an optimizer that sees the whole tensor.
@@ -330,6 +343,10 @@ pub trait TensorRule: 'static {
 
     /// Shape of slot k of a parameter; `None` where it has no such slot.
     fn slot_shape(k: usize, shape: &[usize]) -> Option<Vec<usize>>;
+
+    /// The working memory that an update of a parameter of this shape takes. It is there before a step writes anything:
+    /// an update allocates nothing, and so cannot fail for want of it.
+    fn room(shape: &[usize]) -> Room;
 
     /// One update of one parameter that has elements. Weight decay is the rule's own.
     fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>);

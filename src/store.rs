@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::de::Error as _;
+use serde::ser::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::Result;
 use crate::hyper::Value;
 use crate::real::Dtype;
+use crate::room;
 use crate::rule::{ScalarSlots, SlotSet};
 use crate::tensor::Buffer;
 
@@ -69,6 +71,8 @@ pub struct Entry {
     /// Slots by position in the rule's declaration. On the CPU, allocated when first needed; on a GPU
     /// the device holds them.
     pub slots: Vec<Option<Arc<Buffer>>>,
+    /// The slots that it may ever have.
+    pub possible: SlotSet,
     /// Scalar slots, in the order of the declaration.
     pub scalars: ScalarSlots,
     /// How messages call it, where that is neither its name nor its number.
@@ -78,7 +82,8 @@ pub struct Entry {
 impl Entry {
     /// A parameter that was never updated.
     pub fn new(info: ParamInfo, group: usize, slots: usize, scalars: ScalarSlots) -> Self {
-        Self { reals: info.reals(), info, group, step: 0, slots: vec![None; slots], scalars, title: None }
+        let (reals, slots, possible) = (info.reals(), vec![None; slots], SlotSet::EMPTY);
+        Self { reals, info, group, step: 0, slots, possible, scalars, title: None }
     }
 
     /// How messages call it.
@@ -170,30 +175,33 @@ impl Array {
     }
 
     /// The same numbers in the dtype that state of this dtype is kept in.
-    pub(crate) fn widened(&self) -> Self {
-        Self::from_numbers(self.dtype.of_state(), self.shape.clone(), &self.numbers())
+    pub(crate) fn widened(&self) -> Result<Self> {
+        Self::from_numbers(self.dtype.of_state(), self.shape.clone(), &self.numbers()?)
     }
 
     /// Its real numbers: a complex element is two.
-    pub(crate) fn numbers(&self) -> Vec<f64> {
+    pub(crate) fn numbers(&self) -> Result<Vec<f64>> {
+        const WHAT: &str = "the numbers of an array";
         let pairs = || self.bytes.as_chunks().0.iter();
         match self.dtype.part() {
-            Dtype::F16 => pairs().map(|b| half::f16::from_le_bytes(*b).into()).collect(),
-            Dtype::BF16 => pairs().map(|b| half::bf16::from_le_bytes(*b).into()).collect(),
-            Dtype::F64 => self.bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-            _ => self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()).collect(),
+            Dtype::F16 => room::listed(pairs().map(|b| half::f16::from_le_bytes(*b).into()), WHAT),
+            Dtype::BF16 => room::listed(pairs().map(|b| half::bf16::from_le_bytes(*b).into()), WHAT),
+            Dtype::F64 => room::listed(self.bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)), WHAT),
+            _ => room::listed(self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b).into()), WHAT),
         }
     }
 
     /// An array of such real numbers.
-    pub(crate) fn from_numbers(dtype: Dtype, shape: Vec<usize>, numbers: &[f64]) -> Self {
-        let bytes = match dtype.part() {
-            Dtype::F16 => numbers.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
-            Dtype::BF16 => numbers.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
-            Dtype::F64 => numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            _ => numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
-        };
-        Self { dtype, shape, bytes }
+    pub(crate) fn from_numbers(dtype: Dtype, shape: Vec<usize>, numbers: &[f64]) -> Result<Self> {
+        let mut bytes = Vec::new();
+        room::reserve(&mut bytes, numbers.len().saturating_mul(dtype.part().size()), "an array of state")?;
+        match dtype.part() {
+            Dtype::F16 => bytes.extend(numbers.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes())),
+            Dtype::BF16 => bytes.extend(numbers.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes())),
+            Dtype::F64 => bytes.extend(numbers.iter().flat_map(|x| x.to_le_bytes())),
+            _ => bytes.extend(numbers.iter().flat_map(|&x| (x as f32).to_le_bytes())),
+        }
+        Ok(Self { dtype, shape, bytes })
     }
 }
 
@@ -202,7 +210,8 @@ impl Serialize for Array {
         if !s.is_human_readable() {
             return (self.dtype, &self.shape, &self.bytes).serialize(s);
         }
-        let data = self.numbers().into_iter().map(Number::from).collect();
+        let numbers = self.numbers().map_err(S::Error::custom)?;
+        let data = numbers.into_iter().map(Number::from).collect();
         Readable { dtype: self.dtype, shape: self.shape.clone(), data }.serialize(s)
     }
 }
@@ -212,7 +221,7 @@ impl<'de> Deserialize<'de> for Array {
         let array = if d.is_human_readable() {
             let Readable { dtype, shape, data } = Readable::deserialize(d)?;
             let numbers = data.iter().map(Number::value).collect::<std::result::Result<Vec<f64>, D::Error>>()?;
-            Self::from_numbers(dtype, shape, &numbers)
+            Self::from_numbers(dtype, shape, &numbers).map_err(D::Error::custom)?
         } else {
             let (dtype, shape, bytes) = Deserialize::deserialize(d)?;
             Self { dtype, shape, bytes }
@@ -261,10 +270,9 @@ impl StateValue {
         match self {
             Self::Count(n) => Some(*n as f64),
             Self::Number(x) => Some(*x),
-            Self::Array(array) => match array.numbers()[..] {
-                [x] => Some(x),
-                _ => None,
-            },
+            Self::Array(array) if array.bytes.len() == array.dtype.part().size() => {
+                array.numbers().ok()?.first().copied()
+            }
             _ => None,
         }
     }

@@ -13,6 +13,7 @@ use memmap2::{MmapMut, MmapRaw};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::{Dtype, Real};
+use crate::room;
 
 /// Shape and strides of an array that is not in C order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,8 +164,8 @@ impl TensorRef<'_> {
 
     /// Says that these are the values of some rows of a gradient that is zero elsewhere.
     #[must_use]
-    pub fn of_rows(self, rows: Rows) -> Self {
-        Self { rows: Some(Arc::new(rows)), ..self }
+    pub fn of_rows(self, rows: impl Into<Arc<Rows>>) -> Self {
+        Self { rows: Some(rows.into()), ..self }
     }
 }
 
@@ -180,16 +181,6 @@ impl<'a, F: Real> From<&'a [F]> for TensorRef<'a> {
         let raw = RawTensor { ptr: slice.as_ptr().cast_mut().cast(), len: slice.len(), dtype: F::DTYPE, strides: None };
         Self { raw, rows: None, on_device: None, life: PhantomData }
     }
-}
-
-/// An empty vector with room for `n` values, or an error where there is no memory for them.
-pub(crate) fn reserved<T>(n: usize) -> Result<Vec<T>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(n).map_err(|_| {
-        let bytes = n.saturating_mul(size_of::<T>());
-        Error::plain(ErrorKind::OutOfMemory, format!("roptim: {bytes} bytes of working memory could not be allocated"))
-    })?;
-    Ok(values)
 }
 
 /// One slot of one parameter: zeroed memory, aligned to a cache line, that never moves.
@@ -270,12 +261,17 @@ impl Buffer {
     }
 
     /// A copy of the bytes in the machine's order, little-endian on every supported one.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.len * self.dtype.size()];
-        // SAFETY: both regions have this length and different owners. A concurrent writer (an array view in
-        // another thread) may tear values, as it may for any NumPy array.
-        unsafe { std::ptr::copy_nonoverlapping(self.ptr(), bytes.as_mut_ptr(), bytes.len()) };
-        bytes
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let len = self.len * self.dtype.size();
+        let mut bytes = Vec::new();
+        room::reserve(&mut bytes, len, "a copy of optimizer state")?;
+        // SAFETY: the list has room for the buffer's bytes, which then are all initialized; they have different owners. A
+        // concurrent writer (an array view in another thread) may tear values, as it may for any NumPy array.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.ptr(), bytes.as_mut_ptr(), len);
+            bytes.set_len(len);
+        }
+        Ok(bytes)
     }
 
     /// Overwrites the whole buffer. The length must fit.

@@ -8,10 +8,8 @@
 #![cfg(feature = "gpu")]
 #![allow(clippy::print_stderr, reason = "a skipped test says so")]
 
-use std::sync::Arc;
-
 use roptim::closure::Ask;
-use roptim::closure::vector::{Reduction, Vector};
+use roptim::closure::vector::{HostVector, Reduction, Vector};
 use roptim::gpu::{DeviceRequest, DeviceVector, VectorSpace};
 use roptim::hyper::Choice;
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, StateDict, TensorMut, TensorRef, Value};
@@ -72,7 +70,7 @@ fn reductions_are_those_of_the_cpu_at_any_magnitude() {
         let home = space.home();
         for (k, len) in LENGTHS.into_iter().enumerate() {
             let [x, y] = [1, 2].map(|seed| hostile(10 * k as u64 + seed, len, decades));
-            let [cpu_x, cpu_y] = [&x, &y].map(|x| Arc::<[f32]>::from(&x[..]));
+            let [cpu_x, cpu_y] = [&x, &y].map(|x| HostVector::from(&x[..]));
             let [gpu_x, gpu_y] = [&x, &y].map(|x| DeviceVector::new(&home, x).unwrap());
             assert_eq!(*gpu_x.to_host().unwrap(), *x, "there and back");
             let third = len / 3;
@@ -84,7 +82,7 @@ fn reductions_are_those_of_the_cpu_at_any_magnitude() {
             ]);
             DeviceVector::outcome(&home).unwrap();
             assert_eq!(got[2..], [cpu_x.largest(), cpu_x.largest_of(third..2 * third)]);
-            let [want_dot, want_sum] = Arc::reduce([Reduction::Dot(&cpu_x, &cpu_y), Reduction::SumAbs(&cpu_x)]);
+            let [want_dot, want_sum] = HostVector::reduce([Reduction::Dot(&cpu_x, &cpu_y), Reduction::SumAbs(&cpu_x)]);
             let scale: f64 = x.iter().zip(&y).map(|(&x, &y)| (f64::from(x) * f64::from(y)).abs()).sum();
             for (got, want, scale) in [(got[0], want_dot, scale), (got[1], want_sum, want_sum)] {
                 let error = if got == want { 0.0 } else { (got - want).abs() / scale };
@@ -129,9 +127,10 @@ fn nan_and_infinity_count_as_on_the_cpu() {
                     let mut x = vec![1.0; len];
                     let mut y = vec![0.5; len];
                     (x[at], y[at], x[1]) = (p, q, if at == 0 { f32::INFINITY } else { 1.0 });
-                    let [cpu_x, cpu_y] = [&x, &y].map(|x| Arc::<[f32]>::from(&x[..]));
+                    let [cpu_x, cpu_y] = [&x, &y].map(|x| HostVector::from(&x[..]));
                     let [gpu_x, gpu_y] = [&x, &y].map(|x| DeviceVector::new(&home, x).unwrap());
-                    let want = Arc::reduce([Reduction::Dot(&cpu_x, &cpu_y), Reduction::SumAbs(&cpu_y), cpu_y.whole()]);
+                    let want =
+                        HostVector::reduce([Reduction::Dot(&cpu_x, &cpu_y), Reduction::SumAbs(&cpu_y), cpu_y.whole()]);
                     let got = DeviceVector::reduce([
                         Reduction::Dot(&gpu_x, &gpu_y),
                         Reduction::SumAbs(&gpu_y),
@@ -155,9 +154,9 @@ fn elementwise_operations_have_the_cpus_bits() {
     let home = space.home();
     for len in LENGTHS {
         let [x, y] = [3, 4].map(|seed| hostile(seed, len, 12.0));
-        let [cpu_x, cpu_y] = [&x, &y].map(|x| Arc::<[f32]>::from(&x[..]));
+        let [cpu_x, cpu_y] = [&x, &y].map(|x| HostVector::from(&x[..]));
         let [gpu_x, gpu_y] = [&x, &y].map(|x| DeviceVector::new(&home, x).unwrap());
-        let all = |of: &dyn Fn() -> (Arc<[f32]>, DeviceVector), what: &str| {
+        let all = |of: &dyn Fn() -> (HostVector<f32>, DeviceVector), what: &str| {
             let (want, got) = of();
             let got = got.to_host().unwrap();
             assert_eq!(want.len(), got.len());

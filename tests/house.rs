@@ -10,18 +10,22 @@ const USES: &[(&str, &[&str])] = &[
     ("hyper", &["error"]),
     ("isa", &[]),
     ("real", &[]),
+    ("room", &["error"]),
     ("rule", &["error", "hyper", "isa", "real"]),
     ("linear", &["drill", "isa", "real"]),
     ("rules", &["closure", "error", "hyper", "isa", "linear", "real", "rule"]),
-    ("tensor", &["error", "real"]),
-    ("store", &["error", "hyper", "real", "rule", "tensor"]),
-    ("cpu", &["drill", "error", "hyper", "isa", "linear", "real", "rule", "rules", "tensor"]),
+    ("tensor", &["error", "real", "room"]),
+    ("store", &["error", "hyper", "real", "room", "rule", "tensor"]),
+    ("cpu", &["drill", "error", "hyper", "isa", "linear", "real", "room", "rule", "rules", "tensor"]),
     ("shader", &["real", "rule", "rules"]),
     ("gpu", &["closure", "cpu", "drill", "error", "linear", "real", "rule", "rules", "shader", "store", "tensor"]),
-    ("closure", &["error", "hyper", "isa", "linear", "real", "rule"]),
+    ("closure", &["error", "hyper", "isa", "linear", "real", "room", "rule"]),
     ("schedule", &["error"]),
-    ("checkpoint", &["error", "hyper", "real", "store"]),
-    ("optimizer", &["closure", "cpu", "drill", "error", "gpu", "hyper", "real", "rule", "rules", "store", "tensor"]),
+    ("checkpoint", &["error", "hyper", "real", "room", "store"]),
+    (
+        "optimizer",
+        &["closure", "cpu", "drill", "error", "gpu", "hyper", "real", "room", "rule", "rules", "store", "tensor"],
+    ),
 ];
 
 /// Files that may hold `unsafe`, and why.

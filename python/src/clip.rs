@@ -39,7 +39,7 @@ pub(crate) fn norm(py: Python<'_>, arrays: &Bound<'_, PyList>, p: f64, written: 
     };
     let summands: Vec<_> = seen.into_iter().map(summand).collect();
     let mut threads = Threads::new(None);
-    py.detach(|| guarded(place, || Ok(reduce::p_norm(&summands, p, &mut threads)))).or_raise(py)
+    py.detach(|| guarded(place, || reduce::p_norm(&summands, p, &mut threads))).or_raise(py)
 }
 
 /// What gradients of this norm are multiplied by so that it is at most `max_norm`.

@@ -9,6 +9,7 @@ use pyo3::types::{PyDict, PyFloat, PyList};
 use pyo3::{PyTraverseError, PyVisit};
 use roptim::closure::Ask;
 use roptim::error::shape_text;
+use roptim::room::recycled;
 use roptim::rules::Method;
 use roptim::store::Entry;
 use roptim::tensor::RawTensor;
@@ -43,6 +44,9 @@ enum Given<'py> {
     Host(Gradient<'py>),
     Device(Bound<'py, DeviceArray>),
 }
+
+/// As large as a gradient as it was given: what keeps memory for a list of them, which holds none between steps.
+type Place = [usize; size_of::<Option<Given<'static>>>() / size_of::<usize>()];
 
 /// What gradients of a parameter may store.
 fn gradient_dtypes(parameter: Dtype) -> String {
@@ -165,6 +169,8 @@ struct Table {
     targets: (u64, Vec<TensorMut<'static>>),
     /// Gradients of the last step, whose addresses nobody uses until they were brought up to date.
     gradients: Vec<Option<TensorRef<'static>>>,
+    /// Memory for the arrays of a step's gradients.
+    places: Vec<Place>,
 }
 
 /// An optimizer of the engine with its registered parameters.
@@ -314,7 +320,7 @@ impl Engine {
         py.import("roptim._foreign")?.call_method1("will_write", (owners,)).map(drop)
     }
 
-    /// The gradients as arrays, in order of registration. Python code of the objects may run here, so
+    /// Adds the gradients as arrays, in order of registration. Python code of the objects may run here, so
     /// that nothing that was looked at before still counts.
     fn collect<'py>(
         &self,
@@ -323,7 +329,8 @@ impl Engine {
         gradients: Option<&Bound<'py, PyList>>,
         access: Access,
         place: &str,
-    ) -> PyResult<Vec<Option<Given<'py>>>> {
+        collected: &mut Vec<Option<Given<'py>>>,
+    ) -> PyResult<()> {
         let count = table.params.len();
         if let Some(list) = gradients
             && list.len() != count
@@ -331,7 +338,7 @@ impl Engine {
             let (want, got) = (format!("{count} in number"), list.len());
             return Err(refuse(py, ErrorKind::Value, place, "gradients", want, got, None));
         }
-        let mut collected = Vec::with_capacity(count);
+        collected.reserve(count);
         for (index, registered) in table.params.iter().enumerate() {
             let parameter = registered.parameter.as_ref().map(|p| p.get());
             let object = match (gradients, parameter) {
@@ -358,7 +365,7 @@ impl Engine {
                 },
             });
         }
-        Ok(collected)
+        Ok(())
     }
 
     fn no_gradients(&self, py: Python<'_>, place: &str) -> PyErr {
@@ -1035,7 +1042,8 @@ impl Engine {
         let table = &mut *guard;
         // Whatever may run Python code or give up the interpreter lock comes first; from `verify` on nothing
         // does, up to the engine's own step.
-        let arrays = self.collect(py, table, gradients, access, place)?;
+        let mut arrays = recycled(std::mem::take(&mut table.places));
+        self.collect(py, table, gradients, access, place, &mut arrays)?;
         self.renew_views(py, table, place, |index| arrays[index].is_some())?;
         self.settle_homes(py, table)?;
         if let Some(average) = &average {
@@ -1097,7 +1105,7 @@ impl Engine {
             }
         };
         let outcome = self.call(py, place, table, work, haste, run);
-        drop(arrays);
+        table.places = recycled(arrays);
         if is_light {
             table.gradients = tensors;
         }

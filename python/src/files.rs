@@ -148,7 +148,7 @@ fn array(py: Python<'_>, tensor: TensorData) -> PyResult<Bound<'_, PyAny>> {
             raise(py, &Error::plain(ErrorKind::File, sentence).with_source(cause))
         })?;
     }
-    arrays::of_bytes(py, tensor.dtype.name(), &tensor.shape, tensor.bytes.into_vec())
+    arrays::of_bytes(py, tensor.dtype.name(), &tensor.shape, tensor.bytes.into_vec().or_raise(py)?)
 }
 
 /// A tree as Python values; large arrays take over its memory.

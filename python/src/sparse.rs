@@ -1,20 +1,22 @@
 //! Gradients as steps take them: an array, or the values of some rows.
 
+use std::sync::Arc;
+
 use numpy::{PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use roptim::ErrorKind;
 use roptim::error::shape_text;
 use roptim::tensor::Rows;
+use roptim::{Error, ErrorKind};
 
 use crate::arrays::{Access, Context, as_array};
-use crate::errors::refuse;
+use crate::errors::{raise, refuse};
 
 /// A gradient: dense, or what it is in the rows it touches.
 pub(crate) struct Gradient<'py> {
     /// The numbers.
     pub(crate) array: Bound<'py, PyUntypedArray>,
     /// The rows they belong to, counted in real numbers.
-    pub(crate) touched: Option<Rows>,
+    pub(crate) touched: Option<Arc<Rows>>,
 }
 
 /// The sparse gradient that an object is: a `SparseGrad`, or a scipy.sparse array. `None` for anything else.
@@ -34,12 +36,19 @@ pub(crate) fn of_rows<'py>(
         return Err(refuse(py, ErrorKind::Value, context.place, context.label, want, got, None));
     }
     let array = as_array(&values, Access::Read, context)?;
-    let index = index.as_array().iter().map(|&row| usize::try_from(row)).collect::<Result<Vec<_>, _>>().ok();
+    let rows = index.as_array();
+    let mut index = Vec::new();
+    if index.try_reserve_exact(rows.len()).is_err() {
+        let sentence = format!("roptim: {} bytes for the rows of a gradient could not be allocated", 8 * rows.len());
+        return Err(raise(py, &Error::plain(ErrorKind::OutOfMemory, sentence)));
+    }
+    // A row that is none is one past all others.
+    index.extend(rows.iter().map(|&row| usize::try_from(row).unwrap_or(usize::MAX)));
     let (per_row, rows) = (array.shape().get(1..).unwrap_or_default(), array.shape().first());
     let width: usize = per_row.iter().product();
     let elements: usize = shape.iter().product();
     let parts = if values.getattr("dtype")?.getattr("kind")?.eq("c")? { 2 } else { 1 };
-    let touched = index.filter(|index| Some(&index.len()) == rows).and_then(|index| {
+    let touched = Some(index).filter(|index| Some(&index.len()) == rows).and_then(|index| {
         let total = elements.checked_div(width).unwrap_or(usize::MAX);
         Rows::new(index, width * parts, total)
     });
@@ -48,5 +57,5 @@ pub(crate) fn of_rows<'py>(
         let got = format!("values of shape {}", shape_text(array.shape()));
         return Err(refuse(py, ErrorKind::Value, context.place, context.label, allowed, got, None));
     };
-    Ok(Some(Gradient { array, touched: Some(touched) }))
+    Ok(Some(Gradient { array, touched: Some(Arc::new(touched)) }))
 }

@@ -358,7 +358,7 @@ fn array(path: &Path<'_>, tensor: TensorData) -> Result<Array> {
         return refuse(ErrorKind::Type, path, format!("an array of {}", known.join(" or ")), tensor.dtype);
     };
     tensor.check(PLACE, &path.to_string())?;
-    Ok(Array { dtype, shape: tensor.shape, bytes: tensor.bytes.into_vec() })
+    Ok(Array { dtype, shape: tensor.shape, bytes: tensor.bytes.into_vec()? })
 }
 
 fn read_groups(at: &Path<'_>, tree: Tree, declared: Option<&[Hyper]>) -> Result<Vec<GroupState>> {

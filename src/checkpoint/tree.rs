@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::real::Dtype;
+use crate::room;
 
 /// What a file holds: the values of a Python program that survive with their exact types.
 ///
@@ -242,10 +243,11 @@ impl Bytes {
     }
 
     /// The bytes alone; without a copy where nobody shares them.
-    pub fn into_vec(self) -> Vec<u8> {
+    pub fn into_vec(self) -> Result<Vec<u8>> {
+        let copied = |bytes: &[u8]| room::copied(bytes, "a copy of an array");
         match self.0 {
-            Memory::Own(owner) => Arc::try_unwrap(owner).unwrap_or_else(|shared| shared.to_vec()),
-            Memory::Lent(memory) => (*memory).as_ref().to_vec(),
+            Memory::Own(owner) => Arc::try_unwrap(owner).or_else(|shared| copied(&shared)),
+            Memory::Lent(memory) => copied((*memory).as_ref()),
         }
     }
 }
@@ -379,7 +381,7 @@ mod tests {
         let shared = bytes.clone();
         assert_eq!(shared.as_ptr(), address);
         drop(shared);
-        let vec = bytes.into_vec();
+        let vec = bytes.into_vec().unwrap();
         assert_eq!(vec.as_ptr(), address);
     }
 

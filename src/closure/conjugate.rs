@@ -16,15 +16,13 @@
 //! positive number, min(1, 1/Σ|g|)·lr. So `lr` acts at the first iteration and after a search that found
 //! nothing.
 
-use std::sync::Arc;
-
 use super::descent::{Descent, Last, Method};
 use super::parts::{Part, Parts};
-use super::vector::{Reduction, Vector};
+use super::vector::{HostVector, Reduction, Vector};
 use crate::error::Result;
 
 /// Conjugate gradients over one flat vector on the CPU.
-pub type ConjugateGradient<F> = Descent<Arc<[F]>, Cycle>;
+pub type ConjugateGradient<F> = Descent<HostVector<F>, Cycle>;
 /// Settings of a step.
 pub type Settings = super::descent::Settings<Options>;
 /// What outlives a step.

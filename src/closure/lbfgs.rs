@@ -26,15 +26,14 @@
 //! state's drops the oldest pairs (torch keeps them and grows on), and 0 counts as 1.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use super::descent::{Descent, Last, Method};
 use super::parts::{Part, Parts};
-use super::vector::{Reduction, Vector};
+use super::vector::{HostVector, Reduction, Vector};
 use crate::error::Result;
 
 /// L-BFGS over one flat vector on the CPU.
-pub type Lbfgs<F> = Descent<Arc<[F]>, History<Arc<[F]>>>;
+pub type Lbfgs<F> = Descent<HostVector<F>, History<HostVector<F>>>;
 /// Settings of a step.
 pub type Settings = super::descent::Settings<Options>;
 /// What outlives a step.

@@ -1,19 +1,18 @@
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::descent::{Descent, Method, Settings};
 use super::lbfgs::{self, History, Options};
 use super::parts::{Part, Parts};
-use super::vector::Vector;
+use super::vector::{HostVector, Vector};
 use super::wolfe::{Rules, Search, Trial};
 use super::{Ask, ConjugateGradient, Lbfgs, Machine};
 use crate::isa::{Isa, Loops};
 use crate::linear;
 use crate::real::Real;
 
-type Host<F> = Arc<[F]>;
+type Host<F> = HostVector<F>;
 
 const SERIAL: Loops = Loops { isa: Isa::Baseline, parallel: false };
 

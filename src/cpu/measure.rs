@@ -12,7 +12,11 @@ use crate::error::Result;
 use crate::isa::Isa;
 use crate::linear::{SUM_BLOCK, tree};
 use crate::real::{Element, Real, StorageVisitor, with_storage};
-use crate::tensor::{RawTensor, TensorRef, reserved};
+use crate::room;
+use crate::tensor::{RawTensor, TensorRef};
+
+/// What memory is for.
+const WHAT: &str = "the norms of a step";
 
 /// Sums of squares of one parameter in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -66,14 +70,17 @@ pub(super) struct Sums {
 impl Sums {
     /// For jobs of so many elements.
     pub(super) fn of(lengths: impl ExactSizeIterator<Item = usize>) -> Result<Self> {
-        let mut first = reserved(lengths.len() + 1)?;
         let mut total = 0;
-        first.push(0);
-        for length in lengths {
+        let ends = lengths.map(|length| {
             total += length.div_ceil(SUM_BLOCK);
-            first.push(total);
-        }
-        let mut blocks = reserved(total)?;
+            total
+        });
+        let mut first = Vec::new();
+        room::reserve(&mut first, ends.len() + 1, WHAT)?;
+        first.push(0);
+        first.extend(ends);
+        let mut blocks = Vec::new();
+        room::reserve(&mut blocks, total, WHAT)?;
         blocks.resize_with(total, Default::default);
         Ok(Self { first, blocks })
     }
@@ -116,9 +123,10 @@ impl Before {
     /// Of arrays that lie on the host.
     pub(crate) fn of(parameter: &TensorRef<'_>, gradient: &TensorRef<'_>) -> Result<Self> {
         let isa = Isa::detect();
-        let mut values = reserved(parameter.raw.len)?;
+        let (mut values, mut sums) = (Vec::new(), Vec::new());
+        room::reserve(&mut values, parameter.raw.len, WHAT)?;
+        room::reserve(&mut sums, gradient.raw.len.div_ceil(SUM_BLOCK), WHAT)?;
         each_block(parameter, |_, block| values.extend_from_slice(block));
-        let mut sums = reserved(gradient.raw.len.div_ceil(SUM_BLOCK))?;
         each_block(gradient, |_, block| sums.push(sum_of_squares(isa, block)));
         Ok(Self { values, gradient: tree(&mut sums) })
     }

@@ -13,7 +13,15 @@ pub(super) const BLOCK: usize = 256;
 /// Calls `visit(k, offset)` for the elements `start..start + n` in C order with their byte offsets.
 fn walk(strides: &Strides, start: usize, n: usize, mut visit: impl FnMut(usize, isize)) {
     let axes = strides.shape.len();
-    let mut index = vec![0usize; axes];
+    // NumPy has at most 64 axes, and complex numbers are one more; a caller of the engine may have any number.
+    const FEW: usize = 65;
+    let (mut few, mut many) = ([0usize; FEW], Vec::new());
+    let index = if axes <= FEW {
+        &mut few[..axes]
+    } else {
+        many.resize(axes, 0usize);
+        &mut many
+    };
     let (mut rest, mut offset) = (start, 0isize);
     for axis in (0..axes).rev() {
         index[axis] = rest % strides.shape[axis];
@@ -136,13 +144,26 @@ pub(crate) unsafe fn scatter(from: &RawTensor, rows: &Rows, to: &RawTensor) {
 
 /// Copies all numbers of a tensor, zeros where it is sparse and has none.
 pub(crate) fn gather<V: Real>(from: &TensorRef<'_>, out: &mut [V]) {
-    struct Gather<'a, V>(&'a TensorRef<'a>, &'a mut [V]);
+    if from.rows.is_some() {
+        out.fill(V::ZERO);
+    }
+    gather_with(from, out, |_, x| x);
+}
 
-    impl<V: Real> StorageVisitor for Gather<'_, V> {
+/// Adds all numbers of a tensor.
+pub(crate) fn add<V: Real>(from: &TensorRef<'_>, out: &mut [V]) {
+    gather_with(from, out, |old, x| old + x);
+}
+
+/// Joins all numbers of a tensor with others.
+fn gather_with<V: Real>(from: &TensorRef<'_>, out: &mut [V], join: impl Fn(V, V) -> V) {
+    struct Gather<'a, V, J>(&'a TensorRef<'a>, &'a mut [V], J);
+
+    impl<V: Real, J: Fn(V, V) -> V> StorageVisitor for Gather<'_, V, J> {
         type Out = ();
 
         fn visit<E: Element<F>, G: Element<F>, F: Real>(self) {
-            let Self(TensorRef { raw, rows, .. }, out) = self;
+            let Self(TensorRef { raw, rows, .. }, out, join) = self;
             let mut block = [F::ZERO; BLOCK];
             for start in (0..raw.len).step_by(BLOCK) {
                 let block = &mut block[..BLOCK.min(raw.len - start)];
@@ -150,16 +171,16 @@ pub(crate) fn gather<V: Real>(from: &TensorRef<'_>, out: &mut [V]) {
                 unsafe { load::<E, F>(raw, start, block) };
                 let value = |k: usize| V::from_f64(block[k].to_f64());
                 match rows {
-                    Some(rows) => rows.walk(start, block.len(), |k, at| out[at] = value(k)),
-                    None => (0..block.len()).for_each(|k| out[start + k] = value(k)),
+                    Some(rows) => rows.walk(start, block.len(), |k, at| out[at] = join(out[at], value(k))),
+                    None => {
+                        let out = out[start..start + block.len()].iter_mut();
+                        out.enumerate().for_each(|(k, out)| *out = join(*out, value(k)));
+                    }
                 }
             }
         }
     }
-    if from.rows.is_some() {
-        out.fill(V::ZERO);
-    }
-    with_storage(from.raw.dtype, from.raw.dtype, Gather(from, out));
+    with_storage(from.raw.dtype, from.raw.dtype, Gather(from, out, join));
 }
 
 /// Overwrites a tensor with as many numbers as it has.

@@ -22,6 +22,7 @@ use crate::isa::Loops;
 pub use crate::isa::{Isa, StandardFloats};
 use crate::linear::SUM_BLOCK;
 use crate::real::Dtype;
+use crate::room;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
 use crate::tensor::{RawTensor, Rows, TensorMut, TensorRef};
@@ -100,12 +101,23 @@ pub struct Executor {
     chunk: Option<usize>,
     plan: Plan,
     jobs: Vec<Job>,
+    /// Empty between steps.
+    tensor_jobs: Vec<TensorJob<'static>>,
+    spaces: whole::Spaces,
 }
 
 impl Executor {
     /// With the machine's best instruction set and the default chunk.
     pub fn new(threads: Threads) -> Self {
-        Self { threads, isa: Isa::detect(), chunk: None, plan: Plan::default(), jobs: Vec::new() }
+        Self {
+            threads,
+            isa: Isa::detect(),
+            chunk: None,
+            plan: Plan::default(),
+            jobs: Vec::new(),
+            tensor_jobs: Vec::new(),
+            spaces: whole::Spaces::default(),
+        }
     }
 
     /// For tests: a weaker instruction set, another chunk. The bits do not change.
@@ -162,6 +174,12 @@ impl Executor {
         self.jobs.push(job);
     }
 
+    /// Makes room for the plan of the jobs pushed since [`Executor::clear`], whatever the number of threads.
+    pub fn reserve(&mut self) -> Result<()> {
+        let elements = self.jobs.iter().map(|job| job.g.len).sum();
+        self.plan.reserve(self.chunk.unwrap_or(plan::LEAST_CHUNK), self.jobs.len(), elements)
+    }
+
     /// Runs the jobs pushed since [`Executor::clear`]. On an error nothing has changed.
     ///
     /// # Safety
@@ -202,18 +220,39 @@ impl Executor {
         Ok(())
     }
 
-    /// Runs a tensor rule, several tensors at a time.
+    /// An empty list for the jobs of a tensor rule.
+    pub fn tensor_jobs<'a>(&mut self) -> Vec<TensorJob<'a>> {
+        std::mem::take(&mut self.tensor_jobs)
+    }
+
+    /// Runs a tensor rule, several tensors at a time. On an error, one of memory, nothing was written.
     ///
     /// # Safety
     /// As for [`Executor::execute`]; a job's slots have the lengths it says.
-    pub unsafe fn execute_tensors(&mut self, rule: TensorRuleId, jobs: &mut [TensorJob<'_>]) {
+    pub unsafe fn execute_tensors(&mut self, rule: TensorRuleId, mut jobs: Vec<TensorJob<'_>>) -> Result<()> {
         let (elements, isa) = (jobs.iter().map(|job| job.p.len).sum::<usize>(), self.isa);
-        // SAFETY: the caller's duty.
-        let run = |parallel: bool, job: &mut TensorJob<'_>| unsafe { whole::run(rule, job, Loops { isa, parallel }) };
+        self.spaces.reserve(jobs.iter().map(|job| job.words(rule)).max().unwrap_or(0), jobs.len())?;
+        let spaces = &self.spaces;
+        let run = |parallel: bool, job: &mut TensorJob<'_>| {
+            if job.is_done {
+                return;
+            }
+            let Some(space) = spaces.take() else { return };
+            // SAFETY: the caller's duty; the space has the words of the largest job, and whoever took it has it alone.
+            unsafe { whole::run(rule, job, Loops { isa, parallel }, &space) };
+            spaces.put(space);
+        };
         match self.threads.pool(elements >= INLINE_ELEMENTS) {
-            Some(pool) => pool.install(|| jobs.par_iter_mut().for_each(|job| run(true, job))),
+            Some(pool) => pool.install(|| {
+                jobs.par_iter_mut().for_each(|job| run(true, job));
+                // There was no memory to work on these beside others: now the one that is certain is free.
+                jobs.iter_mut().for_each(|job| run(true, job));
+            }),
             None => jobs.iter_mut().for_each(|job| run(false, job)),
         }
+        self.spaces.shrink();
+        self.tensor_jobs = room::recycled(jobs);
+        Ok(())
     }
 }
 

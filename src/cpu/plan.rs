@@ -2,14 +2,19 @@
 
 use std::ops::Range;
 
+use crate::error::Result;
 use crate::linear::SUM_BLOCK;
+use crate::room;
 
 /// Elements of a task: a few tasks for each thread, so that one who is late holds up nobody, of a size that is worth
 /// fetching.
 pub fn chunk(elements: usize, threads: usize) -> usize {
     const TASKS_PER_THREAD: usize = 8;
-    (elements / (threads * TASKS_PER_THREAD)).next_multiple_of(1024).clamp(4 * 1024, 32 * 1024)
+    (elements / (threads * TASKS_PER_THREAD)).next_multiple_of(1024).clamp(LEAST_CHUNK, 32 * 1024)
 }
+
+/// The least that [`chunk`] says.
+pub const LEAST_CHUNK: usize = 4 * 1024;
 
 /// A part of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +48,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Makes room for so many tensors of so many elements together, in tasks of `chunk` elements or more.
+    pub fn reserve(&mut self, chunk: usize, tensors: usize, elements: usize) -> Result<()> {
+        const WHAT: &str = "the plan of a step";
+        let tasks = elements / chunk + 1;
+        room::reserve(&mut self.lengths, tensors, WHAT)?;
+        room::reserve(&mut self.pieces, tensors + tasks, WHAT)?;
+        room::reserve(&mut self.tasks, tasks, WHAT)
+    }
+
     /// Rebuilds only if the lengths differ from the last step's. Pieces begin at multiples of `align` in their tensor;
     /// a chunk is at least that.
     pub fn update(&mut self, chunk: usize, align: usize, lengths: impl ExactSizeIterator<Item = usize> + Clone) {

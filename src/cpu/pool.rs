@@ -84,6 +84,8 @@ pub struct Threads {
     others: Option<Owned>,
     /// Reused from call to call.
     stretches: Vec<Stretch>,
+    /// The last call's, for the next one unless somebody is late for it.
+    gate: Arc<Gate>,
 }
 
 impl Threads {
@@ -93,7 +95,7 @@ impl Threads {
         let from_environment = || std::env::var("ROPTIM_NUM_THREADS").ok()?.trim().parse().ok().filter(|&n| n > 0);
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let count = count.or_else(from_environment).unwrap_or_else(available).max(1);
-        Self { count, whole: None, others: None, stretches: Vec::new() }
+        Self { count, whole: None, others: None, stretches: Vec::new(), gate: Arc::default() }
     }
 
     /// How many, within what [`limit`] says for the calling thread.
@@ -123,10 +125,15 @@ impl Threads {
             .extend((0..=others).map(|k| Stretch::new(k * tasks / (others + 1), (k + 1) * tasks / (others + 1))));
         let call = Call { f: &f, stretches: &self.stretches, arrived: AtomicUsize::new(1) };
         let lent = Lent((&raw const call).cast());
-        let gate = Arc::new(Gate::default());
-        let closing = Closing(&gate);
+        // Who is late for a call before must find the gate closed that it was called to.
+        match Arc::get_mut(&mut self.gate) {
+            Some(gate) => *gate = Gate::default(),
+            None => self.gate = Arc::default(),
+        }
+        let gate = &self.gate;
+        let closing = Closing(gate);
         for _ in 0..others {
-            let gate = Arc::clone(&gate);
+            let gate = Arc::clone(gate);
             pool.spawn(move || {
                 gate.pass(|| {
                     // SAFETY: the gate lets nobody in once it is closed. `closing` closes it before `call` goes, on a
@@ -196,7 +203,7 @@ impl Call<'_> {
 }
 
 /// Lets threads into a call until it is closed.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Gate {
     /// [`CLOSED`] or 0, and [`ONE`] for each thread inside.
     state: AtomicUsize,

@@ -6,12 +6,13 @@ use super::{Backend, Besides, Optimizer, refuse_sparse};
 #[cfg(feature = "gpu")]
 use super::{COPY_IN_PARALLEL, noted};
 use crate::cpu::StandardFloats;
-use crate::cpu::memory::gather;
+use crate::cpu::memory::{add, gather};
 use crate::drill::point;
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::real::{Dtype, Real};
+use crate::room;
 use crate::tensor::{TensorMut, TensorRef};
 
 /// A sum on the host.
@@ -21,30 +22,24 @@ pub(super) enum Sum {
     Double(Vec<f64>),
 }
 
-fn add<F: Real>(sum: &mut [F], gradient: &TensorRef<'_>, scratch: &mut Vec<F>) {
-    scratch.clear();
-    scratch.resize(sum.len(), F::ZERO);
-    gather(gradient, scratch);
-    sum.iter_mut().zip(scratch).for_each(|(sum, x)| *sum = *sum + *x);
-}
-
 impl Sum {
-    fn of(gradient: &TensorRef<'_>) -> Self {
-        fn copied<F: Real>(gradient: &TensorRef<'_>) -> Vec<F> {
-            let mut copy = vec![F::ZERO; gradient.len()];
+    /// A copy.
+    fn of(gradient: &TensorRef<'_>) -> Result<Self> {
+        fn copied<F: Real>(gradient: &TensorRef<'_>) -> Result<Vec<F>> {
+            let mut copy = room::filled(gradient.len(), F::ZERO, "a sum of gradients")?;
             gather(gradient, &mut copy);
-            copy
+            Ok(copy)
         }
-        match gradient.raw.dtype {
-            Dtype::F64 => Self::Double(copied(gradient)),
-            _ => Self::Single(copied(gradient)),
-        }
+        Ok(match gradient.raw.dtype {
+            Dtype::F64 => Self::Double(copied(gradient)?),
+            _ => Self::Single(copied(gradient)?),
+        })
     }
 
-    fn add(&mut self, gradient: &TensorRef<'_>, single: &mut Vec<f32>, double: &mut Vec<f64>) {
+    fn add(&mut self, gradient: &TensorRef<'_>) {
         match self {
-            Self::Single(sum) => add(sum, gradient, single),
-            Self::Double(sum) => add(sum, gradient, double),
+            Self::Single(sum) => add(gradient, sum),
+            Self::Double(sum) => add(gradient, sum),
         }
     }
 
@@ -75,21 +70,26 @@ impl Optimizer {
         }
         for (i, gradient) in gradients.iter().enumerate() {
             if let Some(gradient) = gradient {
-                refuse_sparse(&place, "dense", &self.entries[i], i, gradient)?;
-                self.check_gradient(&place, i, gradient)?;
+                refuse_sparse(place, "dense", &self.entries[i], i, gradient)?;
+                self.check_gradient(place, i, gradient)?;
             }
         }
         match &mut self.backend {
             Backend::Cpu(_) => {
-                self.torn = true;
                 self.sums.resize_with(gradients.len(), || None);
-                let (mut single, mut double) = (Vec::new(), Vec::new());
-                for (sum, gradient) in self.sums.iter_mut().zip(gradients) {
+                // What needs memory comes first: nothing has been added where there is none.
+                let pairs = self.sums.iter().zip(gradients);
+                let begun = pairs.map(|(sum, gradient)| match (sum, gradient) {
+                    (None, Some(gradient)) => Sum::of(gradient).map(Some),
+                    _ => Ok(None),
+                });
+                let begun = begun.collect::<Result<Vec<_>>>()?;
+                self.torn = true;
+                for ((sum, gradient), begun) in self.sums.iter_mut().zip(gradients).zip(begun) {
                     point();
-                    match (sum, gradient) {
-                        (Some(sum), Some(gradient)) => sum.add(gradient, &mut single, &mut double),
-                        (sum @ None, Some(gradient)) => *sum = Some(Sum::of(gradient)),
-                        (_, None) => {}
+                    match (&mut *sum, gradient) {
+                        (Some(sum), Some(gradient)) => sum.add(gradient),
+                        _ => *sum = begun.or(sum.take()),
                     }
                 }
                 self.torn = false;

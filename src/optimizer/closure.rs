@@ -9,14 +9,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::Range;
-use std::sync::Arc;
 
 #[cfg(feature = "gpu")]
 use super::Backend;
 use super::Optimizer;
 use crate::closure::descent::{Descent, Limits, Settings, State};
 use crate::closure::parts::{Part, Parts};
-use crate::closure::vector::Vector;
+use crate::closure::vector::{HostHome, HostVector, Vector};
 use crate::closure::{Ask, ClosureRule, Machine};
 use crate::cpu::StandardFloats;
 use crate::cpu::memory::{gather, spread};
@@ -26,6 +25,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::Hypers;
 use crate::real::{Dtype, Real};
+use crate::room;
 use crate::rules::{ClosureRuleId, ClosureVisitor, Method};
 use crate::store::{Array, StateDict, StateValue};
 use crate::tensor::{TensorMut, TensorRef};
@@ -39,7 +39,7 @@ pub(super) trait Minimizer: Debug + Send {
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()>;
 
     /// Answers with loss and gradients at the parameters' values, and brings the parameters to the next
-    /// point, or to the end of the step. Where a device fails, the step ends as if it had not begun.
+    /// point, or to the end of the step. Where a device or memory fails, the step ends as if it had not begun.
     fn tell(&mut self, loss: f64, params: &mut [TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Ask>;
 
     /// Ends a step under way as if it had not begun; the parameters get their values back, if they are given.
@@ -80,6 +80,9 @@ fn new<V: Vector + 'static>(rule: ClosureRuleId, home: V::Home, n: usize, counts
     }
     rule.with_rule(New::<V>(home, n, counts))
 }
+
+/// What messages call vectors of all parameters.
+const WHAT: &str = "a vector of all parameters";
 
 /// All parameters as one vector.
 #[derive(Debug)]
@@ -132,7 +135,7 @@ impl<V: Vector, R: ClosureRule> Flat<V, R> {
             let counts = State { func_evals: state.func_evals, n_iter: state.n_iter, ..State::default() };
             self.machine = counts.into();
         }
-        let mut x = under_way.start.clone();
+        let mut x = room::copied(&under_way.start, WHAT)?;
         parts.iter().for_each(|range| x[range.clone()].fill(V::Real::ZERO));
         let x = V::new(&self.home, &x)?;
         self.machine.begin_within(&under_way.settings, x, under_way.limits.clone())
@@ -187,10 +190,9 @@ fn each_part<T>(tensors: impl IntoIterator<Item = (usize, T)>, mut visit: impl F
     }
 }
 
-fn gathered<F: Real>(params: &[TensorMut<'_>], n: usize) -> Vec<F> {
-    let mut x = vec![F::ZERO; n];
+/// Writes all parameters to one vector.
+fn gather_all<F: Real>(params: &[TensorMut<'_>], x: &mut [F]) {
     each_part(params.iter().map(|p| (p.raw.len, p)), |part, p| gather(&p.reading(), &mut x[part]));
-    x
 }
 
 fn spread_all<F: Real>(x: &[F], params: &mut [TensorMut<'_>], rests: &[bool]) {
@@ -208,7 +210,9 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
     }
 
     fn begin(&mut self, h: &Hypers, params: &[TensorMut<'_>]) -> Result<()> {
-        let start = gathered::<V::Real>(params, self.n);
+        let mut start = room::filled(self.n, V::Real::ZERO, WHAT)?;
+        gather_all(params, &mut start);
+        room::reserve(&mut self.gradient, self.n, WHAT)?;
         let settings = Settings::of(h, R::options(h));
         let narrow = params.iter().any(|p| p.raw.dtype != V::Real::DTYPE);
         let mut limits = Vec::new();
@@ -229,10 +233,16 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
         match answer {
             Ok(Ask::Evaluate) => {}
             Ok(Ask::Done) => {
-                self.machine.ended_at(&gathered::<V::Real>(params, self.n));
                 self.under_way = None;
+                // The gradient is used up.
+                gather_all(params, &mut self.gradient);
+                self.machine.ended_at(&self.gradient);
             }
-            Err(_) => self.abandon(Some(params)),
+            Err(_) => {
+                // The error is told; others of the same step are over with it.
+                let _ = V::outcome(&self.home);
+                self.abandon(Some(params));
+            }
         }
         answer
     }
@@ -285,8 +295,8 @@ fn shown<V: Vector>(part: Part<V>) -> Result<StateValue> {
         Part::Count(n) => StateValue::Count(n),
         Part::Number(x) => StateValue::Number(x),
         Part::Vector(x) => {
-            let numbers: Vec<f64> = x.to_host()?.iter().map(|x| x.to_f64()).collect();
-            StateValue::Array(Array::from_numbers(V::Real::DTYPE, vec![numbers.len()], &numbers))
+            let numbers: Vec<f64> = room::listed(x.to_host()?.iter().map(|x| x.to_f64()), WHAT)?;
+            StateValue::Array(Array::from_numbers(V::Real::DTYPE, vec![numbers.len()], &numbers)?)
         }
         Part::List(items) => StateValue::List(items.into_iter().map(shown).collect::<Result<_>>()?),
     })
@@ -306,16 +316,22 @@ fn part<V: Vector>(
         StateValue::Count(n) => Part::Count(*n),
         StateValue::Number(x) => Part::Number(*x),
         StateValue::Array(array) if array.shape.is_empty() => {
-            Part::Number(array.numbers().first().copied().unwrap_or(0.0))
+            Part::Number(array.numbers()?.first().copied().unwrap_or(0.0))
         }
         StateValue::Array(array) if array.dtype.of_state() == V::Real::DTYPE => {
-            let numbers = array.numbers();
+            let numbers = array.numbers()?;
             // A vector of another length is refused by those who know its name.
             let fits = order.iter().map(Range::len).sum::<usize>() == numbers.len();
-            let moved: Vec<f64> = order.iter().filter(|_| fits).flat_map(|r| numbers[r.clone()].to_vec()).collect();
-            let numbers = if fits { moved } else { numbers };
-            let numbers: Vec<V::Real> = numbers.iter().map(|&x| V::Real::from_f64(x)).collect();
-            Part::Vector(V::new(home, &numbers)?)
+            let mut moved = Vec::new();
+            room::reserve(&mut moved, numbers.len(), WHAT)?;
+            if fits {
+                order
+                    .iter()
+                    .for_each(|range| moved.extend(numbers[range.clone()].iter().map(|&x| V::Real::from_f64(x))));
+            } else {
+                moved.extend(numbers.iter().map(|&x| V::Real::from_f64(x)));
+            }
+            Part::Vector(V::new(home, &moved)?)
         }
         StateValue::Array(array) => {
             return Err(Error::refuse(ErrorKind::Type, place, name, V::Real::DTYPE, array.dtype));
@@ -380,8 +396,8 @@ impl Optimizer {
         Some(match &self.backend {
             #[cfg(feature = "gpu")]
             Backend::GpuVectors(space) => new::<gpu::DeviceVector>(rule, space.home(), n, counts),
-            _ if wide => new::<Arc<[f64]>>(rule, (), n, counts),
-            _ => new::<Arc<[f32]>>(rule, (), n, counts),
+            _ if wide => new::<HostVector<f64>>(rule, HostHome::default(), n, counts),
+            _ => new::<HostVector<f32>>(rule, HostHome::default(), n, counts),
         })
     }
 
@@ -420,7 +436,7 @@ impl Optimizer {
     /// ```
     pub fn begin(&mut self, params: &mut [TensorMut<'_>]) -> Result<()> {
         let _arithmetic = StandardFloats::begin();
-        let place = self.place_of("step");
+        let place = self.place_of("step").to_string();
         self.minimizer(&place)?;
         self.refuse_under_way(&place)?;
         self.check(params, &vec![None; params.len()])?;
@@ -443,7 +459,7 @@ impl Optimizer {
         gradients: &[Option<TensorRef<'_>>],
     ) -> Result<Ask> {
         let _arithmetic = StandardFloats::begin();
-        let place = self.place_of("step");
+        let place = self.place_of("step").to_string();
         if !self.minimizer(&place)?.is_running() {
             return Err(Error::refuse(ErrorKind::Value, place, "step", "under way", "an answer without a question"));
         }
@@ -471,7 +487,7 @@ impl Optimizer {
         if !self.minimizer.as_ref().is_some_and(|minimizer| minimizer.is_running()) {
             return Ok(());
         }
-        let place = self.place_of("step");
+        let place = self.place_of("step").to_string();
         let torn = std::mem::replace(&mut self.torn, false);
         let fitting = params.map(|params| self.check(params, &vec![None; params.len()]).map(|()| params));
         self.torn = true;

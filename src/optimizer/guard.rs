@@ -4,12 +4,14 @@
 //! gradients once before it writes anything.
 
 use super::Optimizer;
-use crate::cpu::reduce::{Summand, clip_factor, first_nonfinite, nonfinite_in, norm_within};
+use crate::cpu::reduce::{Summands, clip_factor, first_nonfinite, nonfinite_in, norm_within};
 use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::hyper::{Hyper, Range, Value};
-use crate::tensor::TensorRef;
+use crate::room;
+use crate::store::Entry;
+use crate::tensor::{RawTensor, TensorRef};
 
 /// What a step does with gradients that are not finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,6 +92,26 @@ pub(super) fn found_in(gradient: &TensorRef<'_>, is_complex: bool) -> String {
     }
 }
 
+/// The gradients that there are, for a norm.
+struct Present<'a> {
+    entries: &'a [Entry],
+    gradients: &'a [Option<TensorRef<'a>>],
+    /// Which.
+    indices: &'a [usize],
+}
+
+impl Summands for Present<'_> {
+    fn count(&self) -> usize {
+        self.indices.len()
+    }
+
+    fn get(&self, i: usize) -> (&RawTensor, bool) {
+        let index = self.indices[i];
+        let Some(gradient) = &self.gradients[index] else { unreachable!("it is one of those that there are") };
+        (&gradient.raw, self.entries[index].info.dtype.is_complex())
+    }
+}
+
 impl Optimizer {
     /// What the coming gradients were multiplied by; 1 unless it was set.
     pub fn grad_scale(&self) -> f64 {
@@ -128,29 +150,32 @@ impl Optimizer {
         if clip_norm.is_none() && nonfinite == Nonfinite::Propagate {
             return Ok(Verdict::Go(1.0));
         }
-        let present: Vec<(usize, Summand<'_>)> = gradients
-            .iter()
-            .enumerate()
-            .filter_map(|(i, g)| {
-                let is_complex = self.entries[i].info.dtype.is_complex();
-                g.as_ref().map(|tensor| (i, Summand { tensor: tensor.clone(), is_complex }))
-            })
-            .collect();
-        let (indices, summands): (Vec<usize>, Vec<Summand<'_>>) = present.into_iter().unzip();
+        let Self { entries, scratch, threads, .. } = self;
+        let (indices, joined) = (&mut scratch.present, &mut scratch.joined);
+        indices.clear();
+        room::reserve(indices, gradients.len(), "the numbers of gradients")?;
+        indices.extend((0..gradients.len()).filter(|&i| gradients[i].is_some()));
+        let present = Present { entries, gradients, indices };
         let bound = clip_value.unwrap_or(f64::INFINITY) * self.grad_scale;
-        let norm = clip_norm.map(|_| norm_within(&summands, bound, &mut self.threads) / self.grad_scale);
-        self.gradient_norm = norm;
+        let norm = match clip_norm {
+            Some(_) => Some(norm_within(&present, bound, threads, joined)? / self.grad_scale),
+            None => None,
+        };
         // A finite norm of unbounded values says that all are finite.
         let known_finite = clip_value.is_none() && norm.is_some_and(f64::is_finite);
-        if nonfinite != Nonfinite::Propagate
-            && !known_finite
-            && let Some(which) = first_nonfinite(&summands, &mut self.threads)
-        {
+        let culprit = if nonfinite == Nonfinite::Propagate || known_finite {
+            None
+        } else {
+            first_nonfinite(&present, threads, joined)?.map(|which| indices[which])
+        };
+        self.gradient_norm = norm;
+        if let Some(index) = culprit {
             if nonfinite == Nonfinite::Skip {
                 return Ok(Verdict::Skip);
             }
-            let Summand { tensor, is_complex } = &summands[which];
-            return Err(self.nonfinite(indices[which], &found_in(tensor, *is_complex)));
+            let Some(gradient) = &gradients[index] else { unreachable!("it has such a number") };
+            let found = found_in(gradient, self.entries[index].info.dtype.is_complex());
+            return Err(self.nonfinite(index, &found));
         }
         Ok(Verdict::Go(match (clip_norm, norm) {
             (Some(max_norm), Some(norm)) => clip_factor(max_norm, norm),

@@ -8,6 +8,7 @@ mod guard;
 pub mod matching;
 mod state;
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::cpu;
@@ -16,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gpu;
 use crate::hyper::{Hypers, Value};
 use crate::real::Dtype;
+use crate::room;
 use crate::rule::{MAX_SLOTS, Moment, Row, ScalarSlots, Shared, SlotSet, Sparse};
 use crate::rules::{Method, Preset, RuleId, TensorRuleId};
 use crate::store::{Array, Entry, ParamInfo};
@@ -46,6 +48,7 @@ impl Default for Options {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "an optimizer has one, and most have the largest")]
 enum Backend {
     Cpu(cpu::Executor),
     #[cfg(feature = "gpu")]
@@ -142,10 +145,23 @@ struct Scratch {
     gradient_scale: f64,
     /// Whether gradients are still to be set to zero.
     clears_gradients: bool,
+    /// Numbers of the gradients that there are.
+    present: Vec<usize>,
+    /// Of their norm.
+    joined: cpu::reduce::Joined,
+    /// Gradients that are also written, as they are read.
+    read: Vec<Option<TensorRef<'static>>>,
 }
 
 impl Scratch {
-    fn clear(&mut self, groups: usize, entries: usize) {
+    /// Nothing of the step before, and room for this one.
+    fn clear(&mut self, groups: usize, entries: usize) -> Result<()> {
+        const WHAT: &str = "the numbers of a step";
+        room::reserve(&mut self.rows, groups, WHAT)?;
+        room::reserve(&mut self.scalars, groups, WHAT)?;
+        room::reserve(&mut self.latest, groups, WHAT)?;
+        room::reserve(&mut self.row_of, entries, WHAT)?;
+        room::reserve(&mut self.fresh, entries, WHAT)?;
         self.rows.clear();
         self.scalars.clear();
         self.fresh.clear();
@@ -154,6 +170,7 @@ impl Scratch {
         self.latest.resize(groups, None);
         self.row_of.clear();
         self.row_of.resize(entries, None);
+        Ok(())
     }
 
     /// Index of the coefficient row of a parameter whose group is alike `group`. Parameters of a group mostly are at the
@@ -413,8 +430,8 @@ impl Optimizer {
         }
     }
 
-    fn place_of(&self, call: &str) -> String {
-        format!("{}.{call}", self.preset.name)
+    fn place_of(&self, call: &'static str) -> Place {
+        Place { optimizer: self.preset.name, call }
     }
 
     fn place(&self, group: usize) -> String {
@@ -481,7 +498,12 @@ impl Optimizer {
             Backend::GpuVectors(space) => space.accept(&params, self.entries.len())?,
         }
         let (slots, scalars) = (self.preset.declaration().slots.len(), self.preset.first_scalars());
-        self.entries.extend(params.into_iter().map(|info| Entry::new(info, group, slots, scalars)));
+        let preset = self.preset;
+        let entry = |info: ParamInfo| {
+            let possible = preset.possible_slots(&info.shape);
+            Entry { possible, ..Entry::new(info, group, slots, scalars) }
+        };
+        self.entries.extend(params.into_iter().map(entry));
         self.groups.change().push(checked);
         self.resize_minimizer();
         Ok(group)
@@ -518,25 +540,25 @@ impl Optimizer {
                     entry.step.to_string(),
                 );
             }
-            fits(&place, || entry.label(i), entry, &p.raw)?;
+            fits(place, || entry.label(i), entry, &p.raw)?;
             if let Some(g) = g {
-                self.check_gradient(&place, i, g)?;
+                self.check_gradient(place, i, g)?;
             }
         }
         Ok(())
     }
 
     /// Refuses where an earlier call left parameters or state that nobody knows.
-    fn check_whole(&self, call: &str) -> Result<()> {
+    fn check_whole(&self, call: &'static str) -> Result<()> {
         self.refuse_torn(call)?;
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &self.backend {
-            executor.refuse_lost(&self.place_of(call), |index| self.entries[index].label(index))?;
+            executor.refuse_lost(&self.place_of(call).to_string(), |index| self.entries[index].label(index))?;
         }
         Ok(())
     }
 
-    fn refuse_torn(&self, call: &str) -> Result<()> {
+    fn refuse_torn(&self, call: &'static str) -> Result<()> {
         if !self.torn {
             return Ok(());
         }
@@ -544,7 +566,7 @@ impl Optimizer {
         Err(Error::plain(ErrorKind::Torn, sentence).with_remedy("restore the parameters and call load_state_dict"))
     }
 
-    fn check_gradient(&self, place: &str, i: usize, g: &TensorRef<'_>) -> Result<()> {
+    fn check_gradient(&self, place: Place, i: usize, g: &TensorRef<'_>) -> Result<()> {
         let entry = &self.entries[i];
         let Entry { info, group, .. } = entry;
         let label = || format!("gradient of {}", entry.label(i));
@@ -622,9 +644,15 @@ impl Optimizer {
     ) -> Result<()> {
         // SAFETY: `gradients` are writable, overlap nothing, and are borrowed until the step is over.
         let read = |g: &TensorMut<'_>| unsafe { TensorRef::from_raw(g.raw.clone()) };
-        let read: Vec<_> = gradients.iter().map(|g| g.as_ref().map(read)).collect();
+        let mut reading = std::mem::take(&mut self.scratch.read);
+        reading.clear();
+        reading.extend(gradients.iter().map(|g| g.as_ref().map(read)));
         // SAFETY: as above.
-        unsafe { self.step_and_clear_raw(params, &read, Besides::default()) }
+        let stepped = unsafe { self.step_and_clear_raw(params, &reading, Besides::default()) };
+        // Strides are let go; addresses nobody reads.
+        reading.clear();
+        self.scratch.read = reading;
+        stepped
     }
 
     /// [`Optimizer::step_and_clear`], of gradients that are known as what is read, that does more besides.
@@ -684,8 +712,8 @@ impl Optimizer {
         };
         let before =
             if measures && !self.measures_in_pass(gradients) { Self::before(params, gradients)? } else { Vec::new() };
+        self.begin_update(scale)?;
         self.torn = true;
-        self.begin_update(scale);
         let outcome = match (&self.backend, self.preset.method) {
             (Backend::Cpu(_), Method::Elementwise(rule)) => {
                 self.step_cpu(rule, params, gradients, &mut average, measures).map(|()| Made::Whole)
@@ -721,10 +749,11 @@ impl Optimizer {
     }
 
     /// Begins anew with what is found out for each step.
-    fn begin_update(&mut self, scale: f64) {
+    fn begin_update(&mut self, scale: f64) -> Result<()> {
+        self.scratch.clear(self.groups.len(), self.entries.len())?;
         self.groups.read(self.preset);
-        self.scratch.clear(self.groups.len(), self.entries.len());
         self.scratch.gradient_scale = scale;
+        Ok(())
     }
 
     /// Counts the update of the parameters that have a gradient.
@@ -757,7 +786,7 @@ impl Optimizer {
             let wanted = match (&gradients[i], groups.reading(entry.group).kernel) {
                 (None, _) => SlotSet::EMPTY,
                 (Some(_), Some((_, slots))) => slots,
-                (Some(_), None) => preset.needed_slots(&groups[entry.group], &entry.info.shape),
+                (Some(_), None) => entry.possible,
             };
             if wanted.iter().all(|k| entry.slots[k].is_some()) {
                 scratch.fresh.push(SlotSet::EMPTY);
@@ -802,7 +831,7 @@ impl Optimizer {
         };
         let mut followers = None;
         if let Some((rule, average, averages)) = &mut follower {
-            average.begin_update(1.0);
+            average.begin_update(1.0)?;
             average.prepare(*rule, averages, &readings(params, |i| gradients[i].is_some()))?;
             average.torn = true;
             let Self { backend, scratch, .. } = &mut **average;
@@ -880,6 +909,14 @@ impl Optimizer {
     fn make_jobs(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         self.jobs_made_at = None;
         self.allocate(gradients)?;
+        let pushed = self.push_jobs(rule, params, gradients);
+        if pushed.is_err() {
+            self.backend.cpu().clear();
+        }
+        pushed
+    }
+
+    fn push_jobs(&mut self, rule: RuleId, params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<()> {
         let Self { groups, entries, backend, scratch, .. } = self;
         let executor = backend.cpu();
         executor.clear();
@@ -902,6 +939,7 @@ impl Optimizer {
             let pass = rule.with_kernel(hypers, executor.select(entry.info.dtype, g.dtype));
             executor.push(cpu::Job { index, pass, row: 0, p: params[index].raw.clone(), g, slots, rows });
         }
+        executor.reserve()?;
         self.jobs_made_at = self.scratch.dense.is_empty().then_some((self.allocations, self.groups.changes()));
         Ok(())
     }
@@ -916,7 +954,7 @@ impl Optimizer {
         let common = self.common();
         let Self { groups, entries, backend, scratch, .. } = self;
         let executor = backend.cpu();
-        let mut jobs = Vec::new();
+        let mut jobs = executor.tensor_jobs();
         for (i, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[i] else { continue };
             let hypers = &groups[entry.group];
@@ -931,11 +969,11 @@ impl Optimizer {
                 g: gradient.raw.clone(),
                 slots: std::array::from_fn(|k| slot(k).map_or(std::ptr::null_mut(), |raw| raw.ptr)),
                 lengths: std::array::from_fn(|k| slot(k).map_or(0, |raw| raw.len)),
+                is_done: false,
             });
         }
         // SAFETY: as in `step_cpu`.
-        unsafe { executor.execute_tensors(rule, &mut jobs) };
-        Ok(())
+        unsafe { executor.execute_tensors(rule, jobs) }
     }
 
     #[cfg(feature = "gpu")]
@@ -948,7 +986,7 @@ impl Optimizer {
         let mut elements = 0;
         for (index, entry) in entries.iter().enumerate() {
             let Some(gradient) = &gradients[index] else { continue };
-            refuse_sparse(&format!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
+            refuse_sparse(format_args!("{}.step", preset.name), "dense on the GPU", entry, index, gradient)?;
             let (hypers, reading) = (&groups[entry.group], groups.reading(entry.group));
             let fresh = executor.missing(index, preset.needed_slots(hypers, &entry.info.shape));
             let at = Moment { step: entry.step + 1, fresh };
@@ -1019,7 +1057,7 @@ impl Optimizer {
         let place = self.place_of("sync");
         for (index, array) in &*arrays {
             let entry = &self.entries[*index];
-            fits(&place, || entry.info.label(*index), entry, &array.raw)?;
+            fits(place, || entry.info.label(*index), entry, &array.raw)?;
         }
         self.settle()?;
         match &mut self.backend {
@@ -1029,7 +1067,10 @@ impl Optimizer {
                 let elements: usize = arrays.iter().map(|(_, array)| array.raw.len).sum();
                 let pool = self.threads.pool(elements >= COPY_IN_PARALLEL);
                 let entries = &self.entries;
-                noted(executor.sync(&place, arrays, pool, |index| entries[index].label(index)), &mut self.torn)
+                noted(
+                    executor.sync(&place.to_string(), arrays, pool, |index| entries[index].label(index)),
+                    &mut self.torn,
+                )
             }
             #[cfg(feature = "gpu")]
             Backend::GpuVectors(_) => Ok(()),
@@ -1050,7 +1091,10 @@ impl Optimizer {
     fn read_slots(&mut self, wanted: &[(usize, usize)]) -> Result<Vec<Option<Array>>> {
         let bytes = match &mut self.backend {
             Backend::Cpu(_) => {
-                wanted.iter().map(|&(index, k)| Some(self.entries[index].slots[k].as_ref()?.to_bytes())).collect()
+                let copied = |&(index, k): &(usize, usize)| {
+                    self.entries[index].slots[k].as_ref().map(|slot: &Arc<Buffer>| slot.to_bytes()).transpose()
+                };
+                wanted.iter().map(copied).collect::<Result<_>>()?
             }
             #[cfg(feature = "gpu")]
             Backend::Gpu(executor) => noted(executor.read_slots(wanted), &mut self.torn)?,
@@ -1125,7 +1169,7 @@ impl Optimizer {
     /// Where all parameters share one state, it is emptied.
     pub fn reset(&mut self, index: usize) -> Result<()> {
         self.settle()?;
-        self.refuse_under_way(&self.place_of("reset"))?;
+        self.refuse_under_way(&self.place_of("reset").to_string())?;
         self.reset_minimizer();
         #[cfg(feature = "gpu")]
         if let Backend::Gpu(executor) = &mut self.backend {
@@ -1145,8 +1189,21 @@ impl Optimizer {
     }
 }
 
+/// Where an error of a call is placed; a step makes no text of it that nobody reads.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    optimizer: &'static str,
+    call: &'static str,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.optimizer, self.call)
+    }
+}
+
 /// Whether an array is what was registered.
-fn fits(place: &str, label: impl Fn() -> String, Entry { info, reals, .. }: &Entry, raw: &RawTensor) -> Result<()> {
+fn fits(place: Place, label: impl Fn() -> String, Entry { info, reals, .. }: &Entry, raw: &RawTensor) -> Result<()> {
     if raw.dtype != info.dtype.part() {
         return Err(Error::refuse(ErrorKind::Type, place, label(), info.dtype.part(), raw.dtype));
     }
@@ -1185,7 +1242,13 @@ fn noted<T>(outcome: Result<T>, torn: &mut bool) -> Result<T> {
     outcome
 }
 
-fn refuse_sparse(place: &str, allowed: &str, entry: &Entry, index: usize, gradient: &TensorRef<'_>) -> Result<()> {
+fn refuse_sparse(
+    place: impl fmt::Display,
+    allowed: &str,
+    entry: &Entry,
+    index: usize,
+    gradient: &TensorRef<'_>,
+) -> Result<()> {
     if gradient.rows.is_none() {
         return Ok(());
     }

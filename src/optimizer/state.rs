@@ -276,7 +276,7 @@ impl Optimizer {
             loaded.slots[k] = Some(match array.dtype {
                 same if same == wanted => Cow::Borrowed(array),
                 // torch keeps the state of half-precision parameters in half precision.
-                half if half.of_state() == wanted => Cow::Owned(array.widened()),
+                half if half.of_state() == wanted => Cow::Owned(array.widened()?),
                 other => return refuse(ErrorKind::Type, key, wanted.to_string(), other.to_string()),
             });
         }

@@ -28,12 +28,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hyper, Hypers, Range, Value};
 use crate::isa::{Loop, Loops};
 use crate::linear::{
-    SQUARES_BLOCK, STRETCH, SUM_BLOCK, each, each_part, join_array, map, squares, squares_of, sum_of_squares, tree,
-    tree_of_columns,
+    SQUARES_BLOCK, STRETCH, SUM_BLOCK, each, each_part, each_parts, join_array, squares, squares_of, sum_of_squares,
+    tree, tree_of_columns,
 };
 use crate::real::{Dtype, Real};
 use crate::rule::{
-    Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work,
+    Area, Declaration, Form, MAX_COEFFICIENTS, Moment, Program, ProgramPass, Room, Slot, TensorRule, Unit, Work,
     coefficients, halves,
 };
 
@@ -160,7 +160,7 @@ struct Estimate<'a, F> {
     column: &'a [F],
     variance: &'a [F],
     /// By matrix: max(mean(R), ε₁).
-    floors: Vec<F>,
+    floors: &'a [F],
     columns: usize,
     rows: usize,
     smallest: F,
@@ -241,42 +241,53 @@ struct Sums<'a, F> {
     g: &'a [F],
     rows: usize,
     columns: usize,
+    of_rows: &'a mut [f64],
+    of_columns: &'a mut [f64],
 }
 
 impl<F: Real> Loop for Sums<'_, F> {
-    type Out = (Vec<f64>, Vec<f64>);
+    type Out = ();
 
     #[inline(always)]
     fn run(self) -> Self::Out {
-        let Self { g, rows, columns } = self;
-        let mut of_columns = vec![0.0; g.len().div_ceil(rows * columns) * columns];
-        let mut of_rows = Vec::with_capacity(g.len() / columns);
+        let Self { g, rows, columns, of_rows, of_columns } = self;
+        of_columns.fill(0.0);
+        let mut of_rows = of_rows.iter_mut();
         for (matrix, sums) in g.chunks(rows * columns).zip(of_columns.chunks_exact_mut(columns)) {
-            for row in matrix.chunks_exact(columns) {
-                of_rows.push(squares(row));
+            for (row, of_row) in matrix.chunks_exact(columns).zip(&mut of_rows) {
+                *of_row = squares(row);
                 for (sum, x) in sums.iter_mut().zip(row) {
                     *sum += x.to_f64() * x.to_f64();
                 }
             }
         }
-        (of_rows, of_columns)
     }
 }
 
-/// Sums of the squares of all rows, and of the columns of each matrix or of each band of it.
-fn sums<F: Real>(loops: Loops, g: &[F], rows: usize, columns: usize) -> [Vec<f64>; 2] {
-    let len = rows * columns;
-    // Small matrices together, parts of large ones.
-    let (whole, part) = if rows > BAND {
-        (len, BAND * columns)
-    } else {
-        let several = (STRETCH / len).max(1) * len;
-        (several, several)
+/// Elements of the sums of all rows, and of the columns of each matrix or of each band of it.
+fn sums_of(shape: &[usize]) -> [usize; 2] {
+    let Some((rows, columns)) = matrix(shape) else { return [0; 2] };
+    let matrices = shape[..shape.len() - 2].iter().product::<usize>();
+    [matrices * rows, matrices * rows.div_ceil(BAND) * columns]
+}
+
+/// Writes sums of the squares of all rows, and of the columns of each matrix or of each band of it.
+fn sums<F: Real>(loops: Loops, g: &[F], [rows, columns]: [usize; 2], of_rows: &mut [f64], of_columns: &mut [f64]) {
+    let run = |[of_rows, of_columns]: [&mut [f64]; 2], g: &[F]| {
+        loops.isa.run(Sums { g, rows, columns, of_rows, of_columns });
     };
-    let parts: Vec<&[F]> = g.chunks(whole).flat_map(|g| g.chunks(part)).collect();
-    let of_part = |i: usize| loops.isa.run(Sums { g: parts[i], rows, columns });
-    let (of_rows, of_columns): (Vec<_>, Vec<_>) = map(loops, parts.len(), of_part).into_iter().unzip();
-    [of_rows.concat(), of_columns.concat()]
+    let len = rows * columns;
+    if rows > BAND {
+        // Parts of large matrices.
+        let bands = rows.div_ceil(BAND);
+        each_parts(loops, [(of_rows, rows), (of_columns, bands * columns)], (g, len), |[of_rows, of_columns], g| {
+            each_parts(loops, [(of_rows, BAND), (of_columns, columns)], (g, BAND * columns), run);
+        });
+    } else {
+        // Small ones together.
+        let several = (STRETCH / len).max(1);
+        each_parts(loops, [(of_rows, several * rows), (of_columns, several * columns)], (g, several * len), run);
+    }
 }
 
 impl TensorRule for Adafactor {
@@ -328,8 +339,16 @@ impl TensorRule for Adafactor {
         Some(slot)
     }
 
+    fn room(shape: &[usize]) -> Room {
+        let [of_rows, of_columns] = sums_of(shape);
+        match matrix(shape) {
+            Some(_) => Room { elements: shape[..shape.len() - 2].iter().product(), sums: of_rows + of_columns },
+            None => Room { elements: 0, sums: shape.iter().product::<usize>().div_ceil(SUM_BLOCK) },
+        }
+    }
+
     fn update<F: Real>(h: &Hypers, at: Moment, work: Work<'_, F>) {
-        let Work { shape, dtype, p, g, slots: [row, column, variance, _], loops } = work;
+        let Work { shape, dtype, p, g, slots: [row, column, variance, _], loops, elements: floors, sums: room } = work;
         let Scalars { eps1, eps2, weight, rho, d, shrink, smallest } = Scalars::new(h, at, dtype);
         let (n, weight) = (p.len() as f64, F::from_f64(weight));
         let size = libm::sqrt(sum_of_squares(loops, p) / n);
@@ -337,7 +356,6 @@ impl TensorRule for Adafactor {
         let size = if size < eps2 { eps2 } else { size };
         let alpha = size * rho;
 
-        let mut floors = Vec::new();
         let (rows, columns) = matrix(shape).unwrap_or((1, SUM_BLOCK));
         if matrix(shape).is_some() {
             let averaged = |averages: &mut [F], sums: &[f64], n: usize| {
@@ -345,13 +363,15 @@ impl TensorRule for Adafactor {
                     *x = F::lerp(*x, F::from_f64(sum / n as f64), weight);
                 }
             };
-            let [of_rows, mut of_columns] = sums(loops, g, rows, columns);
-            averaged(row, &of_rows, columns);
+            let (of_rows, of_columns) = room.split_at_mut(sums_of(shape)[0]);
+            sums(loops, g, [rows, columns], of_rows, of_columns);
+            averaged(row, of_rows, columns);
             let bands = of_columns.chunks_exact_mut(rows.div_ceil(BAND) * columns);
-            for ((row, column), bands) in row.chunks_exact(rows).zip(column.chunks_exact_mut(columns)).zip(bands) {
+            let averages = row.chunks_exact(rows).zip(column.chunks_exact_mut(columns));
+            for (((row, column), bands), floor) in averages.zip(bands).zip(&mut *floors) {
                 averaged(column, tree_of_columns(bands, columns), rows);
                 let mean = join_array(row, 0.0, F::to_f64, |a, b| a + b) / rows as f64;
-                floors.push(F::from_f64(if mean < eps1 { eps1 } else { mean }));
+                *floor = F::from_f64(if mean < eps1 { eps1 } else { mean });
             }
         } else {
             each(loops, variance, [g], |v, [g]| F::lerp(v, g * g, weight));
@@ -360,11 +380,12 @@ impl TensorRule for Adafactor {
         let estimate = &Estimate { row, column, variance, floors, columns, rows, smallest };
         let (lines, stretch) = (estimate.lines_at_once(), estimate.lines_at_once() * columns);
         let part = |i: usize| &g[i * stretch..g.len().min((i + 1) * stretch)];
-        let mut sums = vec![0.0; g.len().div_ceil(columns)];
-        each_part(loops, &mut sums, lines, |i, sums| {
+        // Those of the rows are used up, and as many.
+        let sums = &mut room[..g.len().div_ceil(columns)];
+        each_part(loops, sums, lines, |i, sums| {
             loops.isa.run(Squares { estimate, first: i * lines, g: part(i), sums });
         });
-        let clipping = libm::sqrt(tree(&mut sums) / n) / d;
+        let clipping = libm::sqrt(tree(sums) / n) / d;
         let factor = F::from_f64(-alpha / if clipping < 1.0 { 1.0 } else { clipping });
         let shrink = F::from_f64(shrink);
         each_part(loops, p, stretch, |i, p| {

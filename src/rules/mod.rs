@@ -25,8 +25,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hyper::{Hypers, Value};
 use crate::real::{Dtype, Real};
 use crate::rule::{
-    Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Program, Rule, ScalarSlots, SlotSet,
-    TensorRule, Work,
+    Declaration, Facts, KernelFacts, KernelVisitor, MAX_COEFFICIENTS, Moment, Program, Room, Rule, ScalarSlots,
+    SlotSet, TensorRule, Work,
 };
 
 /// The three kinds of rules.
@@ -205,6 +205,11 @@ macro_rules! tensor_rules {
                 match self { $(Self::$id => <$rule>::slot_shape(k, shape)),+ }
             }
 
+            /// The working memory of an update.
+            pub fn room(self, shape: &[usize]) -> Room {
+                match self { $(Self::$id => <$rule>::room(shape)),+ }
+            }
+
             /// One update of one tensor.
             pub fn update<F: Real>(self, h: &Hypers, at: Moment, work: Work<'_, F>) {
                 match self { $(Self::$id => <$rule>::update(h, at, work)),+ }
@@ -324,7 +329,8 @@ impl Preset {
         }
     }
 
-    fn possible_slots(&self, shape: &[usize]) -> SlotSet {
+    /// The slots that a parameter of this shape may ever have.
+    pub fn possible_slots(&self, shape: &[usize]) -> SlotSet {
         let slots = 0..self.declaration().slots.len();
         slots.filter(|&k| self.slot_shape(k, shape).is_some()).fold(SlotSet::EMPTY, SlotSet::with)
     }

@@ -27,9 +27,11 @@ use super::common::{WEIGHT_DECAY, lr};
 use crate::error::{Error, ErrorKind, Result, shape_text};
 use crate::hyper::{Choice, Hyper, Hypers, Range, Value};
 use crate::isa::Loops;
-use crate::linear::{Matrix, Product, each, sum_of_squares, transposed};
+use crate::linear::{Matrix, Product, each, sum_of_squares, transpose};
 use crate::real::{Dtype, Real};
-use crate::rule::{Area, Declaration, Form, Moment, Program, ProgramPass, Slot, TensorRule, Unit, Work, coefficients};
+use crate::rule::{
+    Area, Declaration, Form, Moment, Program, ProgramPass, Room, Slot, TensorRule, Unit, Work, coefficients,
+};
 
 /// The rule.
 #[derive(Debug)]
@@ -113,24 +115,27 @@ fn parted(form: &Form) -> usize {
 
 /// The iteration's result for the matrix `x` with no more columns than rows. `Xᵀ·X` reads both in order, `X·Xᵀ` neither:
 /// that is worth transposing a wide matrix before and after.
-fn orthogonalize<F: Real>(loops: Loops, mut x: Vec<F>, columns: usize, [a, b, c]: [F; 3], steps: u32) -> Vec<F> {
-    let mut gram = vec![F::ZERO; columns * columns];
-    let (mut polynomial, mut below, mut next) = (gram.clone(), gram.clone(), x.clone());
+/// Both arrays are written; the first one that is returned has the result.
+fn orthogonalize<'a, F: Real>(
+    loops: Loops,
+    [mut x, mut next]: [&'a mut [F]; 2],
+    squares: &mut [F],
+    columns: usize,
+    [a, b, c]: [F; 3],
+    steps: u32,
+) -> [&'a mut [F]; 2] {
+    let (gram, rest) = squares.split_at_mut(columns * columns);
+    let (polynomial, below) = rest.split_at_mut(columns * columns);
     for _ in 0..steps {
-        let tall = Matrix::new(&x, x.len() / columns, columns);
-        Product { alpha: F::ONE, a: tall.transposed(), b: tall, plus: None }
-            .write_symmetric(loops, &mut below, &mut gram);
-        let square = Matrix::new(&gram, columns, columns);
-        Product { alpha: c, a: square, b: square, plus: Some((b, &gram)) }.write_symmetric(
-            loops,
-            &mut below,
-            &mut polynomial,
-        );
-        let by = Matrix::new(&polynomial, columns, columns);
-        Product { alpha: F::ONE, a: tall, b: by, plus: Some((a, &x)) }.write(loops, &mut next);
+        let tall = Matrix::new(x, x.len() / columns, columns);
+        Product { alpha: F::ONE, a: tall.transposed(), b: tall, plus: None }.write_symmetric(loops, below, gram);
+        let square = Matrix::new(gram, columns, columns);
+        Product { alpha: c, a: square, b: square, plus: Some((b, gram)) }.write_symmetric(loops, below, polynomial);
+        let by = Matrix::new(polynomial, columns, columns);
+        Product { alpha: F::ONE, a: tall, b: by, plus: Some((a, x)) }.write(loops, next);
         std::mem::swap(&mut x, &mut next);
     }
-    x
+    [x, next]
 }
 
 impl TensorRule for Muon {
@@ -188,26 +193,36 @@ impl TensorRule for Muon {
         (k == 0).then(|| shape.to_vec())
     }
 
+    fn room(shape: &[usize]) -> Room {
+        let shorter = shape.iter().min().map_or(0, |n| n * n);
+        // X and its next value; A, its polynomial, and their lower halves.
+        Room { elements: 2 * shape.iter().product::<usize>() + 3 * shorter, sums: 0 }
+    }
+
     fn update<F: Real>(h: &Hypers, _: Moment, work: Work<'_, F>) {
-        let Work { shape, p, g, slots: [buffer, ..], loops, .. } = work;
+        let Work { shape, p, g, slots: [buffer, ..], loops, elements, .. } = work;
         let &[rows, columns] = shape else { unreachable!("accept refused other shapes") };
         let Scalars { weight, ahead, nesterov, a, b, c, eps, shrink, factor, .. } = Scalars::new(h, shape);
         let (weight, ahead, is_nesterov) = (F::from_f64(weight), F::from_f64(ahead), nesterov != 0.0);
         each(loops, buffer, [g], |b, [g]| F::lerp(b, g, weight));
-        let mut u = vec![F::ZERO; g.len()];
-        each(loops, &mut u, [g, buffer], |_, [g, b]| if is_nesterov { F::lerp(g, b, ahead) } else { b });
-        let norm = libm::sqrt(sum_of_squares(loops, &u));
+        let (u, rest) = elements.split_at_mut(g.len());
+        let (other, squares) = rest.split_at_mut(g.len());
+        each(loops, u, [g, buffer], |_, [g, b]| if is_nesterov { F::lerp(g, b, ahead) } else { b });
+        let norm = libm::sqrt(sum_of_squares(loops, u));
         let norm = F::from_f64(if norm < eps { eps } else { norm });
-        each(loops, &mut u, [], |u, []| u / norm);
+        each(loops, u, [], |u, []| u / norm);
         let coefficients = [a, b, c].map(F::from_f64);
         let x = if rows < columns {
-            let x = orthogonalize(loops, transposed(loops, &u, columns), rows, coefficients, turns(h));
-            transposed(loops, &x, rows)
+            transpose(loops, u, columns, other);
+            let [x, other] = orthogonalize(loops, [other, u], squares, rows, coefficients, turns(h));
+            transpose(loops, x, rows, other);
+            other
         } else {
-            orthogonalize(loops, u, columns, coefficients, turns(h))
+            let [x, _] = orthogonalize(loops, [u, other], squares, columns, coefficients, turns(h));
+            x
         };
         let (shrink, factor) = (F::from_f64(shrink), F::from_f64(factor));
-        each(loops, p, [&x], |p, [x]| p * shrink + factor * x);
+        each(loops, p, [x], |p, [x]| p * shrink + factor * x);
     }
 
     const PROGRAM: Program = {
