@@ -424,7 +424,7 @@ fn step_accumulated(
     p: &mut [TensorMut<'static>],
     _: &[Option<TensorRef<'static>>],
 ) -> roptim::Result<Option<StateDict>> {
-    optimizer.step_accumulated(p).map(|()| None)
+    optimizer.step_accumulated(p, roptim::Besides::default()).map(|()| None)
 }
 
 fn copy_state(

@@ -53,7 +53,7 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// Lines with the word `unsafe` in all of them together.
-const MOST_UNSAFE_LINES: usize = 101;
+const MOST_UNSAFE_LINES: usize = 103;
 
 fn files(under: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

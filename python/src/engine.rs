@@ -1022,6 +1022,7 @@ impl Engine {
     }
 
     /// Calls the engine with the parameters and these gradients, after every check.
+    #[allow(clippy::too_many_arguments, reason = "a step, an accumulation and an evaluation differ in each of them")]
     fn with_gradients<T: Send>(
         &self,
         py: Python<'_>,

@@ -233,10 +233,10 @@ impl<V: Vector, R: ClosureRule> Minimizer for Flat<V, R> {
         match answer {
             Ok(Ask::Evaluate) => {}
             Ok(Ask::Done) => {
-                self.under_way = None;
                 // The gradient is used up.
                 gather_all(params, &mut self.gradient);
                 self.machine.ended_at(&self.gradient);
+                self.under_way = None;
             }
             Err(_) => {
                 // The error is told; others of the same step are over with it.

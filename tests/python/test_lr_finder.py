@@ -1274,7 +1274,7 @@ RANGES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"start_lr": 20}, ValueError, "end_lr must be above start_lr = 20.0, got 10.0"),
     ({"end_lr": math.inf}, ValueError, "end_lr must be a finite number > 0, got inf"),
     ({"end_lr": math.nan}, ValueError, "end_lr must be a finite number > 0, got nan"),
-    ({"end_lr": 10**400}, ValueError, "end_lr must be a finite number > 0, got 10+"),
+    ({"end_lr": 10**400}, ValueError, "end_lr must be a finite number > 0, got 10+(\\.\\.\\.)?"),
     ({"end_lr": "1"}, TypeError, "end_lr must be a finite number > 0, got '1'"),
     ({"end_lr": True}, TypeError, "end_lr must be a finite number > 0, got True"),
     ({"start_lr": 0}, ValueError, "start_lr must be a finite number > 0, got 0"),
