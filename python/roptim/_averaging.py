@@ -11,6 +11,7 @@ import numpy as np
 
 from roptim import _tree
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, TornError, refuse, told
+from roptim._foreign import has_gradient, view, will_write
 from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
 from roptim._roptim import Engine
@@ -113,8 +114,8 @@ class AveragedModel:
     Parameters
     ----------
     model
-        The parameters: arrays or Parameters in a list, dict, nested containers, (name, array) pairs, or one array.
-        They are copied; until the first update the average is this copy.
+        The parameters: arrays, Parameters or tensors as optimizers take them, in a list, dict, nested containers,
+        (name, array) pairs, or one array. They are copied; until the first update the average is this copy.
     device : str, optional
         Where the averages live and are updated: ``backend`` by torch's name.
     avg_fn : callable, optional
@@ -247,8 +248,9 @@ class AveragedModel:
             got = str(len(self._averages))
             raise refuse(RoptimValueError, place, "average", f"of {len(params)} parameters", got)
         for i, (p, average) in enumerate(zip(params, self._averages, strict=True)):
-            if (p.shape, p.dtype) != (average.shape, average.dtype):
-                want, got = f"{p.dtype} of shape {p.shape}", f"{average.dtype} of shape {average.shape}"
+            like = _viewed(place, f"parameter {i}", p)
+            if (like.shape, like.dtype) != (average.shape, average.dtype):
+                want, got = f"{like.dtype} of shape {like.shape}", f"{average.dtype} of shape {average.shape}"
                 raise refuse(RoptimValueError, place, f"average of parameter {i}", want, got)
 
     @property
@@ -331,18 +333,17 @@ class AveragedModel:
 
     def _targets(self, place: str, model: Any) -> list[Any]:
         """The parameters of a model, all of which can take the averages."""
-        params = self._read(place, model)
+        objects = self._read(place, model)
+        params = [_viewed(place, f"parameter {i}", p, writes=True) for i, p in enumerate(objects)]
         for i, (p, average) in enumerate(zip(params, self._averages, strict=True)):
             name = f"parameter {i}"
-            if not isinstance(p, (np.ndarray, Parameter)):
-                got = f"an object of type {type(p).__name__}"
-                raise refuse(RoptimTypeError, place, name, "a numpy.ndarray or Parameter", got)
             if p.shape != average.shape:
                 raise refuse(RoptimValueError, place, name, f"of shape {average.shape}", str(p.shape))
             if not np.can_cast(average.dtype, p.dtype, "same_kind"):
                 raise refuse(RoptimTypeError, place, name, f"of a dtype that can hold {average.dtype}", str(p.dtype))
             if isinstance(p, np.ndarray) and not p.flags.writeable:
                 raise refuse(RoptimValueError, place, name, "writeable", "a read-only array")
+        will_write([p for p in objects if not isinstance(p, (np.ndarray, Parameter))])
         return params
 
     @staticmethod
@@ -432,18 +433,20 @@ def _owner(array: Any) -> Any:
     return array
 
 
+def _viewed(place: str, label: str, p: Any, writes: bool = False) -> Any:
+    """An array or Parameter as it is, the memory of another library's as an array."""
+    return p if isinstance(p, (np.ndarray, Parameter)) else view(p, place, label, writes)
+
+
 def _copied(label: str, p: Any) -> Any:
-    if not isinstance(p, (np.ndarray, Parameter)):
-        got = f"an object of type {type(p).__name__}"
-        raise refuse(RoptimTypeError, _PLACE, label, "a numpy.ndarray or Parameter", got)
     if isinstance(p, Parameter):
         return Parameter(np.array(p.data), name=p.name)
-    return np.array(_numbers(_PLACE, label, p))
+    return np.array(_numbers(_PLACE, label, _viewed(_PLACE, label, p)))
 
 
 def _numbers(place: str, label: str, given: Any, like: Any = None, casting: Any = None) -> Any:
     """An array of numbers, of the shape and dtype of another: the same, or one that can be cast."""
-    array = np.asarray(given)
+    array = np.asarray(_viewed(place, label, given) if has_gradient(given) else given)
     if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
         raise refuse(RoptimTypeError, place, label, "an array of numbers", f"one of {array.dtype}")
     if like is None:

@@ -1033,12 +1033,12 @@ class Noted(AveragedModel):
         (
             lambda: AveragedModel([3.0]),
             TypeError,
-            "AveragedModel: parameter 0 must be a numpy.ndarray or Parameter, got an object of type float",
+            "AveragedModel: parameter 0 must be a numpy.ndarray, got an object of type float; convert",
         ),
         (
             lambda: AveragedModel([f32(1), [None]]),
             TypeError,
-            "AveragedModel: parameter 1 must be a numpy.ndarray or Parameter, got an object of type NoneType",
+            "AveragedModel: parameter 1 must be a numpy.ndarray, got an object of type NoneType; convert",
         ),
         (
             lambda: AveragedModel([("a", f32(1)), ("a", f32(1))]),

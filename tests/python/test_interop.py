@@ -19,6 +19,7 @@ from twins import f32, same
 import roptim
 from roptim import SGD, Adam, Parameter
 from roptim.lr_finder import LRFinder
+from roptim.swa_utils import AveragedModel
 
 
 @pytest.fixture
@@ -713,3 +714,36 @@ def test_what_of_jax_is_refused(jax: Any) -> None:
     with refused(VALUE, "SGD.step: gradient of parameter 0 must be of shape (2,), got (3,)"):
         opt.step([jax.numpy.ones(3)])
     assert np.all(a == 1)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "LBFGS"])
+def test_averages_of_a_model(torch: Any, name: str) -> None:
+    """Within the step and after it, with an average of the engine's and one of one's own."""
+    for options in ({}, {"avg_fn": lambda a, x, n: (a * n + x) / (n + 1)}):
+        model = torch.nn.Linear(4, 3, bias=False)
+        twin = copy.deepcopy(model)
+        x = torch.randn(9, 4)
+        sides = []
+        for net in (model, twin):
+            opt = getattr(roptim, name)(net.parameters())
+            sides.append((net, opt, AveragedModel(list(net.parameters()), **options)))
+        for _ in range(3):
+            for net, opt, average in sides:
+
+                def closure(net: Any = net, opt: Any = opt, x: Any = x) -> Any:
+                    opt.zero_grad()
+                    loss = (net(x) ** 2).mean() + net(x).mean()
+                    loss.backward()
+                    return loss
+
+                opt.step(closure=closure, **({"average": average} if net is model else {}))
+                if net is twin:
+                    average.update_parameters(list(net.parameters()))
+            (_, _, within), (_, _, after) = sides
+            assert np.array_equal(within.module[0], after.module[0])
+        before = model.weight.detach().clone()
+        with within.applied_to(list(model.parameters())):
+            assert np.array_equal(model.weight.detach().numpy(), within.module[0])
+        assert torch.equal(before, model.weight)
+        within.copy_to(list(model.parameters()))
+        assert np.array_equal(model.weight.detach().numpy(), within.module[0])
