@@ -77,6 +77,22 @@ coverage: $(STAMP)-build $(STAMP)-examples $(STAMP)-coverage  ## lines of the Py
 	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage combine --quiet
 	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage report
 
+# LLVM of the compiler's version (`rustc -vV`) reads what it counted: Debian's package `llvm-22`.
+LLVM ?= /usr/lib/llvm-22/bin
+COUNTED := build/coverage-rust
+coverage-rust: export ROPTIM_FULL_TESTS = 0
+coverage-rust: export ROPTIM_BRIEF_TESTS = 1
+coverage-rust: export RUSTFLAGS = -C instrument-coverage
+coverage-rust: export LLVM_PROFILE_FILE = $(abspath $(COUNTED))/%m-%p.profraw
+coverage-rust: export CARGO_TARGET_DIR = target/coverage
+coverage-rust:  ## lines of the engine that the Rust tests of the CPU run (needs LLVM)
+	rm -rf $(COUNTED) && mkdir -p $(COUNTED)
+	cargo test --no-run --lib $(addprefix --test ,$(WATCHED) power_cuts) 2>&1 | tee $(COUNTED)/build
+	cargo test --lib $(addprefix --test ,$(WATCHED) power_cuts)
+	$(LLVM)/llvm-profdata merge --sparse $(COUNTED)/*.profraw -o $(COUNTED)/all
+	$(LLVM)/llvm-cov report --instr-profile $(COUNTED)/all --show-region-summary=false --show-branch-summary=false \
+		$$(sed -n 's/.*Executable.*(\(.*\))/--object \1/p' $(COUNTED)/build) --sources src
+
 test-rust:
 	$(CARGO_TEST)
 
