@@ -9,7 +9,7 @@ STAMP   := $(VENV)/.stamp
 CARGO_TEST := cargo test --release --features gpu
 RUST    := $(shell find src python/src shaders -type f 2>/dev/null) Cargo.toml Cargo.lock python/Cargo.toml pyproject.toml
 
-.PHONY: help demo test test-full test-rust test-python lint format wheel sdist docs clean build
+.PHONY: help demo test test-full test-rust test-python test-valgrind test-debug mutants coverage coverage-rust lint format wheel sdist docs clean build
 .PHONY: bench bench-full bench-rules bench-check bench-record-counts bench-import
 
 help:  ## list the chores
@@ -25,6 +25,10 @@ $(STAMP)-test: pyproject.toml | $(VENV)/bin/python
 
 $(STAMP)-lint: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet 'ruff>=0.6' 'mypy>=1.11'
+	@touch $@
+
+$(STAMP)-coverage: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'coverage>=7.10'
 	@touch $@
 
 $(STAMP)-examples: pyproject.toml | $(VENV)/bin/python
@@ -43,8 +47,51 @@ demo: $(STAMP)-build $(STAMP)-examples  ## train on handwritten digits, resume, 
 test: test-rust test-python  ## run both test suites
 
 test-full: export ROPTIM_FULL_TESTS = 1
-test-full: test-rust $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks, power cuts and hostile files
+test-full: test-rust test-valgrind test-debug $(STAMP)-build $(STAMP)-examples  ## the same with the long forms of soaks, power cuts and hostile files, and under valgrind
 	$(BIN)/python -m pytest
+
+# Every test of the CPU but power cuts, which touch no array. Valgrind runs one thread at a time, and knows no AVX-512:
+# the engine takes AVX2 there by itself.
+WATCHED := $(filter-out gpu gpu_closure house power_cuts safety shaders,$(basename $(notdir $(wildcard tests/*.rs))))
+VALGRIND := "valgrind", "--quiet", "--error-exitcode=77", "--leak-check=no"
+test-valgrind: export ROPTIM_FULL_TESTS = 0
+test-valgrind: export ROPTIM_BRIEF_TESTS = 1
+test-valgrind:  ## run the Rust tests under valgrind, where it is installed
+	@if command -v valgrind >/dev/null; then set -x; \
+	$(CARGO_TEST) --config 'target."cfg(all())".runner = [$(VALGRIND)]' --lib $(addprefix --test ,$(WATCHED)) \
+		-- --test-threads=1 --skip gpu --skip device; \
+	else echo "test-valgrind is left out: valgrind is not on the PATH (Debian's package: valgrind)"; fi
+
+# The dev profile has the standard library's checks of what unsafe code owes, and overflow checks.
+test-debug: export ROPTIM_FULL_TESTS = 0
+test-debug: export ROPTIM_BRIEF_TESTS = 1
+test-debug:  ## run the Rust tests of the CPU with debug assertions
+	cargo test --lib $(addprefix --test ,$(WATCHED))
+
+mutants:  ## change the engine in small ways and see whether tests notice (needs cargo-mutants; SHARD=0/15 for a part)
+	ROPTIM_BRIEF_TESTS=1 cargo mutants --timeout 300 $(if $(SHARD),--shard $(SHARD) --sharding round-robin) -o build
+
+coverage: $(STAMP)-build $(STAMP)-examples $(STAMP)-coverage  ## lines of the Python package that its tests run
+	rm -rf build/coverage && mkdir -p build/coverage
+	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage run -m pytest
+	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage combine --quiet
+	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage report
+
+# LLVM of the compiler's version (`rustc -vV`) reads what it counted: Debian's package `llvm-22`.
+LLVM ?= /usr/lib/llvm-22/bin
+COUNTED := build/coverage-rust
+coverage-rust: export ROPTIM_FULL_TESTS = 0
+coverage-rust: export ROPTIM_BRIEF_TESTS = 1
+coverage-rust: export RUSTFLAGS = -C instrument-coverage
+coverage-rust: export LLVM_PROFILE_FILE = $(abspath $(COUNTED))/%m-%p.profraw
+coverage-rust: export CARGO_TARGET_DIR = target/coverage
+coverage-rust:  ## lines of the engine that the Rust tests of the CPU run (needs LLVM)
+	rm -rf $(COUNTED) && mkdir -p $(COUNTED)
+	cargo test --no-run --lib $(addprefix --test ,$(WATCHED) power_cuts) 2>&1 | tee $(COUNTED)/build
+	cargo test --lib $(addprefix --test ,$(WATCHED) power_cuts)
+	$(LLVM)/llvm-profdata merge --sparse $(COUNTED)/*.profraw -o $(COUNTED)/all
+	$(LLVM)/llvm-cov report --instr-profile $(COUNTED)/all --show-region-summary=false --show-branch-summary=false \
+		$$(sed -n 's/.*Executable.*(\(.*\))/--object \1/p' $(COUNTED)/build) --sources src
 
 test-rust:
 	$(CARGO_TEST)
@@ -97,4 +144,4 @@ docs:  ## build the engine's documentation
 	cargo doc --no-deps --features gpu
 
 clean:  ## remove everything that was built
-	rm -rf target dist demo-output benches/output $(VENV) $(VENV)-sdist
+	rm -rf target dist build demo-output benches/output $(VENV) $(VENV)-sdist

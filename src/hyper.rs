@@ -411,6 +411,53 @@ mod tests {
     }
 
     #[test]
+    fn choices_are_found_by_their_names() {
+        for (choice, name) in Choice::ALL {
+            assert_eq!((Choice::find(name), choice.name()), (Some(choice), name));
+        }
+        assert_eq!(Choice::find("Original"), None);
+    }
+
+    #[test]
+    fn whole_floats_are_integers_as_far_as_they_stand_for_themselves() {
+        let whole = Hyper { range: Range::OrNone(&Range::Whole(-5, i64::MAX)), ..LR };
+        let exact = 2f64.powi(53);
+        assert_eq!(whole.check("", Value::Float(exact)).unwrap(), Value::Int(1 << 53));
+        assert_eq!(whole.check("", Value::Float(-5.0)).unwrap(), Value::Int(-5));
+        assert_eq!(whole.check("", Value::None).unwrap(), Value::None);
+        for refused in [exact + 2.0, 0.5, f64::INFINITY, f64::NAN] {
+            assert_eq!(whole.check("", Value::Float(refused)).unwrap_err().kind(), ErrorKind::Type, "{refused}");
+        }
+        assert_eq!(LR.check("", Value::Int(3)).unwrap(), Value::Float(3.0));
+    }
+
+    #[test]
+    fn identity_is_of_bits() {
+        static DECLARED: [Hyper; 1] = [LR];
+        let hypers = |value| Hypers { declared: &DECLARED, values: vec![value] };
+        let values = [
+            Value::None,
+            Value::Bool(false),
+            Value::Int(0),
+            Value::Float(0.0),
+            Value::Float(-0.0),
+            Value::HalfPair(0.0),
+            Value::HalfPair(-0.0),
+            Value::Pair([0.0, 1.0]),
+            Value::Pair([0.0, -0.0]),
+            Value::Triple([0.0, 1.0, 2.0]),
+            Value::Triple([0.0, 1.0, -2.0]),
+            Value::Choice(Choice::Original),
+        ];
+        for (i, &a) in values.iter().enumerate() {
+            for (k, &b) in values.iter().enumerate() {
+                assert_eq!(hypers(a).is_identical(&hypers(b)), i == k, "{a:?} {b:?}");
+            }
+        }
+        assert!(!Hypers { declared: &DECLARED, values: vec![] }.is_identical(&hypers(Value::None)));
+    }
+
+    #[test]
     fn a_refused_value_leaves_the_old_one() {
         static DECLARED: [Hyper; 1] = [LR];
         let mut hypers = Hypers::new(&DECLARED);

@@ -220,6 +220,33 @@ fn norms_have_the_same_bits_for_any_number_of_threads() {
     }
 }
 
+/// A scale that is divided out leaves no trace, and what is none changes nothing.
+#[test]
+fn scales_are_powers_of_two() {
+    let edges = [2f64.powi(-126), 0.5, 1.0, 2.0, 2f64.powi(126)];
+    let refused = [0.0, -2.0, 3.0, 2f64.powi(-127), 2f64.powi(127), 5e-324, f64::INFINITY, f64::NAN];
+    for scale in edges {
+        let outcome = |scale: f64| {
+            let guard = Guard { clip_norm: Some(0.5), clip_value: Some(0.25), ..Guard::default() };
+            let options = Options { guard, ..Options::default() };
+            let mut sgd = Optimizer::cpu("SGD", &options).unwrap();
+            sgd.add_group(&[("lr", Value::Float(0.1))], vec![ParamInfo::vector("w", 9, Dtype::F64)]).unwrap();
+            sgd.set_grad_scale(scale).unwrap();
+            for scale in refused {
+                assert_eq!(sgd.set_grad_scale(scale).unwrap_err().kind(), ErrorKind::Value, "{scale}");
+            }
+            assert_eq!(sgd.grad_scale(), scale);
+            let mut p = [1.0f64; 9];
+            let g: Vec<f64> = numbers(5, 9).iter().map(|&x| f64::from(x) * scale).collect();
+            let besides = Besides { average: None, measures: true };
+            sgd.step_with(&mut [p.as_mut_slice().into()], &[Some(g.as_slice().into())], besides).unwrap();
+            let squares = sgd.squares()[0].unwrap();
+            (p.map(f64::to_bits), sgd.gradient_norm().unwrap().map(f64::to_bits), squares.gradient.to_bits())
+        };
+        assert!(outcome(scale) == outcome(1.0), "{scale}");
+    }
+}
+
 #[test]
 fn an_average_that_follows_has_the_bits_of_one_that_comes_after() {
     for preset in dense() {

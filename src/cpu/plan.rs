@@ -139,6 +139,43 @@ mod tests {
             }
             prop_assert!(seen.iter().flatten().all(|&n| n == 1));
             prop_assert_eq!(plan.elements(), lengths.iter().sum::<usize>());
+            // No task ends while there is room for what comes next: where pieces begin anywhere, all but the last are
+            // full.
+            if align == 1 {
+                let full = plan.tasks().iter().rev().skip(1).all(|task| plan.pieces(task).iter().map(|p| p.len).sum::<usize>() == chunk);
+                prop_assert!(full);
+            }
         }
+
+        #[test]
+        fn a_plan_that_was_used_is_a_new_one(
+            steps in prop::collection::vec((1usize..20, 1usize..5, prop::collection::vec(0usize..40, 0..4)), 1..6),
+        ) {
+            let mut kept = Plan::default();
+            for (chunk, align, lengths) in steps {
+                let mut new = Plan::default();
+                new.update(chunk, align, lengths.iter().copied());
+                kept.update(chunk, align, lengths.iter().copied());
+                prop_assert_eq!((kept.all(), kept.tasks(), kept.elements()), (new.all(), new.tasks(), new.elements()));
+            }
+        }
+    }
+
+    #[test]
+    fn tasks_are_worth_fetching_and_not_too_few() {
+        assert_eq!([0, 1, 4096, 65_536].map(|elements| chunk(elements, 1)), [4096, 4096, 4096, 8192]);
+        assert_eq!([1, 2, 3, 4, 100].map(|threads| chunk(240_000, threads)), [30_720, 15_360, 10_240, 8192, 4096]);
+        assert_eq!(chunk(usize::MAX / 2, 2), 32_768);
+    }
+
+    #[test]
+    fn blocks_end_where_the_piece_does() {
+        let blocks = |start, len| -> Vec<_> {
+            Piece { tensor: 7, start, len }.blocks().map(|b| (b.tensor, b.start, b.len)).collect()
+        };
+        assert_eq!(blocks(SUM_BLOCK, SUM_BLOCK), [(7, SUM_BLOCK, SUM_BLOCK)]);
+        assert_eq!(blocks(0, SUM_BLOCK + 1), [(7, 0, SUM_BLOCK), (7, SUM_BLOCK, 1)]);
+        assert_eq!(blocks(2 * SUM_BLOCK, 5), [(7, 2 * SUM_BLOCK, 5)]);
+        assert_eq!(blocks(3, 0), []);
     }
 }
