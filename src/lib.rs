@@ -29,6 +29,7 @@ pub mod checkpoint;
 pub mod closure;
 pub mod cpu;
 #[doc(hidden)]
+#[doc(hidden)]
 pub mod drill;
 pub mod error;
 #[cfg(feature = "gpu")]

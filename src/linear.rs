@@ -69,7 +69,7 @@ fn join_leaves_in_order(n: usize, mut leaf: impl FnMut(usize) -> f64, join: impl
 
 /// [`join_leaves_in_order`], side by side.
 #[inline(always)]
-fn join_leaves(
+pub(crate) fn join_leaves(
     loops: Loops,
     n: usize,
     leaf: impl Fn(usize) -> f64 + Sync + Send,

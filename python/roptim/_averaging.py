@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -159,6 +160,7 @@ class AveragedModel:
                 raise refuse(RoptimTypeError, _PLACE, name, "callable", told(function))
         self._spec, objects, self._names = _tree.flatten(_tree.listed(model, _PLACE), _PLACE)
         self._averages = [_copied(f"parameter {i}", p) for i, p in enumerate(objects)]
+        self._origins = _origins(objects)
         self._use_buffers = flag(_PLACE, "use_buffers", use_buffers)
         self._buffer_spec: _tree.Spec | None = None
         self._buffers: list[Any] = []
@@ -190,6 +192,9 @@ class AveragedModel:
     @property
     def n_averaged(self) -> int:
         """How many updates are in the average; 0 begins a new one."""
+        if self._engine is not None and self._averages:
+            # It counts the steps that an average follows.
+            self._count = self._engine.step_of(0)
         return self._count
 
     @n_averaged.setter
@@ -240,10 +245,27 @@ class AveragedModel:
                     average[...] = value
             for mine, theirs in zip(self._buffers, new_buffers, strict=True):
                 mine[...] = theirs
-            self._count += 1
+            self._count = self.n_averaged + 1 if self._engine is None else self.n_averaged
+
+    def _order(self, objects: list[Any], by_name: Mapping[str, int]) -> list[int]:
+        """Where each average's parameter is among an optimizer's: it is the object that was averaged, or has its name.
+
+        Else averages and parameters are in the same order.
+        """
+        place = {id(p): i for i, p in enumerate(objects)}
+        found = [place.get(id(origin())) for origin in self._origins]
+        if len(found) < len(self._averages) or None in found:
+            found = [by_name.get(name) for name in self._names or ()]
+        if len(found) == len(self._averages) == len(objects) and None not in found:
+            return [i for i in found if i is not None]
+        return list(range(len(objects)))
 
     def _check_fit(self, place: str, params: list[Any]) -> None:
         """Refuses to be the average of these parameters, which a step is about to change."""
+        self._check_whole("update_parameters")
+        for i, average in enumerate(self._averages):
+            if isinstance(average, np.ndarray) and not average.flags.writeable:
+                raise refuse(RoptimValueError, place, f"average of parameter {i}", "writeable", "a read-only array")
         if len(params) != len(self._averages):
             got = str(len(self._averages))
             raise refuse(RoptimValueError, place, "average", f"of {len(params)} parameters", got)
@@ -258,12 +280,9 @@ class AveragedModel:
         """The engine that joins parameters in the pass of their update, where one can."""
         return self._engine if self._on_cpu else None
 
-    def _stepped(self, params: list[Any] | None) -> None:
-        """After a step in which the average joined the parameters; it does so now where they are given."""
-        if params is None:
-            self._count += 1
-        else:
-            self._update(f"{_PLACE}.update_parameters", params)
+    def _join(self, params: list[Any]) -> None:
+        """Joins parameters that were stepped."""
+        self._update(f"{_PLACE}.update_parameters", params)
 
     def _joined(self, what: str, averages: list[Any], values: list[Any]) -> list[Any]:
         """The new averages, apart from the old ones, in their dtypes."""
@@ -317,19 +336,29 @@ class AveragedModel:
         """Writes the averages into parameters of the same shape, in place."""
         self._check_whole("copy_to")
         place = f"{_PLACE}.copy_to"
-        self._write(self._targets(place, model), [np.array(a) for a in self._averages])
+        targets, values = self._targets(place, model), [np.array(a) for a in self._averages]
+        with deferred():
+            self._write(targets, values)
 
     @contextmanager
     def applied_to(self, model: Any) -> Iterator[None]:
         """Within the block the parameters have the averages' values; afterwards their own again, bit for bit."""
         self._check_whole("applied_to")
         targets = self._targets(f"{_PLACE}.applied_to", model)
-        before = [np.array(p) for p in targets]
-        self._write(targets, [np.array(a) for a in self._averages])
+        before, values = [np.array(p) for p in targets], [np.array(a) for a in self._averages]
         try:
-            yield
-        finally:
-            self._write(targets, before)
+            try:
+                with deferred():
+                    self._write(targets, values)
+                yield
+            finally:
+                with deferred():
+                    self._write(targets, before)
+        except KeyboardInterrupt:
+            # It may have come before they were.
+            with deferred():
+                self._write(targets, before)
+            raise
 
     def _targets(self, place: str, model: Any) -> list[Any]:
         """The parameters of a model, all of which can take the averages."""
@@ -413,17 +442,27 @@ class AveragedModel:
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_whole("copy")
-        state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module")}
+        self._count = self.n_averaged
+        state = {key: value for key, value in vars(self).items() if key not in ("_engine", "module", "_origins")}
         state["_averages"] = [_copied("a parameter", a) for a in self._averages]
         state["_buffers"] = [b.copy() for b in self._buffers]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._origins = []
         self._attach()
 
     def __repr__(self) -> str:
         return f"AveragedModel({self._function!r}, n_averaged={self.n_averaged})"
+
+
+def _origins(objects: list[Any]) -> list[Callable[[], Any]]:
+    """What was averaged, as long as it lives; nothing where it cannot be told."""
+    try:
+        return [weakref.ref(p) for p in objects]
+    except TypeError:
+        return []
 
 
 def _owner(array: Any) -> Any:

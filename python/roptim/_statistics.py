@@ -19,7 +19,7 @@ class Norms(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How much of the parameter the step changed: ``update / parameter``; infinite or NaN where that is 0."""
+        """How much of the parameter the step changed: ``update / parameter``; infinite or NaN where the latter is 0."""
         if self.parameter:
             return self.update / self.parameter
         return math.inf if self.update else math.nan
@@ -28,8 +28,8 @@ class Norms(NamedTuple):
 class Statistics(NamedTuple):
     """2-norms of a step: ``opt.step(gradients, statistics=True)`` leaves them in ``opt.statistics``.
 
-    Squares are added in float64, in an order that depends on neither threads nor the machine's instruction set; a sum
-    beyond its range gives infinity.
+    Squares are added in float64, in an order that depends on neither threads nor the machine's instruction set. Of
+    numbers beyond about 1e154, which only float64 and complex128 have, they are infinite; below 1e-154 they vanish.
     """
 
     #: Of all parameters that had a gradient together.

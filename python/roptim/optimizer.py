@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -294,6 +295,7 @@ class Optimizer:
         self._specs: list[_tree.Spec] = []
         # Several groups taken as one list, or by name; made when first needed.
         self._all: _tree.Spec | None = None
+        self._order_known: tuple[weakref.ref[AveragedModel], int, list[Any]] | None = None
         self._engine: Engine | None = None
         self._current: _Current | None = None
         #: Whether the memory on a device is made with each group.
@@ -487,9 +489,12 @@ class Optimizer:
             hooks run.) Gradients of Parameters with ``requires_grad=False`` stay; after :meth:`accumulate` it is every
             ``.grad``, as in :meth:`zero_grad` without ``set_to_none``.
         average : AveragedModel, optional
-            An average of all parameters, in their order, which joins them after the update as its
-            ``update_parameters`` would, to the bit, also where the update is left out. An average that the engine
-            computes does so on the CPU while the update has the parameters at hand, which spares reading them again.
+            An average of all parameters, which joins them after the update as its ``update_parameters`` would, to the
+            bit, also where the update is left out. It knows the parameters it was made from, else they are told apart
+            by name where both sides have names, and else by their order. An average that the engine computes does so
+            on the CPU while the update has the parameters at hand, which spares reading them again, unless the
+            optimizer has them in another order. Otherwise it does so afterwards: if a function of your own raises
+            then, the step was made.
         statistics : bool
             Whether :attr:`statistics` are taken while the update has the numbers at hand. Of steps on the CPU.
 
@@ -533,10 +538,10 @@ class Optimizer:
         assert self._engine is not None
         self._looked_for_gradients = True
         objects = self._state._objects
-        learn = [p for p in objects if isinstance(p, Parameter) and p.requires_grad]
         # Plain arrays without gradients are refused.
-        if len(learn) < len(objects) and not all(isinstance(p, Parameter) for p in objects):
+        if not all(isinstance(p, Parameter) or has_gradient(p) for p in objects):
             return
+        learn = [p for p in objects if getattr(p, "requires_grad", True)]
         if learn and not self._engine.has_sums and all(p.grad is None for p in learn):
             warn(
                 f"{self._place}.step: no Parameter has a gradient, so nothing is updated; set .grad of these "
@@ -553,20 +558,37 @@ class Optimizer:
         given = None if gradients is None else self._read(gradients)
         # Sums of gradients are the engine's own: nothing of them is cleared in the pass.
         clears_given = clears and not accumulated
+        if average is None and clears and accumulated:
+            # An interrupt comes when the gradients are cleared as well.
+            with deferred():
+                engine.step(None, False, None, measures)
+                self.zero_grad(set_to_none=False)
+            return
         if average is None:
             engine.step(given, clears_given, None, measures)
         else:
-            objects = self._state._objects
-            follower = _average(average, place)._follower
-            follows = follower is not None and not accumulated and self._options["backend"] == "cpu"
-            if not follows:
+            objects = self._in_order_of(_average(average, place))
+            follower = average._follower
+            if objects is self._state._objects and follower is not None and self._options["backend"] == "cpu":
+                engine.step(given, clears_given, follower, measures)
+            else:
                 average._check_fit(place, objects)
-            # An interrupt comes when both have counted the step.
-            with deferred():
-                engine.step(given, clears_given, follower if follows else None, measures)
-                average._stepped(None if follows else objects)
+                # An interrupt comes when both have counted the step.
+                with deferred():
+                    engine.step(given, clears_given, None, measures)
+                    average._join(objects)
         if clears and accumulated:
             self.zero_grad(set_to_none=False)
+
+    def _in_order_of(self, average: AveragedModel) -> list[Any]:
+        """The parameters in the order of their averages; the list of the state itself where it is that."""
+        objects = self._state._objects
+        known = self._order_known
+        if known is None or known[0]() is not average or known[1] != len(objects):
+            order = average._order(objects, self._state._by_name)
+            ordered = objects if order == list(range(len(objects))) else [objects[i] for i in order]
+            self._order_known = known = (weakref.ref(average), len(objects), ordered)
+        return known[2]
 
     @property
     def statistics(self) -> Statistics | None:
@@ -974,6 +996,7 @@ class Optimizer:
             "param_groups",
             "_specs",
             "_all",
+            "_order_known",
             "_options",
             "defaults",
             "_place",
@@ -1053,8 +1076,8 @@ class ClosureOptimizer(Optimizer):
         zero_grad : bool
             Must be False: the closure decides what becomes of its gradients.
         average : AveragedModel, optional
-            An average of all parameters, in their order, which joins them after the step as its
-            ``update_parameters`` would.
+            An average of all parameters, which joins them after the step as its ``update_parameters`` would. An
+            interrupt waits for the end of both.
         statistics : bool
             Must be False: a step is no single update.
 
@@ -1084,9 +1107,8 @@ class ClosureOptimizer(Optimizer):
             raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
         if flag(place, "statistics", statistics):
             raise refuse(RoptimValueError, place, "statistics", "False", told(statistics))
-        objects = self._state._objects
         if average is not None:
-            _average(average, place)._check_fit(place, objects)
+            _average(average, place)._check_fit(place, self._in_order_of(average))
         losses: list[Any] = []
 
         def evaluate() -> tuple[float, list[Any] | None]:
@@ -1105,14 +1127,18 @@ class ClosureOptimizer(Optimizer):
         if self._scheduled:
             self._follow_schedules()
         try:
-            self._engine.minimize(evaluate)
+            if average is None:
+                self._engine.minimize(evaluate)
+            else:
+                # An interrupt comes when both have counted the step.
+                with deferred():
+                    self._engine.minimize(evaluate)
+                    average._join(self._in_order_of(average))
         except KeyboardInterrupt:
             self._show_interrupted()
             raise
         if self._scheduled:
             self._show_schedules()
-        if average is not None:
-            average._stepped(objects)
         return losses[0]
 
 

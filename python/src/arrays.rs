@@ -115,7 +115,8 @@ fn overlaps_itself(strides: &Strides, item: usize) -> bool {
     let mut reach = item;
     let nested = axes.iter().all(|&(step, n)| {
         let fits = step >= reach;
-        reach = reach.max(step * (n - 1) + item);
+        // All that the axes so far span together.
+        reach += step * (n - 1);
         fits
     });
     if nested {

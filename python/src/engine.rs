@@ -21,7 +21,7 @@ use crate::arrays::{self, Access, Context, Seen, Taking, as_array, look, share_m
 use crate::device_array::DeviceArray;
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::files;
-use crate::forks::{heed, let_pass};
+use crate::forks::{enter, heed, let_pass};
 use crate::load::{self, Loading};
 use crate::overlap::{Interval, Map};
 use crate::parameter::ParameterBase;
@@ -108,10 +108,13 @@ struct Lent<'e> {
     table: MutexGuard<'e, Table>,
 }
 
+/// The engine of such an average, and its averages.
+type Joined<'e> = (&'e Shared, Vec<TensorMut<'static>>);
+
 impl<'e> Lent<'e> {
     /// An average of the parameters of `engine`.
     fn from(py: Python<'_>, average: &'e Engine, engine: &Engine, place: &str) -> PyResult<Self> {
-        if average.name() != "AveragedModel" || average.on_gpu || engine.on_gpu {
+        if !average.is_average || average.on_gpu || engine.on_gpu {
             let (allowed, got) = ("an AveragedModel on the CPU, as is the optimizer", average.name());
             return Err(refuse(py, ErrorKind::Type, place, "average", allowed, got, None));
         }
@@ -120,13 +123,13 @@ impl<'e> Lent<'e> {
 
     /// The averages, verified: as many as there are parameters, of their shapes, in memory that is neither theirs nor
     /// that of gradients.
-    fn tensors(
+    fn joined(
         &mut self,
         py: Python<'_>,
         of: &Table,
         gradients: &[Option<TensorRef<'_>>],
         place: &str,
-    ) -> PyResult<Vec<TensorMut<'static>>> {
+    ) -> PyResult<Joined<'e>> {
         let refuse =
             |name: &str, allowed: &str, got: String| Err(refuse(py, ErrorKind::Value, place, name, allowed, got, None));
         self.engine.verify(py, &mut self.table, place, Haste::Now)?;
@@ -149,7 +152,8 @@ impl<'e> Lent<'e> {
         }
         // SAFETY: `verify` looked at the arrays just now, and at overlap between them; the table, which is locked,
         // holds them. With what else the step reads and writes they share no memory.
-        Ok(averages.iter().map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) }).collect())
+        let tensors = averages.iter().map(|r| unsafe { TensorMut::from_raw(r.seen.raw.clone()) }).collect();
+        Ok((&self.engine.shared, tensors))
     }
 }
 
@@ -184,6 +188,8 @@ pub(crate) struct Engine {
     table: Arc<Mutex<Table>>,
     on_gpu: bool,
     needs_closure: bool,
+    /// Whether its parameters are averages, which whatever joins them changes, also where they are frozen.
+    is_average: bool,
 }
 
 impl Engine {
@@ -348,7 +354,7 @@ impl Engine {
                         let want = format!("{count} in number");
                         refuse(py, ErrorKind::Value, place, "gradients", want, list.len(), None)
                     })?;
-                    let wanted = !item.is_none() && p.is_none_or(ParameterBase::wants_gradient);
+                    let wanted = !item.is_none() && (self.is_average || p.is_none_or(ParameterBase::wants_gradient));
                     wanted.then_some(item)
                 }
                 (None, Some(p)) => p.step_gradient(py),
@@ -516,7 +522,15 @@ impl Engine {
         let table = Arc::new(Mutex::new(Table::default()));
         heed(Arc::downgrade(&table) as _);
         heed(Arc::downgrade(&shared) as _);
-        Ok(Self { shared, step, release_lock_from, table, on_gpu, needs_closure: preset.needs_closure() })
+        Ok(Self {
+            shared,
+            step,
+            release_lock_from,
+            table,
+            on_gpu,
+            needs_closure: preset.needs_closure(),
+            is_average: preset.name == "AveragedModel",
+        })
     }
 
     /// Adds a group and returns its hyperparameters. Nothing changes if anything is refused. The memory on a device
@@ -667,15 +681,14 @@ impl Engine {
         average: Option<PyRef<'_, Self>>,
         measures: bool,
     ) -> PyResult<()> {
-        let average = average.as_deref();
-        if gradients.is_none() && average.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
-            let besides = || Besides { average: None, measures };
-            return self
-                .with_parameters(py, Haste::Now, |optimizer, params| optimizer.step_accumulated(params, besides()));
+        let mut lent = average.as_deref().map(|average| Lent::from(py, average, self, &self.step)).transpose()?;
+        let lent = lent.as_mut();
+        if gradients.is_none() && self.shared.try_use().or_raise(py)?.has_sums() {
+            return self.with_parameters_and(py, Haste::Now, lent, |optimizer, besides, params| {
+                optimizer.step_accumulated(params, Besides { measures, ..besides })
+            });
         }
         let access = if clear { Access::Write } else { Access::Read };
-        let mut lent = average.map(|average| Lent::from(py, average, self, &self.step)).transpose()?;
-        let lent = lent.as_mut();
         self.with_gradients(
             py,
             &self.step,
@@ -876,7 +889,7 @@ impl Engine {
 
     /// A copy of everything but the parameters' values, in torch's layout.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let_pass(py);
+        let _inside = enter(py);
         let tree = py.detach(|| {
             guarded(self.name(), || {
                 let mut optimizer = self.shared.try_use()?;
@@ -898,7 +911,7 @@ impl Engine {
     ) -> PyResult<Loading> {
         let place = format!("{}.load_state_dict", self.name());
         let tree = files::to_tree(saved, &place, "state_dict", Taking::Lent)?;
-        let_pass(py);
+        let _inside = enter(py);
         let known = self.shared.try_use().or_raise(py)?.preset().hypers();
         let hypers = hypers.map_or(Ok(Vec::new()), |given| values::hypers(given, &known, &place))?;
         let options = load::options(rules, hypers);
@@ -914,7 +927,7 @@ impl Engine {
 
     /// Replaces hyperparameters and state by those that were prepared, checked once more.
     fn load(&self, py: Python<'_>, loading: &Loading) -> PyResult<()> {
-        let_pass(py);
+        let _inside = enter(py);
         let load = || self.shared.try_use()?.load_state_dict_with(&loading.saved, &loading.options).map(drop);
         py.detach(|| guarded(self.name(), load)).or_raise(py)
     }
@@ -957,6 +970,7 @@ impl Engine {
         if !self.on_gpu {
             return self.shared.try_use().and_then(|mut optimizer| optimizer.gradient_norm()).or_raise(py);
         }
+        let _inside = enter(py);
         py.detach(|| guarded(self.name(), || self.shared.try_use()?.gradient_norm())).or_raise(py)
     }
 
@@ -994,7 +1008,7 @@ impl Engine {
         if !self.on_gpu {
             return Ok(());
         }
-        let_pass(py);
+        let _inside = enter(py);
         py.detach(|| guarded(self.name(), || self.shared.try_use()?.settle())).or_raise(py)
     }
 
@@ -1030,7 +1044,7 @@ impl Engine {
         gradients: Option<&Bound<'_, PyList>>,
         access: Access,
         haste: Haste,
-        mut average: Option<&mut Lent<'_>>,
+        average: Option<&mut Lent<'_>>,
         call: impl FnOnce(
             &mut Optimizer,
             Besides<'_, '_>,
@@ -1089,23 +1103,11 @@ impl Engine {
         if access == Access::Write {
             self.refuse_common_memory(py, table, &arrays, &tensors, place)?;
         }
-        let mut averages = match &mut average {
-            Some(average) => average.tensors(py, table, &tensors, place)?,
-            None => Vec::new(),
+        let joined = average.map(|average| average.joined(py, table, &tensors, place)).transpose()?;
+        let run = |optimizer: &mut Optimizer, besides: Besides<'_, '_>, params: &mut [TensorMut<'_>]| {
+            call(optimizer, besides, params, &tensors)
         };
-        let joined = average.map(|average| &*average.engine.shared);
-        if joined.is_some() {
-            work = work.saturating_mul(2);
-        }
-        let run = |optimizer: &mut Optimizer, params: &mut [TensorMut<'_>]| match joined {
-            None => call(optimizer, Besides::default(), params, &tensors),
-            Some(shared) => {
-                let mut average = shared.try_use()?;
-                let besides = Besides { average: Some((&mut average, &mut averages)), measures: false };
-                call(optimizer, besides, params, &tensors)
-            }
-        };
-        let outcome = self.call(py, place, table, work, haste, run);
+        let outcome = self.call(py, place, table, work, haste, joined, run);
         table.places = recycled(arrays);
         if is_light {
             table.gradients = tensors;
@@ -1151,25 +1153,45 @@ impl Engine {
         haste: Haste,
         call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
+        self.with_parameters_and(py, haste, None, |optimizer, _, params| call(optimizer, params))
+    }
+
+    /// [`Engine::with_parameters`], and with the average that joins them.
+    fn with_parameters_and<T: Send>(
+        &self,
+        py: Python<'_>,
+        haste: Haste,
+        average: Option<&mut Lent<'_>>,
+        call: impl FnOnce(&mut Optimizer, Besides<'_, '_>, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
+    ) -> PyResult<T> {
         let mut guard = self.table_in(py, haste)?;
         self.renew_views(py, &mut guard, &self.step, |_| true)?;
         self.settle_homes(py, &guard)?;
+        if let Some(average) = &average {
+            average.engine.settle_homes(py, &average.table)?;
+        }
         self.verify(py, &mut guard, &self.step, haste)?;
+        let joined = average.map(|average| average.joined(py, &guard, &[], &self.step)).transpose()?;
         let work = guard.params.iter().map(|registered| registered.work(&registered.seen.raw, false)).sum();
-        self.call(py, &self.step, &mut guard, work, haste, call)
+        self.call(py, &self.step, &mut guard, work, haste, joined, call)
     }
 
     /// Calls the engine with the parameters of a table that was verified just now, without the interpreter lock
     /// where the work is worth it.
+    #[allow(clippy::too_many_arguments, reason = "what was found out of the arrays, and how to call")]
     fn call<T: Send>(
         &self,
         py: Python<'_>,
         place: &str,
         table: &mut Table,
-        work: usize,
+        mut work: usize,
         haste: Haste,
-        call: impl FnOnce(&mut Optimizer, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
+        mut joined: Option<Joined<'_>>,
+        call: impl FnOnce(&mut Optimizer, Besides<'_, '_>, &mut [TensorMut<'_>]) -> roptim::Result<T> + Send,
     ) -> PyResult<T> {
+        if joined.is_some() {
+            work = work.saturating_mul(2);
+        }
         let (made_in, mut targets) = std::mem::take(&mut table.targets);
         if made_in != table.epoch {
             targets.clear();
@@ -1182,7 +1204,14 @@ impl Engine {
                 let mut optimizer = self.shared.in_haste(haste)?;
                 // From here on nobody takes a parameter to another home, or begins to write to it, without waiting.
                 self.refuse_moved(place, table)?;
-                call(&mut optimizer, &mut targets)
+                match &mut joined {
+                    None => call(&mut optimizer, Besides::default(), &mut targets),
+                    Some((shared, averages)) => {
+                        let mut average = shared.try_use()?;
+                        let besides = Besides { average: Some((&mut average, averages)), measures: false };
+                        call(&mut optimizer, besides, &mut targets)
+                    }
+                }
             })
         };
         let is_small = work < self.release_lock_from && !self.on_gpu && haste == Haste::Now;

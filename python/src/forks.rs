@@ -33,6 +33,8 @@ impl<T: Send> Shareable for Mutex<T> {
 static KNOWN: Mutex<Vec<Weak<dyn Shareable>>> = Mutex::new(Vec::new());
 /// Whether locks are held for a moment, to see if they are free.
 static LOOKS: AtomicBool = AtomicBool::new(false);
+/// Threads that are about to be in an optimizer, or in one, without a lock of a table.
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
 /// Forks under way.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
@@ -69,7 +71,7 @@ pub(crate) fn was_looked_at() -> bool {
 fn is_quiet() -> bool {
     let all = living();
     LOOKS.store(true, Ordering::Relaxed);
-    let is_quiet = all.iter().all(|one| !one.is_busy());
+    let is_quiet = INSIDE.load(Ordering::Acquire) == 0 && all.iter().all(|one| !one.is_busy());
     LOOKS.store(false, Ordering::Release);
     is_quiet
 }
@@ -81,6 +83,24 @@ pub(crate) fn let_pass(py: Python<'_>) {
     if forks() != 0 {
         wait(py, LONGEST_HOLD, || forks() <= OWN.get());
     }
+}
+
+/// Who is inside, until it is dropped.
+pub(crate) struct Inside(());
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // In the child of a fork nobody was inside.
+        let _ = INSIDE.fetch_update(Ordering::Release, Ordering::Relaxed, |count| count.checked_sub(1));
+    }
+}
+
+/// Waits while another thread forks; then forks wait for the caller.
+pub(crate) fn enter(py: Python<'_>) -> Inside {
+    let_pass(py);
+    // With the interpreter lock, so that no fork begins in between.
+    INSIDE.fetch_add(1, Ordering::Relaxed);
+    Inside(())
 }
 
 /// Waits without the interpreter lock, and looks with it.
@@ -106,6 +126,7 @@ pub(crate) fn after_fork(in_child: bool) {
     if in_child {
         OWN.set(0);
         FORKS.store(0, Ordering::Relaxed);
+        INSIDE.store(0, Ordering::Relaxed);
         living().iter().for_each(|one| one.forked());
     } else if own > 0 {
         FORKS.fetch_sub(1, Ordering::Relaxed);

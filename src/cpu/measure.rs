@@ -4,13 +4,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Job;
-use super::memory::part;
+use super::memory::{gather, part};
 use super::plan::Piece;
+use super::pool::Threads;
 use super::reduce::{sum_of_squared_differences, sum_of_squares};
+use super::{INLINE_ELEMENTS, Job};
 use crate::error::Result;
-use crate::isa::Isa;
-use crate::linear::{SUM_BLOCK, tree};
+use crate::isa::{Isa, Loops};
+use crate::linear::{SUM_BLOCK, join_leaves, tree};
 use crate::real::{Element, Real, StorageVisitor, with_storage};
 use crate::room;
 use crate::tensor::{RawTensor, TensorRef};
@@ -46,15 +47,16 @@ impl<U: FnOnce(Piece)> StorageVisitor for Around<'_, U> {
     type Out = [f64; 3];
 
     fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> [f64; 3] {
-        let Self { isa, job: Job { p, g, .. }, part: piece, update } = self;
+        let Self { isa, job: Job { p, g, rows, .. }, part: piece, update } = self;
+        let rows = rows.as_deref();
         let Piece { start, len, .. } = piece;
         let (mut copy, mut before) = (None, [F::ZERO; SUM_BLOCK]);
         // SAFETY: the duty of `Sums::around`'s caller; the update is over when the parameter is read again.
         unsafe {
-            let gradient = sum_of_squares(isa, part::<G, F>(g, start, len, &mut copy));
-            before[..len].copy_from_slice(part::<E, F>(p, start, len, &mut copy));
+            let gradient = sum_of_squares(isa, part::<G, F>(g, None, start, len, &mut copy));
+            before[..len].copy_from_slice(part::<E, F>(p, rows, start, len, &mut copy));
             update(piece);
-            let [update, parameter] = of_change(isa, &before[..len], part::<E, F>(p, start, len, &mut copy));
+            let [update, parameter] = of_change(isa, &before[..len], part::<E, F>(p, rows, start, len, &mut copy));
             [gradient, update, parameter]
         }
     }
@@ -88,7 +90,7 @@ impl Sums {
     /// Updates a piece block by block, and takes the sums around each.
     ///
     /// # Safety
-    /// As for a pass over the piece, which begins at a block; the job has no rows.
+    /// As for a pass over the piece, which begins at a block.
     pub(super) unsafe fn around(&self, isa: Isa, job: &Job, piece: Piece, mut update: impl FnMut(Piece)) {
         for part in piece.blocks() {
             let around = Around { isa, job, part, update: &mut update };
@@ -112,7 +114,12 @@ impl Sums {
     }
 }
 
-/// A parameter as it was before a step that is not taken block by block, and its gradient's squares.
+/// The squares of all numbers of an array, added; of a sparse one, of those that it has.
+pub(crate) fn squares_of(x: &TensorRef<'_>, threads: &mut Threads) -> f64 {
+    each_block(x, threads, |isa, _, block| sum_of_squares(isa, block))
+}
+
+/// A parameter as it was before a step that takes no sums in its pass, and its gradient's squares.
 #[derive(Debug)]
 pub(crate) struct Before {
     values: Vec<f64>,
@@ -121,45 +128,46 @@ pub(crate) struct Before {
 
 impl Before {
     /// Of arrays that lie on the host.
-    pub(crate) fn of(parameter: &TensorRef<'_>, gradient: &TensorRef<'_>) -> Result<Self> {
-        let isa = Isa::detect();
-        let (mut values, mut sums) = (Vec::new(), Vec::new());
-        room::reserve(&mut values, parameter.raw.len, WHAT)?;
-        room::reserve(&mut sums, gradient.raw.len.div_ceil(SUM_BLOCK), WHAT)?;
-        each_block(parameter, |_, block| values.extend_from_slice(block));
-        each_block(gradient, |_, block| sums.push(sum_of_squares(isa, block)));
-        Ok(Self { values, gradient: tree(&mut sums) })
+    pub(crate) fn of(parameter: &TensorRef<'_>, gradient: &TensorRef<'_>, threads: &mut Threads) -> Result<Self> {
+        let mut values = room::filled(parameter.raw.len, 0.0, WHAT)?;
+        gather(parameter, &mut values);
+        Ok(Self { values, gradient: squares_of(gradient, threads) })
     }
 
     /// The sums, of the parameter after the step.
-    pub(crate) fn until(&self, parameter: &TensorRef<'_>) -> Squares {
-        let (mut updates, mut parameters) = (Vec::new(), Vec::new());
-        each_block(parameter, |start, now| {
-            let [update, parameter] = of_change(Isa::detect(), &self.values[start..start + now.len()], now);
-            updates.push(update);
-            parameters.push(parameter);
+    pub(crate) fn until(&self, parameter: &TensorRef<'_>, threads: &mut Threads) -> Squares {
+        let update = each_block(parameter, threads, |isa, start, now| {
+            sum_of_squared_differences(isa, now, &self.values[start..start + now.len()])
         });
-        Squares { gradient: self.gradient, update: tree(&mut updates), parameter: tree(&mut parameters) }
+        Squares { gradient: self.gradient, update, parameter: squares_of(parameter, threads) }
     }
 }
 
-/// Calls `visit(start, numbers)` for each block of an array.
-fn each_block(x: &TensorRef<'_>, visit: impl FnMut(usize, &[f64])) {
-    struct Each<'a, V>(&'a RawTensor, V);
+/// The sum of what `term(isa, start, numbers)` is for each block of an array.
+fn each_block(x: &TensorRef<'_>, threads: &mut Threads, term: impl Fn(Isa, usize, &[f64]) -> f64 + Sync + Send) -> f64 {
+    struct Each<'a, T>(&'a RawTensor, usize, T);
 
-    impl<V: FnMut(usize, &[f64])> StorageVisitor for Each<'_, V> {
-        type Out = ();
+    impl<T: Fn(usize, &[f64]) -> f64> StorageVisitor for Each<'_, T> {
+        type Out = f64;
 
-        fn visit<E: Element<F>, G: Element<F>, F: Real>(mut self) {
+        fn visit<E: Element<F>, G: Element<F>, F: Real>(self) -> f64 {
+            let Self(x, start, term) = self;
             let (mut copy, mut wide) = (None, [0.0; SUM_BLOCK]);
-            for start in (0..self.0.len).step_by(SUM_BLOCK) {
-                let len = SUM_BLOCK.min(self.0.len - start);
-                // SAFETY: a TensorRef describes allocated, aligned memory, which the block lies within.
-                let block = unsafe { part::<E, F>(self.0, start, len, &mut copy) };
-                wide.iter_mut().zip(block).for_each(|(wide, x)| *wide = x.to_f64());
-                (self.1)(start, &wide[..len]);
-            }
+            let len = SUM_BLOCK.min(x.len - start);
+            // SAFETY: a TensorRef describes allocated, aligned memory, which the block lies within.
+            let block = unsafe { part::<E, F>(x, None, start, len, &mut copy) };
+            wide.iter_mut().zip(block).for_each(|(wide, x)| *wide = x.to_f64());
+            term(start, &wide[..len])
         }
     }
-    with_storage(x.raw.dtype, x.raw.dtype, Each(&x.raw, visit));
+    let (x, isa) = (&x.raw, Isa::detect());
+    let block = |i: usize| {
+        let each = Each(x, i * SUM_BLOCK, |start: usize, numbers: &[f64]| term(isa, start, numbers));
+        with_storage(x.dtype, x.dtype, each)
+    };
+    let sum = |parallel: bool| join_leaves(Loops { isa, parallel }, x.len.div_ceil(SUM_BLOCK), block, |a, b| a + b);
+    match threads.pool(x.len >= INLINE_ELEMENTS) {
+        Some(pool) => pool.install(|| sum(true)),
+        None => sum(false),
+    }
 }

@@ -225,25 +225,26 @@ pub(crate) unsafe fn clear(x: &RawTensor, start: usize, n: usize) {
     with_storage(x.dtype, x.dtype, Clear(x, start, n));
 }
 
-/// Part of an array: where it lies if it is in C order and of the compute type, else a copy.
+/// Part of an array, counted among `rows` if given: where it lies if it is in C order and of the compute type, else a copy.
 ///
 /// # Safety
 /// It lies within the array, which is allocated, aligned, stores `E` and is written by nobody during the borrow.
 #[inline(always)]
 pub(super) unsafe fn part<'a, E: Element<F>, F: Real>(
     x: &RawTensor,
+    rows: Option<&Rows>,
     start: usize,
     len: usize,
     copy: &'a mut Option<[F; SUM_BLOCK]>,
 ) -> &'a [F] {
-    if E::IS_COMPUTE_TYPE && x.strides.is_none() {
+    if E::IS_COMPUTE_TYPE && x.strides.is_none() && rows.is_none() {
         // SAFETY: the caller's duty.
         return unsafe { whole(x.ptr, start, len) };
     }
     let copy = &mut copy.get_or_insert([F::ZERO; SUM_BLOCK])[..len];
     for (i, block) in copy.chunks_mut(BLOCK).enumerate() {
         // SAFETY: the caller's duty.
-        unsafe { load::<E, F>(x, start + i * BLOCK, block) };
+        unsafe { load_rows::<E, F>(x, rows, start + i * BLOCK, block) };
     }
     copy
 }

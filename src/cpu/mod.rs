@@ -26,9 +26,9 @@ use crate::room;
 use crate::rule::{Kernel, KernelVisitor, MAX_SLOTS, Row};
 use crate::rules::TensorRuleId;
 use crate::tensor::{RawTensor, Rows, TensorMut, TensorRef};
-pub(crate) use measure::Before;
 pub use measure::Squares;
 use measure::Sums;
+pub(crate) use measure::{Before, squares_of};
 pub use memory::fingerprint;
 use plan::{Piece, Plan};
 pub use pool::Threads;
@@ -186,7 +186,7 @@ impl Executor {
     /// Each job's tensors must be allocated and aligned for the dtypes its loop was picked for, of equal
     /// length or the gradient as long as the rows, which lie within the parameter; parameter and slots
     /// must be writable, and so must gradients whose row clears them; nothing written by one job may overlap anything of
-    /// another, but for what a follower reads of its own job. With squares no job has rows.
+    /// another, but for what a follower reads of its own job.
     pub unsafe fn execute(&mut self, rows: &[Row], Besides { followers, squares }: Besides<'_>) -> Result<()> {
         let elements: usize = self.jobs.iter().map(|job| job.g.len).sum();
         let chunk = self.chunk.unwrap_or_else(|| plan::chunk(elements, self.threads.count()));
@@ -259,7 +259,7 @@ impl Executor {
 /// Runs jobs on pieces of them.
 ///
 /// # Safety
-/// As for [`run::PassFn`]'s function; with sums, each piece begins at a block of a job without rows.
+/// As for [`run::PassFn`]'s function; with sums, each piece begins at a block.
 unsafe fn run_pieces(jobs: &[Job], rows: &[Row], pieces: &[Piece], sums: Option<&Sums>) {
     let key = |piece: &Piece| {
         let Job { pass: PassFn { pass, isa }, row, .. } = jobs[piece.tensor];

@@ -127,7 +127,7 @@ impl<T: Fn(Dtype, f64) -> f64, J: Fn(f64, f64) -> f64> StorageVisitor for Block<
         let Self { isa, x, pairs, start, len, fold } = self;
         let mut copy = None;
         // SAFETY: the caller keeps the range within the tensor, whose type E is.
-        let x = unsafe { part::<E, F>(x, start, len, &mut copy) };
+        let x = unsafe { part::<E, F>(x, None, start, len, &mut copy) };
         isa.run(Joining { x, pairs, fold })
     }
 }
@@ -253,7 +253,7 @@ impl StorageVisitor for Search<'_> {
         let mut copy = None;
         (0..self.0.len).step_by(SUM_BLOCK).find_map(|start| {
             // SAFETY: the block lies within the tensor, whose type E is.
-            let block = unsafe { part::<E, F>(self.0, start, SUM_BLOCK.min(self.0.len - start), &mut copy) };
+            let block = unsafe { part::<E, F>(self.0, None, start, SUM_BLOCK.min(self.0.len - start), &mut copy) };
             let is_bad = |(_, x): &(usize, f64)| !x.is_finite();
             block.iter().map(|x| x.to_f64()).enumerate().find(is_bad).map(|(k, x)| (start + k, x))
         })

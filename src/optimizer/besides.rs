@@ -55,15 +55,18 @@ impl Optimizer {
     }
 
     /// Whether sums of squares come from the pass over the jobs.
-    pub(super) fn measures_in_pass(&self, gradients: &[Option<TensorRef<'_>>]) -> bool {
+    pub(super) fn measures_in_pass(&self) -> bool {
         matches!(self.preset.method, Method::Elementwise(_))
-            && gradients.iter().flatten().all(|gradient| gradient.rows.is_none())
     }
 
     /// The parameters before an update that takes no sums in its pass.
-    pub(super) fn before(params: &[TensorMut<'_>], gradients: &[Option<TensorRef<'_>>]) -> Result<Vec<Option<Before>>> {
+    pub(super) fn before(
+        &mut self,
+        params: &[TensorMut<'_>],
+        gradients: &[Option<TensorRef<'_>>],
+    ) -> Result<Vec<Option<Before>>> {
         let each = params.iter().zip(gradients);
-        each.map(|(p, g)| g.as_ref().map(|g| Before::of(&p.reading(), g)).transpose()).collect()
+        each.map(|(p, g)| g.as_ref().map(|g| Before::of(&p.reading(), g, &mut self.threads)).transpose()).collect()
     }
 
     /// Notes the sums of squares that jobs of these gradients had, in their order.
@@ -77,9 +80,15 @@ impl Optimizer {
         }
     }
 
-    /// The update of an average that did not follow one.
-    pub(super) fn join(&mut self, averages: &mut [TensorMut<'_>], params: &[TensorMut<'_>]) -> Result<()> {
-        self.step(averages, &readings(params, |_| true))
+    /// The update of an average that did not follow the one before. The arrays were checked before that; where memory is
+    /// missing now the average is torn, for the update was made.
+    pub(super) fn join(
+        &mut self,
+        averages: &mut [TensorMut<'_>],
+        params: &[TensorMut<'_>],
+        wanted: impl Fn(usize) -> bool,
+    ) {
+        self.torn |= self.step(averages, &readings(params, wanted)).is_err();
     }
 }
 

@@ -708,10 +708,12 @@ impl Optimizer {
         let verdict = if gradients.iter().any(Option::is_some) { Some(self.judge(gradients)?) } else { None };
         let Some(Verdict::Go(scale)) = verdict else {
             self.skip_count = self.skip_count.saturating_add(u64::from(verdict.is_some()));
-            return average.map_or(Ok(()), |(average, averages)| average.join(averages, params));
+            if let Some((average, averages)) = average {
+                average.join(averages, params, |_| true);
+            }
+            return Ok(());
         };
-        let before =
-            if measures && !self.measures_in_pass(gradients) { Self::before(params, gradients)? } else { Vec::new() };
+        let before = if measures && !self.measures_in_pass() { self.before(params, gradients)? } else { Vec::new() };
         self.begin_update(scale)?;
         self.torn = true;
         let outcome = match (&self.backend, self.preset.method) {
@@ -739,11 +741,15 @@ impl Optimizer {
         }
         self.advance(gradients);
         if !before.is_empty() {
-            let squares = before.into_iter().zip(&*params).filter_map(|(b, p)| Some(b?.until(&p.reading()))).collect();
+            let squares = before
+                .into_iter()
+                .zip(&*params)
+                .filter_map(|(b, p)| Some(b?.until(&p.reading(), &mut self.threads)))
+                .collect();
             self.note_squares(gradients, squares);
         }
         if let Some((average, averages)) = average {
-            average.join(averages, params)?;
+            average.join(averages, params, |_| true);
         }
         if self.nonfinite_sync { self.settle_with(gradients) } else { Ok(()) }
     }
@@ -823,7 +829,7 @@ impl Optimizer {
         measures: bool,
     ) -> Result<()> {
         self.prepare(rule, params, gradients)?;
-        let mut squares = (measures && self.measures_in_pass(gradients)).then(Vec::new);
+        let mut squares = measures.then(Vec::new);
         let following = average.as_ref().and_then(|(average, _)| self.can_follow(average, gradients));
         let mut follower = match following {
             Some(rule) => average.take().map(|(average, averages)| (rule, average, averages)),
@@ -838,11 +844,17 @@ impl Optimizer {
             followers = Some((backend.cpu().jobs(), &scratch.rows[..]));
         }
         let besides = cpu::Besides { followers, squares: squares.as_mut() };
-        let Self { backend, scratch, .. } = self;
+        let Self { backend, scratch, threads, .. } = self;
         // SAFETY: TensorMut and TensorRef promise valid memory without overlap, `check` compared lengths,
         // rows and dtypes, and the slots were allocated for exactly these. Gradients are cleared where
         // `step_and_clear_raw` was promised that they may be. An average reads the parameter of its own job.
         let executed = unsafe { backend.cpu().execute(&scratch.rows, besides) };
+        for (job, squares) in backend.cpu().jobs().iter().zip(squares.iter_mut().flatten()) {
+            if job.rows.is_some() {
+                // The rows are not all of it.
+                squares.parameter = cpu::squares_of(&params[job.index].reading(), threads);
+            }
+        }
         if backend.cpu().jobs().iter().any(|job| job.rows.is_some()) {
             // Rows are of one step: nothing of them is kept.
             backend.cpu().clear();
@@ -850,7 +862,10 @@ impl Optimizer {
         if let Some((_, average, averages)) = follower {
             average.torn = false;
             executed?;
-            average.follow(averages, params, gradients)?;
+            average.advance(&readings(params, |i| gradients[i].is_some()));
+            if gradients.iter().any(Option::is_none) {
+                average.join(averages, params, |i| gradients[i].is_none());
+            }
         } else {
             executed?;
         }
@@ -859,18 +874,6 @@ impl Optimizer {
             self.note_squares(gradients, squares);
         }
         Ok(())
-    }
-
-    /// Counts an average's update that followed this one, and joins the parameters that had no gradient.
-    fn follow(
-        &mut self,
-        averages: &mut [TensorMut<'_>],
-        params: &[TensorMut<'_>],
-        gradients: &[Option<TensorRef<'_>>],
-    ) -> Result<()> {
-        self.advance(&readings(params, |i| gradients[i].is_some()));
-        let rest = readings(params, |i| gradients[i].is_none());
-        if rest.iter().any(Option::is_some) { self.step(averages, &rest) } else { Ok(()) }
     }
 
     /// The jobs of an update and their rows.

@@ -1033,12 +1033,14 @@ class Noted(AveragedModel):
         (
             lambda: AveragedModel([3.0]),
             TypeError,
-            "AveragedModel: parameter 0 must be a numpy.ndarray, got an object of type float; convert",
+            "AveragedModel: parameter 0 must be a numpy.ndarray, got an object of type float; "
+            "convert it with numpy.asarray",
         ),
         (
             lambda: AveragedModel([f32(1), [None]]),
             TypeError,
-            "AveragedModel: parameter 1 must be a numpy.ndarray, got an object of type NoneType; convert",
+            "AveragedModel: parameter 1 must be a numpy.ndarray, got an object of type NoneType; "
+            "convert it with numpy.asarray",
         ),
         (
             lambda: AveragedModel([("a", f32(1)), ("a", f32(1))]),

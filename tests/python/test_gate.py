@@ -49,7 +49,9 @@ def layout(data: st.DataObject, shape: tuple[int, ...], item: int) -> tuple[tupl
         step = data.draw(steps, "step")
         strides[axis] = step * reach
         reach *= abs(step) * max(shape[axis], 1)
-    if shape and data.draw(SELDOM, "with an odd stride"):
+    if data.draw(SELDOM, "with any strides"):
+        strides = [item * data.draw(st.integers(-4, 6), "stride") for _ in shape]
+    elif shape and data.draw(SELDOM, "with an odd stride"):
         odd = st.sampled_from([0, item, -item, item + 1, max(item // 2, 1), 3 * item])
         strides[data.draw(st.integers(0, len(shape) - 1), "axis")] = data.draw(odd, "odd stride")
     ends = [stride * (max(extent, 1) - 1) for stride, extent in zip(strides, shape, strict=True)]
@@ -109,6 +111,18 @@ def refused(array: Any, error: roptim.RoptimError, expected: str | None) -> None
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
 ANY = settings(max_examples=5000 if FULL else 150)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (3, 2, 2), (2, 2, 2, 2)])
+def test_axes_that_nest_two_by_two_but_not_all_together(shape: tuple[int, ...]) -> None:
+    strides = (12, 8, 4) if len(shape) == 3 else (24, 12, 8, 4)
+    array = np.lib.stride_tricks.as_strided(np.zeros(40, np.float32), shape, strides)
+    assert visits_memory_twice(array)
+    with pytest.raises(ValueError, match="without elements that share memory"):
+        SGD([array], lr=1.0)
+    apart = np.lib.stride_tricks.as_strided(np.zeros(40, np.float32), (2, 2, 2), (16, 8, 4))
+    SGD([apart], lr=1.0).step([np.ones((2, 2, 2), np.float32)])
+    assert (apart == -1).all()
 
 
 @ANY

@@ -245,6 +245,22 @@ def _load_average() -> Made:
     return lambda: ema.load_state_dict(saved), lambda: [ema.state_dict()]
 
 
+def _averages_to(block: bool) -> Callable[[], Made]:
+    """Parameters that get averages: after a block with them they have their own values."""
+
+    def made() -> Made:
+        params = [normal(3), normal(2), normal(4)]
+        ema = AveragedModel([np.zeros(3), np.zeros(2), np.zeros(4)])
+
+        def within() -> None:
+            with ema.applied_to(params):
+                pass
+
+        return within if block else lambda: ema.copy_to(params), lambda: params
+
+    return made
+
+
 def _forget_state() -> Made:
     opt = Adam([normal(3), normal(2)])
     opt.step([normal(3), normal(2)])
@@ -275,6 +291,7 @@ ATOMIC: dict[str, Callable[[], Made]] = {
     "update_parameters": _average,
     "update_parameters with a function": _own_average,
     "load_state_dict of averages": _load_average,
+    "copy_to": _averages_to(block=False),
     "state = {}": _forget_state,
     "StepLR": _scheduler(lambda opt: StepLR(opt, 1)),
     "CosineAnnealingLR": _scheduler(lambda opt: CosineAnnealingLR(opt, 9)),
@@ -307,3 +324,15 @@ def test_an_interrupt_at_every_line_leaves_before_or_after(case: str) -> None:
         n += 1 if FULL or n < 100 else 7
     assert n > 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_in_a_block_with_averages_leaves_the_parameters_their_own_values() -> None:
+    n = 1
+    while True:
+        call, look = _averages_to(block=True)()
+        before = fingerprint(look())
+        if not interrupted(call, n):
+            break
+        assert fingerprint(look()) == before, f"line {n}"
+        n += 1
+    assert n > 20

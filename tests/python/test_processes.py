@@ -302,6 +302,33 @@ def test_forks_while_threads_are_in_steps() -> None:
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forks_while_threads_load_and_save() -> None:
+    """A child can use the optimizer at once: nobody who is not there holds it."""
+    opt = Adam([normal(SMALL)])
+    opt.step([normal(SMALL)])
+    saved = opt.state_dict()
+    over = threading.Event()
+
+    def calls() -> None:
+        while not over.is_set():
+            with contextlib.suppress(roptim.ConcurrentStepError):
+                opt.load_state_dict(saved)
+                opt.state_dict()
+
+    threads = [threading.Thread(target=calls) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(FORKS):
+            child_of(lambda: opt.step([normal(SMALL)]) is None)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forks_do_not_refuse_a_call_of_another_thread() -> None:
     """Who looks whether an optimizer is in use must not be taken for one who uses it."""
     opt = Adam([normal(SMALL)])

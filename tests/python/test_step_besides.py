@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -385,3 +386,98 @@ def test_sparse_adam_has_averages_too() -> None:
     average = AveragedModel([p])
     SparseAdam([p]).step([SparseGrad([1], np.ones((1, 2)), (4, 2))], average=average, statistics=True)
     assert (average.module[0] == p).all()
+
+
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize("name", ["AdamW", "LBFGS"])
+def test_groups_in_another_order(name: str, names: bool) -> None:
+    """Weights and biases in groups of their own: averages keep to what they are averages of."""
+    rng = np.random.default_rng(7)
+    keys = ["w1", "b1", "w2", "b2"]
+    start = {key: rng.standard_normal(4) for key in keys}
+    sides = []
+    for _ in range(2):
+        model = {key: value.copy() for key, value in start.items()}
+        groups: list[Any] = [{key: model[key] for key in keys if key[0] == kind} for kind in "wb"]
+        if not names:
+            groups = [list(group.values()) for group in groups]
+        params = [{"params": group} for group in groups] if name == "AdamW" else [model[k] for k in reversed(keys)]
+        average = AveragedModel(model if names else list(model.values()))
+        sides.append((model, getattr(roptim, name)(params), average))
+    for _ in range(3):
+        gradients = [rng.standard_normal(4) for _ in keys]
+        for i, (model, opt, average) in enumerate(sides):
+            given: Any = gradients if name == "AdamW" else functools.partial(lambda g: (0.0, g), gradients)
+            opt.step(given, **({"average": average} if i == 0 else {}))
+            if i:
+                average.update_parameters(model if names else list(model.values()))
+        (one, _, within), (two, _, after) = sides
+        for key in keys:
+            assert bits(one[key]) == bits(two[key])
+            at: Any = key if names else keys.index(key)
+            assert bits(within.module[at]) == bits(after.module[at])
+    assert within.n_averaged == after.n_averaged == 3
+
+
+def test_names_tell_apart_where_the_arrays_are_others() -> None:
+    model = {"w": np.zeros(2), "b": np.ones(2)}
+    average = AveragedModel({key: value.copy() for key, value in model.items()})
+    opt = SGD([{"params": {"b": model["b"]}}, {"params": {"w": model["w"]}}], lr=0.0)
+    opt.step([np.zeros(2), np.zeros(2)], average=average)
+    assert average.module["w"].tolist() == [0, 0]
+    assert average.module["b"].tolist() == [1, 1]
+    # A copy of the average does not know the arrays, but the names.
+    copied = copy.deepcopy(average)
+    opt.step([np.zeros(2), np.zeros(2)], average=copied)
+    assert (copied.n_averaged, average.n_averaged) == (2, 1)
+    assert copied.module["b"].tolist() == [1, 1]
+
+
+def test_frozen_averages_are_averaged() -> None:
+    params = [Parameter(np.ones(2, np.float32)), Parameter(np.ones(2, np.float32))]
+    averages = [AveragedModel(params) for _ in range(2)]
+    for average in averages:
+        for p in average.module:
+            p.requires_grad = False
+    opt = SGD(params, lr=1.0)
+    for p in params:
+        p.grad = np.ones(2, np.float32)
+    opt.step(average=averages[0])
+    averages[1].update_parameters(params)
+    for average in averages:
+        assert [np.asarray(a).tolist() for a in average.module] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("name", ["SGD", "LBFGS"])
+@pytest.mark.parametrize("way", ["gradients", "sums", "own function"])
+def test_an_average_that_cannot_be_written_is_refused_before_the_step(name: str, way: str) -> None:
+    p = np.ones(3)
+    average = AveragedModel([p], **({"avg_fn": own} if way == "own function" else {}))
+    average.module[0].flags.writeable = False
+    opt = getattr(roptim, name)([p])
+    given: Any = [np.ones(3)]
+    if name == "LBFGS":
+        given = lambda: (0.0, [np.ones(3)])  # noqa: E731  # one of two forms of the same argument
+    elif way == "sums":
+        opt.accumulate(given)
+        given = None
+    for _ in range(2):
+        with pytest.raises(ValueError, match="writeable"):
+            opt.step(given, average=average)
+        assert (p == 1).all()
+        assert (opt.update_count, average.n_averaged) == (0, 0)
+    average.module[0].flags.writeable = True
+    opt.step(given, average=average)
+    assert average.n_averaged == 1
+
+
+def test_a_large_table_of_which_few_rows_have_gradients() -> None:
+    rng = np.random.default_rng(8)
+    table, other = rng.standard_normal((3000, 20)), rng.standard_normal(5)
+    before = table.copy()
+    opt = SGD([table, other], lr=0.5)
+    g = SparseGrad([2999, 5], rng.standard_normal((2, 20)), (3000, 20))
+    opt.step([g, np.ones(5)], statistics=True)
+    assert opt.statistics is not None
+    assert np.allclose(opt.statistics.by_parameter[0], norms_of(g.values, before, table), rtol=1e-12)
+    assert math.isclose(opt.statistics.by_parameter[1].update, 0.5 * math.sqrt(5))
