@@ -78,7 +78,10 @@ impl Joined {
     fn reserve(&mut self, arrays: usize, blocks: usize) -> Result<()> {
         const WHAT: &str = "the sums of a norm";
         let Self { first, found, blocks: of_blocks, arrays: of_arrays } = self;
-        (first.clear(), found.clear(), of_blocks.clear(), of_arrays.clear());
+        first.clear();
+        found.clear();
+        of_blocks.clear();
+        of_arrays.clear();
         room::reserve(first, arrays, WHAT)?;
         room::reserve(found, blocks, WHAT)?;
         room::reserve(of_blocks, blocks, WHAT)?;
