@@ -178,7 +178,9 @@ unsafe fn pass<K: Kernel, E: Element<F>, G: Element<F>, F: Real>(isa: Isa, row: 
         // away; slots store the compute type.
         unsafe {
             if plain && E::IS_COMPUTE_TYPE && G::IS_COMPUTE_TYPE {
-                let [s0, s1, s2, s3] = [0, 1, 2, 3].map(|k| whole_mut::<F>(slot(k).0, start, slot(k).1));
+                // Written out: an array's `map` is a call where the compiler does not inline it.
+                let own = |k: usize| whole_mut::<F>(slot(k).0, start, slot(k).1);
+                let (s0, s1, s2, s3) = (own(0), own(1), own(2), own(3));
                 let (p, g) = (whole_mut(job.p.ptr, start, len), whole(job.g.ptr, start, len));
                 sweep(&c, &frame, p, g, s0, s1, s2, s3);
             } else {

@@ -48,7 +48,7 @@ impl Default for Options {
 }
 
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant, reason = "an optimizer has one, and most have the largest")]
+#[allow(clippy::large_enum_variant, reason = "an optimizer has one, and a step goes through no pointer more")]
 enum Backend {
     Cpu(cpu::Executor),
     #[cfg(feature = "gpu")]
