@@ -73,7 +73,9 @@ mutants:  ## change the engine in small ways and see whether tests notice (needs
 
 coverage: $(STAMP)-build $(STAMP)-examples $(STAMP)-coverage  ## lines of the Python package that its tests run
 	rm -rf build/coverage && mkdir -p build/coverage
-	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage run -m pytest
+	# Left out: tests that count system calls, and processes that may write nowhere. Both are the tool's own needs.
+	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage run -m pytest \
+		--ignore tests/python/test_kills.py -k 'not closed_to'
 	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage combine --quiet
 	COVERAGE_FILE=$(abspath build/coverage/data) $(BIN)/python -m coverage report
 

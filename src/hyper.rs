@@ -461,6 +461,7 @@ mod tests {
     fn a_refused_value_leaves_the_old_one() {
         static DECLARED: [Hyper; 1] = [LR];
         let mut hypers = Hypers::new(&DECLARED);
+        assert_eq!(hypers.declared(), &DECLARED);
         hypers.set("Adam", "lr", Value::Float(0.5)).unwrap();
         assert!(hypers.set("Adam", "lr", Value::Float(f64::INFINITY)).is_err());
         assert!(hypers.set("Adam", "rate", Value::Float(0.1)).is_err());

@@ -373,7 +373,15 @@ fn mutated_files_never_panic() {
     let edit = (edit(), any::<bool>(), any::<Index>());
     let strategy = (0..BASES, vec(edit, 1..4), any::<bool>(), proptest::bool::weighted(0.9));
     let accepted = Cell::new(0);
-    let cases = if full() { 1_000_000 } else { 20_000 };
+    // Under valgrind each case takes milliseconds.
+    let is_brief = std::env::var_os("ROPTIM_BRIEF_TESTS").is_some_and(|value| value == "1");
+    let cases = if full() {
+        1_000_000
+    } else if is_brief {
+        500
+    } else {
+        20_000
+    };
     let outcome = runner(cases).run(&strategy, |(base, edits, padded, sealed)| {
         let mut file = bases[base].clone();
         let data = file.len() - 8 - u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
