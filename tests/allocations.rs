@@ -1,5 +1,8 @@
 //! What steps allocate, and what becomes of them where an allocation fails.
 
+#[path = "common/numbers.rs"]
+mod numbers;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +17,8 @@ use roptim::{
     Dtype, ErrorKind, Guard, Nonfinite, Optimizer, Options, ParamInfo, Preset, REGISTRY, StateDict, TensorMut,
     TensorRef, Value,
 };
+
+use numbers::numbers;
 
 /// Counts allocations, and lets one fail that a thread asks it to.
 struct Watched;
@@ -84,19 +89,6 @@ static ALLOCATOR: Watched = Watched;
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Numbers between −1 and 1 that look random and are the same on every run.
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
 }
 
 /// Whether a rule takes gradients, and only sparse ones.

@@ -1,7 +1,12 @@
 //! Who may use whom, and where `unsafe` may stand.
 
+#[path = "common/files.rs"]
+mod files;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use files::files;
 
 /// Each module of the engine and the modules it may use. ARCHITECTURE.md says the same.
 const USES: &[(&str, &[&str])] = &[
@@ -54,24 +59,6 @@ const UNSAFE: &[(&str, &str)] = &[
 
 /// Lines with the word `unsafe` in all of them together.
 const MOST_UNSAFE_LINES: usize = 103;
-
-fn files(under: &str) -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut found = Vec::new();
-    let mut open = vec![root.join(under)];
-    while let Some(folder) = open.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                open.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                found.push(path.strip_prefix(root).unwrap().to_owned());
-            }
-        }
-    }
-    found.sort();
-    found
-}
 
 fn code_lines(path: &Path) -> Vec<String> {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap();

@@ -1,5 +1,8 @@
 //! What an optimizer keeps from step to step does not show, and a step that clears its gradients is the same step.
 
+#[path = "common/numbers.rs"]
+mod numbers;
+
 use roptim::real::Real;
 use roptim::rule::Sparse;
 use roptim::tensor::Rows;
@@ -8,21 +11,10 @@ use roptim::{
     Value,
 };
 
+use numbers::numbers;
+
 /// Matrices, which every optimizer takes; the last is worth several threads.
 const SHAPES: [[usize; 2]; 5] = [[5, 3], [1, 7], [4, 4], [2, 1], [4, 8201]];
-
-/// Numbers between −1 and 1 that look random and are the same on every run.
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
-}
 
 fn arrays(seed: u64) -> Vec<Vec<f32>> {
     SHAPES.iter().enumerate().map(|(i, [rows, columns])| numbers(seed + i as u64, rows * columns)).collect()
@@ -263,7 +255,7 @@ fn an_average_that_follows_has_the_bits_of_one_that_comes_after() {
             let mut averaged = [arrays(1), arrays(1)];
             for at in 0..6usize {
                 let g = arrays(100 + at as u64);
-                let is_present = |i: usize| at < 2 || (i + at) % 3 != 0;
+                let is_present = |i: usize| at < 2 || !(i + at).is_multiple_of(3);
                 let gradients: Vec<Option<TensorRef<'_>>> =
                     g.iter().enumerate().map(|(i, g)| is_present(i).then(|| g.as_slice().into())).collect();
                 let [one, two] = &mut both;

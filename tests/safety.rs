@@ -4,32 +4,20 @@
 
 #![allow(clippy::print_stderr, reason = "says what it wrote")]
 
+#[path = "common/files.rs"]
+mod files;
+
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use files::files;
 
 const BEGIN: &str = "<!-- list of unsafe, written by tests/safety.rs -->\n";
 const END: &str = "<!-- end of list -->\n";
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn files(under: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut open = vec![root().join(under)];
-    while let Some(folder) = open.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                open.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
 }
 
 /// A place with the word, in code that is not a unit test's.
@@ -71,7 +59,7 @@ fn after(texts: &[&str], mark: &str) -> Option<String> {
 }
 
 fn places(path: &Path) -> Vec<Place> {
-    let text = fs::read_to_string(path).unwrap();
+    let text = fs::read_to_string(root().join(path)).unwrap();
     let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
     let lines: Vec<&str> = code.lines().collect();
     let mut found = Vec::new();
@@ -121,7 +109,7 @@ fn list() -> String {
             continue;
         }
         total += places.len();
-        let name = path.strip_prefix(root()).unwrap().display().to_string();
+        let name = path.display().to_string();
         write!(
             page,
             "\n### {name}: {}\n\n| in | what | why it is sound, or what a caller owes |\n|---|---|---|\n",
