@@ -104,7 +104,7 @@ def rate_as_attribute() -> None:
     """Python lets an object have any attribute. Where the optimizer looks elsewhere for its rate, the assignment does
     nothing."""
     opt = roptim.SGD([float32(3)], lr=0.1)
-    opt.lr = 0.01  # type: ignore[attr-defined]
+    opt.lr = 0.01  # type: ignore[attr-defined]  # the mistake
 
 
 @mistake("One bound of the gradients for each group")
@@ -152,7 +152,7 @@ def set_of_parameters() -> None:
     """The order of a set changes from run to run, so a saved state comes back at other parameters: of the same shape,
     and without an error."""
     W, b = Parameter(float32(4, 3)), Parameter(float32(3))
-    roptim.Adam({W, b})  # type: ignore[arg-type]
+    roptim.Adam({W, b})  # type: ignore[arg-type]  # the mistake
 
 
 @mistake("The same weights twice")
@@ -377,6 +377,7 @@ def source(made: Mistake) -> tuple[str, str]:
     docstring, *body = function.body
     assert docstring.end_lineno is not None
     lines = text.splitlines()[docstring.end_lineno :]
+    # What only a type checker reads is no part of the mistake.
     code = textwrap.dedent("\n".join(line.partition("  # type: ignore")[0] for line in lines)).strip()
     assert body
     return " ".join((ast.get_docstring(function) or "").split()), code
