@@ -23,6 +23,7 @@ use roptim::tensor::{Buffer, RawTensor, Strides};
 use roptim::{Dtype, Error, ErrorKind};
 
 use crate::errors::{raise, refuse};
+use crate::overlap::interleave;
 
 /// Whether a step writes to the array.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,29 +77,6 @@ fn header(array: &Bound<'_, PyUntypedArray>) -> Header {
     // SAFETY: the object is an ndarray, checked when the Bound was made, and alive.
     let fields = unsafe { &(*array.as_array_ptr()).fields };
     Header { data: fields.data.cast(), flags: fields.flags, descr: fields.descr.cast() }
-}
-
-/// The byte range that the elements lie in.
-pub(crate) fn extent(raw: &RawTensor) -> (usize, usize) {
-    let (mut low, mut high) = (raw.ptr as usize, raw.ptr as usize);
-    if raw.len == 0 {
-        return (low, high);
-    }
-    match &raw.strides {
-        None => high += raw.len * raw.dtype.size(),
-        Some(strides) => {
-            for (&axis, &step) in strides.shape.iter().zip(&strides.bytes) {
-                let reach = step * (axis as isize - 1);
-                if reach < 0 {
-                    low = low.wrapping_add_signed(reach);
-                } else {
-                    high = high.wrapping_add_signed(reach);
-                }
-            }
-            high += raw.dtype.size();
-        }
-    }
-    (low, high)
 }
 
 /// Whether two elements of a strided array may be the same memory: false only where the axes, sorted by
@@ -279,43 +257,8 @@ impl Seen {
     }
 }
 
-/// Lowest address of an array, the bytes in one piece from there, and the steps from piece to piece.
-fn pieces(raw: &RawTensor) -> (usize, usize, Vec<usize>) {
-    let item = raw.dtype.size();
-    let Some(strides) = &raw.strides else { return (raw.ptr as usize, raw.len * item, Vec::new()) };
-    let axes = strides.shape.iter().zip(&strides.bytes).filter(|(n, _)| **n > 1);
-    let mut axes: Vec<(usize, usize)> = axes.map(|(&n, &step)| (step.unsigned_abs(), n)).collect();
-    axes.sort_unstable();
-    let (mut piece, mut steps) = (item, Vec::new());
-    for (step, n) in axes {
-        if step == piece {
-            piece *= n;
-        } else {
-            steps.push(step);
-        }
-    }
-    (extent(raw).0, piece, steps)
-}
-
-/// Whether two arrays lie in different places of one grid, as the columns of a matrix do. Columns all meet in their
-/// byte ranges, so that this is asked for each pair; NumPy's exact answer takes ten times as long.
-fn interleave(a: &RawTensor, b: &RawTensor) -> bool {
-    fn common(mut a: usize, mut b: usize) -> usize {
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    }
-    let ((start, piece, steps), (other_start, other_piece, other_steps)) = (pieces(a), pieces(b));
-    let grid = steps.into_iter().chain(other_steps).fold(0, common);
-    if grid == 0 {
-        return false;
-    }
-    let apart = (other_start as i128 - start as i128).rem_euclid(grid as i128) as usize;
-    piece <= apart && other_piece <= grid - apart
-}
-
-/// Whether two arrays share memory, exactly; taken as true where NumPy finds the question too hard.
+/// Whether two arrays share memory, exactly; taken as true where NumPy finds the question too hard. Its answer takes
+/// long, so the grid is asked first.
 pub(crate) fn share_memory(a: (&Bound<'_, PyAny>, &RawTensor), b: (&Bound<'_, PyAny>, &RawTensor)) -> bool {
     let exact = || a.0.py().import("numpy")?.call_method1("shares_memory", (a.0, b.0, 1_000_000))?.is_truthy();
     !interleave(a.1, b.1) && exact().unwrap_or(true)

@@ -1,13 +1,11 @@
 """Steps over arrays of every layout, dtype and length near a vector's, for a checker of memory accesses.
 
 `test_gate.py` runs it under valgrind in the full tests. By itself it takes seconds. Each array ends where its
-allocation does, and gradients are exchanged in another thread while steps run.
+allocation does.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
 from typing import Any
 
 import ml_dtypes
@@ -64,28 +62,5 @@ def every_layout() -> int:
     return steps
 
 
-def beside_a_thread(rounds: int) -> int:
-    """Steps that give up the interpreter lock, while another thread exchanges gradients."""
-    size, ends = 300_000, threading.Event()
-    p = roptim.Parameter(np.ones(size, np.float32))
-    opt = roptim.Adam([p])
-
-    def exchange() -> None:
-        while not ends.is_set():
-            p.grad = np.ones(size, np.float32)
-            p.grad = None
-
-    thread = threading.Thread(target=exchange)
-    thread.start()
-    try:
-        for _ in range(rounds):
-            opt.step()
-    finally:
-        ends.set()
-        thread.join()
-    return rounds
-
-
 if __name__ == "__main__":
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    print(f"{every_layout() + beside_a_thread(rounds)} steps")
+    print(f"{every_layout()} steps")
