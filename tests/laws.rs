@@ -1,5 +1,9 @@
 //! Laws that hold for every optimizer of the registry, on the CPU.
 
+#[path = "common/extent.rs"]
+mod extent;
+
+use extent::is_brief;
 use proptest::prelude::*;
 use roptim::closure::Ask;
 use roptim::cpu::Isa;
@@ -156,11 +160,6 @@ struct Run {
     isa: Isa,
     chunk: usize,
     steps: u64,
-}
-
-/// Whether to do with fewer elements, where valgrind watches each access or hundreds of mutants are tried.
-fn is_brief() -> bool {
-    std::env::var_os("ROPTIM_BRIEF_TESTS").is_some_and(|set| set == "1")
 }
 
 type Outcome = (Vec<Vec<u64>>, Vec<(usize, String, Vec<u8>)>);

@@ -4,6 +4,8 @@
 //! `ROPTIM_FULL_TESTS=1` runs the long forms; they are meant for a release build.
 
 mod common;
+#[path = "common/extent.rs"]
+mod extent;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -15,12 +17,9 @@ use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
 
 use common::{floats, forged, refusal, sample, seal, tensor, with_header};
+use extent::{is_brief, is_full};
 use roptim::checkpoint::{DataType, Key, MAX_HEADER_LEN, Tree, from_bytes, to_bytes};
 use roptim::{Dtype, ErrorKind, Optimizer, Options, ParamInfo, Result, TensorRef};
-
-fn full() -> bool {
-    std::env::var_os("ROPTIM_FULL_TESTS").is_some_and(|value| value == "1")
-}
 
 // ---- Memory --------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ fn claims_allocate_nothing() {
 #[test]
 fn the_readers_memory_is_in_proportion_to_the_header() {
     // One item more than a power of two: lists have just grown.
-    let count = if full() { (1 << 20) + 1 } else { (1 << 14) + 1 };
+    let count = if is_full() { (1 << 20) + 1 } else { (1 << 14) + 1 };
     let list = |item: &str, len: usize| format!("[{}0]", format!("{item},").repeat(len / item.len()));
     let keys = || (0..count).map(|i| format!("\"{i:x}\":0,")).collect::<String>();
     let deep = |open: &str, close: &str| [open.repeat(50), close.repeat(50)].concat();
@@ -178,7 +177,7 @@ fn every_flipped_bit_is_noticed() {
 
 #[test]
 fn a_flipped_bit_of_a_large_file_is_noticed() {
-    let (len, flips) = if full() { (64 << 20, 1000) } else { (1 << 20, 20) };
+    let (len, flips) = if is_full() { (64 << 20, 1000) } else { (1 << 20, 20) };
     let (file, tree) = of_len(len);
     let file = std::cell::RefCell::new(file);
     let outcome = runner(flips).run(&(any::<Index>(), 0..8u8), |(at, bit)| {
@@ -373,11 +372,9 @@ fn mutated_files_never_panic() {
     let edit = (edit(), any::<bool>(), any::<Index>());
     let strategy = (0..BASES, vec(edit, 1..4), any::<bool>(), proptest::bool::weighted(0.9));
     let accepted = Cell::new(0);
-    // Under valgrind each case takes milliseconds.
-    let is_brief = std::env::var_os("ROPTIM_BRIEF_TESTS").is_some_and(|value| value == "1");
-    let cases = if full() {
+    let cases = if is_full() {
         1_000_000
-    } else if is_brief {
+    } else if is_brief() {
         500
     } else {
         20_000

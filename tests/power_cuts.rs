@@ -6,6 +6,8 @@
 //!
 //! `ROPTIM_FULL_TESTS=1` cuts the power a million times.
 
+#[path = "common/extent.rs"]
+mod extent;
 mod sim;
 
 use std::collections::BTreeMap;
@@ -15,6 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::LazyLock;
 
+use extent::is_full;
 use roptim::checkpoint::{DataType, Series, TensorData, Tree, load_from, save_to, to_bytes};
 use roptim::{Error, ErrorKind};
 use sim::{Every, Fault, Rng, Sabotage, SimDisk, Wrong};
@@ -35,7 +38,7 @@ const CUTS: usize = 20_000;
 
 /// A scenario's share of all cuts, in percent.
 fn share(percent: usize) -> usize {
-    let all = if std::env::var_os("ROPTIM_FULL_TESTS").is_some_and(|set| set == "1") { 50 * CUTS } else { CUTS };
+    let all = if is_full() { 50 * CUTS } else { CUTS };
     all * percent / 100
 }
 

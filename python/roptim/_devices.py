@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from roptim import _roptim
-from roptim._errors import (
-    DeviceError,
-    DeviceLostError,
-    ForkedGpuError,
-    NoAdapterError,
-    OutOfMemoryError,
-    RoptimTypeError,
-    refuse,
-    told,
-)
+from roptim._errors import DeviceError, DeviceLostError, ForkedGpuError, NoAdapterError, OutOfMemoryError
+from roptim._values import word
 
 
 class Device(NamedTuple):
@@ -56,9 +48,7 @@ def selected(place: str, backend: Any) -> str:
     """The text that chooses a backend."""
     if isinstance(backend, Device):
         return backend.backend
-    if not isinstance(backend, str):
-        raise refuse(RoptimTypeError, place, "backend", '"cpu", "gpu", "auto" or a Device', told(backend))
-    return backend
+    return word(place, "backend", '"cpu", "gpu", "auto" or a Device', backend)
 
 
 #: What was measured: seconds of a step on the CPU and on the GPU, and its name; by what chooses the GPU, elements, and

@@ -21,7 +21,12 @@ def path_text(path: object, place: str) -> str:
         text = os.fsdecode(path)  # type: ignore[arg-type]  # what it is not made for, it refuses
     except TypeError:
         raise refuse(RoptimTypeError, place, "path", "a path", f"an object of type {type(path).__name__}") from None
-    if not text or "\0" in text:
+    try:
+        os.fsencode(text)
+        is_name = bool(text) and "\0" not in text
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
         raise refuse(RoptimValueError, place, "path", "the name of a file", told(text))
     return text
 

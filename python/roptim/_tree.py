@@ -11,6 +11,7 @@ import numpy as np
 
 from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, refuse, told
 from roptim._foreign import is_array
+from roptim._values import is_encodable
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ def check_names(names: list[str], place: str) -> None:
             raise refuse(RoptimTypeError, place, "names", "strings", told(name))
         if name in seen:
             raise refuse(RoptimValueError, place, "names", "different", f"{name!r} twice")
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise refuse(RoptimValueError, place, "names", "text that UTF-8 can hold", ascii(name)) from None
+        if not is_encodable(name):
+            raise refuse(RoptimValueError, place, "names", "text that UTF-8 can hold", ascii(name))
         seen.add(name)
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from roptim._errors import RoptimTypeError, refuse, told
+from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
 
 
 def is_whole(x: object) -> TypeGuard[int]:
@@ -24,3 +24,21 @@ def flag(place: str, name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise refuse(RoptimTypeError, place, name, "True or False", told(value))
     return bool(value)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it, which it cannot with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def word(place: str, name: str, allowed: str, value: Any) -> str:
+    """A text that chooses something: the engine knows which there are."""
+    if not isinstance(value, str):
+        raise refuse(RoptimTypeError, place, name, allowed, told(value))
+    if not is_encodable(value):
+        raise refuse(RoptimValueError, place, name, allowed, told(value))
+    return value

@@ -53,7 +53,7 @@ from roptim._scheduled import encoded, is_scheduled, refuse_schedules, value_at,
 from roptim._signals import deferred
 from roptim._state import State
 from roptim._statistics import Statistics, statistics_of
-from roptim._values import flag, is_whole
+from roptim._values import flag, is_whole, word
 
 if TYPE_CHECKING:
     from roptim._averaging import AveragedModel
@@ -78,16 +78,13 @@ def checked_options(place: str, options: dict[str, Any]) -> dict[str, Any]:
             bounds[name] = None if bound is None else float(bound)
         except OverflowError:
             raise refuse(RoptimValueError, place, name, "None or a number >= 0", "one beyond all floats") from None
-    if not isinstance(options["nonfinite"], str):
-        allowed = '"propagate", "raise" or "skip"'
-        raise refuse(RoptimTypeError, place, "nonfinite", allowed, told(options["nonfinite"]))
     switches = {
         name: flag(place, name, options[name]) for name in ("allow_software", "flush_denormals", "nonfinite_sync")
     }
     return {
         "backend": selected(place, options["backend"]),
         "threads": None if threads is None else int(threads),
-        "nonfinite": options["nonfinite"],
+        "nonfinite": word(place, "nonfinite", '"propagate", "raise" or "skip"', options["nonfinite"]),
         **switches,
         **bounds,
     }
@@ -522,7 +519,7 @@ class Optimizer:
         if self._scheduled:
             self._follow_schedules()
         try:
-            if (zero_grad is not False and zero_grad is not None) or average is not None or statistics is not False:
+            if zero_grad is not False or average is not None or statistics is not False:
                 self._step_and_more(gradients, zero_grad, average, statistics)
             else:
                 self._engine.step(None if gradients is None else self._read(gradients))
@@ -552,7 +549,7 @@ class Optimizer:
         engine = self._engine
         assert engine is not None
         place = f"{self._place}.step"
-        clears = zero_grad is not None and flag(place, "zero_grad", zero_grad)
+        clears = flag(place, "zero_grad", zero_grad)
         measures = flag(place, "statistics", statistics)
         accumulated = gradients is None and engine.has_sums
         given = None if gradients is None else self._read(gradients)
@@ -1102,7 +1099,7 @@ class ClosureOptimizer(Optimizer):
             allowed, got = ("given", "none") if gradients is None else ("given without gradients", "gradients")
             remedy = "a step evaluates loss and gradients several times"
             raise refuse(RoptimTypeError, place, "closure", allowed, got, remedy)
-        if zero_grad is not None and flag(place, "zero_grad", zero_grad):
+        if flag(place, "zero_grad", zero_grad):
             remedy = "clear the gradients in the closure"
             raise refuse(RoptimValueError, place, "zero_grad", "False", told(zero_grad), remedy)
         if flag(place, "statistics", statistics):
@@ -1166,8 +1163,12 @@ def _given(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a step as hooks see them."""
     by_name = {"closure": closure} if closure is not None else {}
-    for name, value in (("zero_grad", zero_grad), ("average", average), ("statistics", statistics)):
-        if value is not None and value is not False:
+    for name, value, unless in (
+        ("zero_grad", zero_grad, False),
+        ("average", average, None),
+        ("statistics", statistics, False),
+    ):
+        if value is not unless:
             by_name[name] = value
     return () if gradients is None else (gradients,), by_name
 

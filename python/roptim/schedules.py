@@ -21,7 +21,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
-from roptim._values import is_real, is_whole
+from roptim._values import is_encodable, is_real, is_whole
 
 __all__ = [
     "Schedule",
@@ -137,7 +137,7 @@ class Schedule:
         """The schedule of a text; raises RoptimValueError where it is none."""
         if not isinstance(text, str):
             raise refuse(RoptimTypeError, "schedules.from_json", "text", "a str", f"{type(text).__name__}")
-        if not text.isascii() and "\ud800" <= max(text) <= "\udfff":
+        if not is_encodable(text):
             raise refuse(RoptimValueError, "schedules.from_json", "text", "text that UTF-8 can hold", ascii(text))
         return cls(_roptim.Schedule(text))
 

@@ -10,6 +10,7 @@ use roptim::{Error, ErrorKind};
 use crate::arrays::{self, Taking};
 use crate::errors::{OrRaise, guarded, raise, refuse};
 use crate::parameter::ParameterBase;
+use crate::values::text;
 
 const ALLOWED: &str =
     "None, bool, int, float, str, list, tuple, dict, a NumPy scalar, a numeric array or an object with state_dict";
@@ -37,16 +38,6 @@ fn tensor(object: &Bound<'_, PyAny>, place: &str, name: &str, taking: Taking) ->
     };
     let shape: Vec<usize> = object.getattr("shape")?.extract()?;
     TensorData::new(data_type, shape, arrays::bytes(&native, taking)?).or_raise(py)
-}
-
-/// Text, unless it has surrogates, which no file holds.
-fn text(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<String> {
-    object.extract().map_err(|_| {
-        let got = object.call_method0("__repr__").and_then(|r| r.call_method1("encode", ("ascii", "replace")));
-        let got = got.and_then(|b| b.extract::<Vec<u8>>()).unwrap_or_default();
-        let got = String::from_utf8_lossy(&got).into_owned();
-        refuse(object.py(), ErrorKind::Value, place, name, "text that UTF-8 can hold", got, None)
-    })
 }
 
 /// A Python value as a tree. `place` starts messages, which call the value `name`.

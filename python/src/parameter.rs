@@ -10,6 +10,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use crate::arrays::{Access, Context, as_array, look};
 use crate::errors::{OrRaise, guarded};
 use crate::shared::{self, Home};
+use crate::values::text;
 
 /// An array that a parameter does not use for the time being.
 struct Wrapped {
@@ -226,11 +227,16 @@ impl ParameterBase {
     }
 }
 
+fn named(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
+    name.map(|name| text(name, "Parameter", "name")).transpose()
+}
+
 #[pymethods]
 impl ParameterBase {
     #[new]
     #[pyo3(signature = (data, requires_grad=true, name=None))]
-    fn new(data: &Bound<'_, PyAny>, requires_grad: bool, name: Option<String>) -> PyResult<Self> {
+    fn new(data: &Bound<'_, PyAny>, requires_grad: bool, name: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let name = named(name)?;
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;
         look(&array, Access::Write, context)?;
@@ -304,8 +310,10 @@ impl ParameterBase {
     }
 
     #[setter]
-    fn set_name(&self, value: Option<String>) {
-        self.with(|f| f.name = value);
+    fn set_name(&self, value: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let name = named(value)?;
+        self.with(|f| f.name = name);
+        Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -29,6 +29,20 @@ fn number(object: &Bound<'_, PyAny>) -> Option<f64> {
     if item.hasattr("size").ok()? { item.extract().ok() } else { number(&item) }
 }
 
+/// Text, unless it has surrogates, which neither files nor the engine hold.
+pub(crate) fn text(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<String> {
+    let py = object.py();
+    if !object.is_instance_of::<PyString>() {
+        return Err(refuse(py, ErrorKind::Type, place, name, "text", told(object), None));
+    }
+    object.extract().map_err(|_| {
+        let got = object.call_method0("__repr__").and_then(|r| r.call_method1("encode", ("ascii", "replace")));
+        let got = got.and_then(|b| b.extract::<Vec<u8>>()).unwrap_or_default();
+        let got = String::from_utf8_lossy(&got).into_owned();
+        refuse(py, ErrorKind::Value, place, name, "text that UTF-8 can hold", got, None)
+    })
+}
+
 fn switch(object: &Bound<'_, PyAny>) -> Option<bool> {
     if let Ok(b) = object.cast::<PyBool>() {
         return Some(b.is_true());

@@ -57,6 +57,7 @@ OF_NO_TYPE: dict[str, Callable[[], Any]] = {
     "array of complex": lambda: np.array(0.5 + 0j),
     "array of text": lambda: np.array("0.5"),
     "array of many": lambda: np.full(1000, 0.5),
+    "text that UTF-8 cannot hold": lambda: "0.5\ud800",
     "array of none": lambda: np.array([]),
     "array of objects": lambda: np.array([None]),
     "time": lambda: np.timedelta64(1, "s"),
@@ -422,6 +423,9 @@ def arguments() -> Iterator[Argument]:
     yield Argument("grad_scale", lambda value: setattr(an_optimizer(), "grad_scale", value))
     yield Argument("step.zero_grad", lambda value: an_optimizer().step([np.ones(2)], zero_grad=value), *SWITCH)
     yield Argument("zero_grad", lambda value: an_optimizer().zero_grad(value), *SWITCH)
+    texts = [label for label, make in OF_NO_TYPE.items() if isinstance(make(), str) and "UTF-8" not in label]
+    yield Argument("Parameter.name", lambda value: roptim.Parameter(np.ones(2), name=value), *texts)
+    yield Argument("name of a Parameter", lambda value: setattr(roptim.Parameter(np.ones(2)), "name", value), *texts)
     yield Argument("step", lambda value: an_optimizer().step(value))
     yield Argument("add_param_group", lambda value: an_optimizer().add_param_group(value))
     yield Argument("load_state_dict", lambda value: an_optimizer().load_state_dict(value))

@@ -834,6 +834,11 @@ NAN, INF = math.nan, math.inf
         ),
         (lambda: Schedule.from_json(b"x"), TypeError, "schedules.from_json: text must be a str, got bytes"),
         (lambda: Schedule.from_json(None), TypeError, "schedules.from_json: text must be a str, got NoneType"),
+        (
+            lambda: Schedule.from_json("\ud800\U0001f600"),
+            ValueError,
+            r"schedules.from_json: text must be text that UTF-8 can hold, got '\ud800\U0001f600'",
+        ),
     ],
 )
 def test_refused_arguments(make: Callable[[], Any], kind: type[Exception], message: str) -> None:
