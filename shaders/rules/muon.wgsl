@@ -141,7 +141,9 @@ fn normalize(
 //
 // Every 256 steps of k are added up by themselves first, which keeps the error of long sums small. Slabs of 16 steps of
 // k are brought to shared memory, each as 16 groups of four numbers for each k, and one group of padding so that the
-// writes of neighbouring lanes do not meet in one bank.
+// writes of neighbouring lanes do not meet in one bank; the next slabs are on their way meanwhile. The steps are
+// written out and no index is computed: WebGPU makes sure that loops end and that indices are within arrays, and compilers
+// unroll no such loop and keep such arrays in memory, which took ten times as long.
 const GRAM: u32 = 0u;
 const POLYNOMIAL: u32 = 1u;
 const NEXT: u32 = 2u;
@@ -153,6 +155,18 @@ const GROUPS: u32 = 17u;
 
 var<workgroup> left_slab: array<vec4<f32>, 272>;
 var<workgroup> right_slab: array<vec4<f32>, 272>;
+
+// A lane's part of the product, by row, with the terms of one step of k.
+fn stepped(sums: mat4x4<f32>, k: u32, slow: u32, fast: u32) -> mat4x4<f32> {
+    let a = left_slab[k * GROUPS + slow];
+    let b = right_slab[k * GROUPS + fast];
+    return mat4x4<f32>(sums[0] + a.x * b, sums[1] + a.y * b, sums[2] + a.z * b, sums[3] + a.w * b);
+}
+
+fn four_steps(sums: mat4x4<f32>, k: u32, slow: u32, fast: u32) -> mat4x4<f32> {
+    let half = stepped(stepped(sums, k, slow, fast), k + 1u, slow, fast);
+    return stepped(stepped(half, k + 2u, slow, fast), k + 3u, slow, fast);
+}
 
 // A matrix that is not taller than wide, as the iteration sees it.
 struct Shape {
@@ -218,19 +232,74 @@ fn right_at(kind: u32, t: Tensor, s: Shape, k: u32, j: u32) -> f32 {
     return x_at(t, table.turn, k * s.row_stride + j * s.column_stride);
 }
 
-fn keep_product(kind: u32, t: Tensor, s: Shape, part: u32, i: u32, j: u32, product: f32) {
+// A product as its lanes see it.
+struct Product {
+    kind: u32,
+    tensor: Tensor,
+    shape: Shape,
+    // Columns of the product, and the end of its sums.
+    width: u32,
+    inner: u32,
+    part: u32,
+}
+
+fn left_within(p: Product, i: u32, k: u32) -> f32 {
+    if (i < p.shape.rows && k < p.inner) {
+        return left_at(p.kind, p.tensor, p.shape, i, k);
+    }
+    return 0.0;
+}
+
+fn left_four(p: Product, i: u32, k: u32) -> vec4<f32> {
+    return vec4<f32>(
+        left_within(p, i, k),
+        left_within(p, i + 1u, k),
+        left_within(p, i + 2u, k),
+        left_within(p, i + 3u, k),
+    );
+}
+
+fn right_within(p: Product, k: u32, j: u32) -> f32 {
+    if (j < p.width && k < p.inner) {
+        return right_at(p.kind, p.tensor, p.shape, k, j);
+    }
+    return 0.0;
+}
+
+fn right_four(p: Product, k: u32, j: u32) -> vec4<f32> {
+    return vec4<f32>(
+        right_within(p, k, j),
+        right_within(p, k, j + 1u),
+        right_within(p, k, j + 2u),
+        right_within(p, k, j + 3u),
+    );
+}
+
+fn keep_product(p: Product, i: u32, j: u32, product: f32) {
+    if (i >= p.shape.rows || j >= p.width) {
+        return;
+    }
+    let t = p.tensor;
+    let s = p.shape;
     let c = work.rows[t.row].c;
-    if (kind == GRAM && parts_of(s) > 1u) {
-        square[t.areas[2] + (part * s.rows + i) * s.rows + j] = bitcast<u32>(product);
-    } else if (kind == GRAM) {
+    if (p.kind == GRAM && parts_of(s) > 1u) {
+        square[t.areas[2] + (p.part * s.rows + i) * s.rows + j] = bitcast<u32>(product);
+    } else if (p.kind == GRAM) {
         keep_beside_x(t, table.turn, i * s.rows + j, product);
-    } else if (kind == POLYNOMIAL) {
+    } else if (p.kind == POLYNOMIAL) {
         let a = beside_x_at(t, table.turn, i * s.rows + j);
         square[t.areas[2] + i * s.rows + j] = bitcast<u32>(c.b * a + c.c * product);
     } else {
         let at = i * s.row_stride + j * s.column_stride;
         keep_beside_x(t, table.turn, at, c.a * x_at(t, table.turn, at) + product);
     }
+}
+
+fn keep_row(p: Product, i: u32, j: u32, products: vec4<f32>) {
+    keep_product(p, i, j, products.x);
+    keep_product(p, i, j + 1u, products.y);
+    keep_product(p, i, j + 2u, products.z);
+    keep_product(p, i, j + 3u, products.w);
 }
 
 fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
@@ -242,68 +311,53 @@ fn multiply(kind: u32, unit: u32, number: u32, lane: u32) {
         return;
     }
     let s = shape_of(t);
-    let is_next = kind == NEXT;
-    let width = select(s.rows, s.columns, is_next);
+    let width = select(s.rows, s.columns, kind == NEXT);
     let tiles = (width + TILE - 1u) / TILE;
     let of_part = tiles * ((s.rows + TILE - 1u) / TILE);
     let part = (number - t.first[unit]) / of_part;
     let tile = (number - t.first[unit]) % of_part;
     let skipped = select(0u, part * part_len(s), kind == GRAM);
     let inner = select(s.rows, min(s.columns, skipped + part_len(s)), kind == GRAM);
-    let first_row = tile / tiles * TILE;
-    let first_column = tile % tiles * TILE;
+    let p = Product(kind, t, s, width, inner, part);
     // Neighbouring lanes read neighbouring numbers: along k where these lie side by side.
     let left_along = kind != GRAM || s.column_stride == 1u;
-    let right_along = (kind == GRAM && s.column_stride == 1u) || (is_next && s.row_stride == 1u);
+    let right_along = (kind == GRAM && s.column_stride == 1u) || (kind == NEXT && s.row_stride == 1u);
     let fast = lane % SLAB;
     let slow = lane / SLAB;
     let left_k = select(slow, fast, left_along);
     let left_group = select(fast, slow, left_along);
     let right_k = select(slow, fast, right_along);
     let right_group = select(fast, slow, right_along);
-    var totals: array<vec4<f32>, 4>;
-    var sums: array<vec4<f32>, 4>;
+    let first_row = tile / tiles * TILE;
+    let first_column = tile % tiles * TILE;
+    let left_row = first_row + 4u * left_group;
+    let right_column = first_column + 4u * right_group;
+    var left = left_four(p, left_row, skipped + left_k);
+    var right = right_four(p, skipped + right_k, right_column);
+    var totals = mat4x4<f32>();
+    var sums = mat4x4<f32>();
     for (var begin = skipped; begin < inner; begin += SLAB) {
-        var left = vec4<f32>(0.0);
-        var right = vec4<f32>(0.0);
-        for (var r = 0u; r < 4u; r += 1u) {
-            let i = first_row + 4u * left_group + r;
-            if (i < s.rows && begin + left_k < inner) {
-                left[r] = left_at(kind, t, s, i, begin + left_k);
-            }
-            let j = first_column + 4u * right_group + r;
-            if (j < width && begin + right_k < inner) {
-                right[r] = right_at(kind, t, s, begin + right_k, j);
-            }
-        }
         left_slab[left_k * GROUPS + left_group] = left;
         right_slab[right_k * GROUPS + right_group] = right;
         workgroupBarrier();
-        for (var k = 0u; k < SLAB; k += 1u) {
-            let a = left_slab[k * GROUPS + slow];
-            let b = right_slab[k * GROUPS + fast];
-            sums[0] += a.x * b;
-            sums[1] += a.y * b;
-            sums[2] += a.z * b;
-            sums[3] += a.w * b;
-        }
+        left = left_four(p, left_row, begin + SLAB + left_k);
+        right = right_four(p, begin + SLAB + right_k, right_column);
+        sums = four_steps(sums, 0u, slow, fast);
+        sums = four_steps(sums, 4u, slow, fast);
+        sums = four_steps(sums, 8u, slow, fast);
+        sums = four_steps(sums, 12u, slow, fast);
         workgroupBarrier();
         if ((begin + SLAB - skipped) % BLOCK == 0u || begin + SLAB >= inner) {
-            for (var r = 0u; r < 4u; r += 1u) {
-                totals[r] += sums[r];
-                sums[r] = vec4<f32>(0.0);
-            }
+            totals += sums;
+            sums = mat4x4<f32>();
         }
     }
-    for (var r = 0u; r < 4u; r += 1u) {
-        for (var q = 0u; q < 4u; q += 1u) {
-            let i = first_row + 4u * slow + r;
-            let j = first_column + 4u * fast + q;
-            if (i < s.rows && j < width) {
-                keep_product(kind, t, s, part, i, j, totals[r][q]);
-            }
-        }
-    }
+    let i = first_row + 4u * slow;
+    let j = first_column + 4u * fast;
+    keep_row(p, i, j, totals[0]);
+    keep_row(p, i + 1u, j, totals[1]);
+    keep_row(p, i + 2u, j, totals[2]);
+    keep_row(p, i + 3u, j, totals[3]);
 }
 
 @compute @workgroup_size(LANES)
