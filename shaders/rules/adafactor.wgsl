@@ -138,6 +138,16 @@ fn sizes(
     }
 }
 
+// Numbers of the gradient a stride apart: as many as `count` says and four at most, and zeros after them.
+fn gradient_four(at: u32, stride: u32, count: u32) -> vec4<f32> {
+    if (stride == 1u && at % 4u == 0u && count >= 4u) {
+        return gradients_at(at / 4u);
+    }
+    let i = vec4<u32>(at) + stride * near(count);
+    let g = vec4<f32>(gradient_at(i.x), gradient_at(i.y), gradient_at(i.z), gradient_at(i.w));
+    return select(vec4<f32>(0.0), g, FOUR < vec4<u32>(count));
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn squares(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -167,10 +177,7 @@ fn squares(
     let row = work.rows[t.row];
     var sum = nothing();
     for (var i = 0u; i < count; i += 4u) {
-        var g = vec4<f32>(0.0);
-        for (var j = 0u; j < min(4u, count - i); j += 1u) {
-            g[j] = gradient_at(4u * t.gradient4 + begin + (i + j) * stride);
-        }
+        let g = gradient_four(4u * t.gradient4 + begin + i * stride, stride, count - i);
         sum = with_squares(sum, ready(row, g));
     }
     sum = gathered(sum);
@@ -237,11 +244,9 @@ fn stacks(
     let count = min(piece_len(t.rows), t.rows - skipped);
     var sum = nothing();
     for (var i = 0u; i < count; i += 4u) {
-        var r = vec4<f32>(0.0);
-        for (var j = 0u; j < min(4u, count - i); j += 1u) {
-            r[j] = row_var[begin + i + j];
-        }
-        sum = with_numbers(sum, r);
+        let at = vec4<u32>(begin + i) + near(count - i);
+        let r = vec4<f32>(row_var[at.x], row_var[at.y], row_var[at.z], row_var[at.w]);
+        sum = with_numbers(sum, select(vec4<f32>(0.0), r, FOUR < vec4<u32>(count - i)));
     }
     sum = gathered(sum);
     if (t.rows <= PIECE) {
@@ -271,22 +276,31 @@ fn floors(
     keep_floor(t, matrix, gathered(sum));
 }
 
+// V̂ of elements of one row: r·c/max(mean(R), ε₁).
+fn estimate_in(t: Tensor, row: u32, columns: vec4<u32>) -> vec4<f32> {
+    let matrix = row / t.rows;
+    let r = row_var[t.slots[ROW_VAR] + row];
+    let at = vec4<u32>(t.slots[COL_VAR] + matrix * t.columns) + columns;
+    let c = vec4<f32>(col_var[at.x], col_var[at.y], col_var[at.z], col_var[at.w]);
+    return (r * c) / bitcast<f32>(scratch[floor_at(t, matrix)]);
+}
+
+fn estimate_at(t: Tensor, i: u32) -> f32 {
+    return estimate_in(t, i / t.columns, vec4<u32>(i % t.columns)).x;
+}
+
 // V̂ of four elements from `begin` on.
 fn estimate(t: Tensor, begin: u32) -> vec4<f32> {
-    var v = vec4<f32>(0.0);
-    for (var j = 0u; j < 4u; j += 1u) {
-        let i = min(begin + j, t.len - 1u);
-        if (t.matrices == 0u) {
-            v[j] = variance[t.slots[VARIANCE] + i];
-        } else {
-            let row = i / t.columns;
-            let matrix = row / t.rows;
-            let r = row_var[t.slots[ROW_VAR] + row];
-            let c = col_var[t.slots[COL_VAR] + matrix * t.columns + i % t.columns];
-            v[j] = (r * c) / bitcast<f32>(scratch[floor_at(t, matrix)]);
-        }
+    let i = vec4<u32>(begin) + near(t.len - begin);
+    if (t.matrices == 0u) {
+        let at = vec4<u32>(t.slots[VARIANCE]) + i;
+        return vec4<f32>(variance[at.x], variance[at.y], variance[at.z], variance[at.w]);
     }
-    return v;
+    let column = begin % t.columns;
+    if (column + 3u < t.columns) {
+        return estimate_in(t, begin / t.columns, vec4<u32>(column) + FOUR);
+    }
+    return vec4<f32>(estimate_at(t, i.x), estimate_at(t, i.y), estimate_at(t, i.z), estimate_at(t, i.w));
 }
 
 // U of elements with this estimate.
@@ -294,10 +308,17 @@ fn direction(c: Scalars, v: vec4<f32>, g: vec4<f32>) -> vec4<f32> {
     return (vec4<f32>(1.0) / sqrt(at_least(v, c.smallest))) * g;
 }
 
-fn keep_variance(t: Tensor, begin: u32, v: vec4<f32>) {
-    for (var j = 0u; j < 4u && begin + j < t.len; j += 1u) {
-        variance[t.slots[VARIANCE] + begin + j] = v[j];
+fn keep_variance_at(t: Tensor, i: u32, v: f32) {
+    if (i < t.len) {
+        variance[t.slots[VARIANCE] + i] = v;
     }
+}
+
+fn keep_variance(t: Tensor, begin: u32, v: vec4<f32>) {
+    keep_variance_at(t, begin, v.x);
+    keep_variance_at(t, begin + 1u, v.y);
+    keep_variance_at(t, begin + 2u, v.z);
+    keep_variance_at(t, begin + 3u, v.w);
 }
 
 @compute @workgroup_size(WORKGROUP)

@@ -53,6 +53,13 @@ fn norm_at(t: Tensor) -> u32 {
     return square_at(t, chunks_of(t));
 }
 
+fn keep_momentum(t: Tensor, i: u32, b: f32, u: f32) {
+    if (i < t.len) {
+        momentum_buffer[t.slots[0] + i] = b;
+        even[t.areas[0] + i] = bitcast<u32>(u);
+    }
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn momentum(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -71,19 +78,16 @@ fn momentum(
     for (var i = lane; 4u * i < chunk_len(t, chunk); i += WORKGROUP) {
         let begin = chunk * table.chunk + 4u * i;
         let inside = lanes_inside(i, chunk_len(t, chunk));
-        let count = min(4u, t.len - begin);
         let g = ready(row, gradients_at(t.gradient4 + begin / 4u));
-        var b = vec4<f32>(0.0);
-        for (var j = 0u; j < count; j += 1u) {
-            b[j] = momentum_buffer[t.slots[0] + begin + j];
-        }
-        b = lerp(b, g, row.c.weight);
+        let at = vec4<u32>(t.slots[0] + begin) + near(t.len - begin);
+        let before = vec4<f32>(momentum_buffer[at.x], momentum_buffer[at.y], momentum_buffer[at.z], momentum_buffer[at.w]);
+        let b = lerp(before, g, row.c.weight);
         let u = select(vec4<f32>(0.0), select(b, lerp(g, b, row.c.ahead), row.c.nesterov != 0.0), inside);
         let kept = stored(row.frame, b, inside);
-        for (var j = 0u; j < count; j += 1u) {
-            momentum_buffer[t.slots[0] + begin + j] = kept[j];
-            even[t.areas[0] + begin + j] = bitcast<u32>(u[j]);
-        }
+        keep_momentum(t, begin, kept.x, u.x);
+        keep_momentum(t, begin + 1u, kept.y, u.y);
+        keep_momentum(t, begin + 2u, kept.z, u.z);
+        keep_momentum(t, begin + 3u, kept.w, u.w);
         sum = with_squares(sum, u);
     }
     let total = sum_of_workgroup(lane, sum);
@@ -425,10 +429,9 @@ fn update(
     let c = work.rows[t.row].c;
     for (var i = lane; 4u * i < chunk_len(t, chunk); i += WORKGROUP) {
         let begin = chunk * table.chunk + 4u * i;
-        var x = vec4<f32>(0.0);
-        for (var j = 0u; j < min(4u, t.len - begin); j += 1u) {
-            x[j] = x_at(t, u32(c.steps), begin + j);
-        }
+        let turn = u32(c.steps);
+        let of_x = vec4<u32>(begin) + near(t.len - begin);
+        let x = vec4<f32>(x_at(t, turn, of_x.x), x_at(t, turn, of_x.y), x_at(t, turn, of_x.z), x_at(t, turn, of_x.w));
         let at = t.parameter4 + begin / 4u;
         let theta = parameters_at(at) * c.shrink + c.factor * x;
         keep_parameters(at, select(vec4<f32>(0.0), theta, lanes_inside(i, chunk_len(t, chunk))));

@@ -70,6 +70,13 @@ fn chunk_len(tensor: Tensor, chunk: u32) -> u32 {
     return min(table.chunk, tensor.len - chunk * table.chunk);
 }
 
+const FOUR: vec4<u32> = vec4<u32>(0u, 1u, 2u, 3u);
+
+// How far four elements are from the first; the last of `count` in place of those after it.
+fn near(count: u32) -> vec4<u32> {
+    return min(FOUR, vec4<u32>(count - 1u));
+}
+
 // Four elements of the gradient as the rule sees them.
 fn ready(row: Row, gradients: vec4<f32>) -> vec4<f32> {
     return prepared(row.frame, work.control, vec4<f32>(0.0), gradients);
