@@ -4,13 +4,16 @@ mod common;
 
 use std::collections::HashSet;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use roptim::checkpoint::{DataType, Key, TensorData, Tree, from_bytes, load, save, to_bytes};
+use roptim::checkpoint::{
+    DataType, Key, MAX_NAME_LEN, MAX_RANK, OsDisk, Series, TensorData, Tree, from_bytes, load, save, to_bytes,
+};
 use roptim::closure::Ask;
 use roptim::rule::Sparse;
 use roptim::tensor::Rows;
@@ -131,6 +134,17 @@ fn the_format_is_pinned() {
 }
 
 const PINNED_CHECKSUM: &str = "68b6bfa59f770edd86a591a4424b9682";
+
+#[test]
+fn names_and_shapes_at_their_limits_come_back() {
+    let key = "k".repeat(MAX_NAME_LEN);
+    let tree = Tree::dict([
+        (key.as_str(), floats(&[1.5])),
+        ("axes", Tree::Tensor(tensor(DataType::Int8, &[1; MAX_RANK], [3]))),
+        ("parts", Tree::Tensor(tensor(DataType::Complex64, &[1; MAX_RANK - 1], [4; 8]))),
+    ]);
+    assert_eq!(from_bytes(&to_bytes(&tree).unwrap()).unwrap(), tree);
+}
 
 // ---- What the writer refuses ---------------------------------------------------------------------------
 
@@ -275,6 +289,25 @@ mod unix {
         assert!(save("/dev/null", &sample()).unwrap_err().to_string().contains("got a device, pipe or socket"));
         assert_eq!(load("/dev/null").unwrap_err().kind(), ErrorKind::Io);
     }
+}
+
+#[test]
+fn a_damaged_checkpoint_takes_nobodys_place() {
+    let directory = tempfile::tempdir().unwrap();
+    // Opened anew each time: what one wrote is known to it.
+    let save = |step| {
+        let series = Series::open(OsDisk, directory.path(), NonZeroUsize::new(2)).unwrap();
+        series.save(step, &floats(&[step as f32]), &mut |_, _| Ok(())).unwrap();
+        let files = series.steps().unwrap();
+        (files, series.path(step))
+    };
+    save(1);
+    let (_, second) = save(2);
+    let whole = fs::read(&second).unwrap();
+    fs::write(&second, &whole[..whole.len() - 1]).unwrap();
+    assert_eq!(save(3).0, [1, 2, 3]);
+    assert_eq!(save(4).0, [3, 4]);
+    assert_eq!(save(5).0, [4, 5]);
 }
 
 // ---- Optimizers ----------------------------------------------------------------------------------------

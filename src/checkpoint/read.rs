@@ -598,3 +598,62 @@ pub(super) fn special_float(text: &str) -> Option<f64> {
     let x = f64::from_bits(u64::from_str_radix(text.strip_prefix("nan:")?, 16).ok()?);
     x.is_nan().then_some(x)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::to_bytes;
+
+    /// A file whose data is read in several pieces, and where the data begins.
+    fn long() -> (Vec<u8>, usize, Tree) {
+        let of = |len: usize, add: usize| {
+            let bytes: Vec<u8> = (0..len).map(|i| ((i + add) * 7919 % 251) as u8).collect();
+            Tree::Tensor(TensorData::new(DataType::UInt8, vec![len], bytes).unwrap())
+        };
+        let tree = Tree::dict([("a", of(2 * PIECE + 3, 0)), ("b", of(PIECE, 1)), ("c", of(5, 2))]);
+        let file = to_bytes(&tree).unwrap();
+        let header = u64::from_le_bytes(*file.first_chunk::<8>().unwrap());
+        (file, 8 + header as usize, tree)
+    }
+
+    fn read(held: &[u8], len: usize) -> Result<Examined> {
+        Reader { path: FilePath::new("f"), place: "f" }.read(held, len as u64, &mut silent)
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_since_it_was_opened_is_refused() {
+        let (file, begin, _) = long();
+        let mut cuts = vec![8, 9, begin / 2, begin - 1, begin, begin + 1, file.len() - 6, file.len() - 1];
+        cuts.extend([begin + PIECE - 1, begin + PIECE, begin + 2 * PIECE, begin + 2 * PIECE + 4]);
+        for cut in cuts {
+            let error = read(&file[..cut], file.len()).unwrap_err();
+            let sentence = "f: the file must be as long as it was when it was opened, got a shorter one";
+            assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::File, sentence), "{cut} bytes");
+        }
+    }
+
+    #[test]
+    fn a_file_that_became_longer_since_it_was_opened_is_refused() {
+        let (mut file, begin, _) = long();
+        let len = file.len();
+        file.push(0);
+        let error = read(&file, len).unwrap_err();
+        let sentence = format!("f: the data must be {} bytes long, got trailing bytes", len - begin);
+        assert_eq!((error.kind(), error.to_string()), (ErrorKind::File, sentence));
+    }
+
+    #[test]
+    fn tensors_of_several_pieces_are_read_whole_and_progress_is_told() {
+        let (file, _, tree) = long();
+        let (mut told, len) = (Vec::new(), file.len() as u64);
+        let mut progress = |done: u64, all: u64| {
+            told.push(done);
+            assert_eq!(all, len);
+            Ok(())
+        };
+        let reader = Reader { path: FilePath::new("f"), place: "f" };
+        let found = reader.read(file.as_slice(), len, &mut progress).unwrap();
+        assert!(found.tree == tree && found.damage.is_none());
+        assert!(told.is_sorted() && told.last() == Some(&len), "{told:?}");
+    }
+}
