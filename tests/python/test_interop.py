@@ -7,7 +7,6 @@ import copy
 import ctypes
 import mmap
 import re
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -42,19 +41,7 @@ def refused(kind: type[Exception], message: str) -> Any:
     return pytest.raises(kind, match=f"^{re.escape(message)}")
 
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 TYPE, VALUE = roptim.RoptimTypeError, roptim.RoptimValueError
-
-
-EXAMPLES = re.findall("```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_of_the_document(code: str) -> None:
-    for library in ("torch", "jax"):
-        if f"import {library}\n" in code:
-            pytest.importorskip(library)
-    exec(code, {})
 
 
 # ---- the buffer protocol ------------------------------------------------------------------------------------
