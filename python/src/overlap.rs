@@ -37,21 +37,34 @@ struct Comb {
 }
 
 impl Comb {
-    fn of(raw: &RawTensor) -> Self {
-        let (start, item) = (extent(raw).0, raw.dtype.size());
-        let Some(strides) = &raw.strides else { return Self { start, piece: raw.len * item, grid: 0 } };
-        let axes = strides.shape.iter().zip(&strides.bytes).filter(|(n, _)| **n > 1);
-        let mut axes: Vec<(usize, usize)> = axes.map(|(&n, &step)| (step.unsigned_abs(), n)).collect();
-        axes.sort_unstable();
-        let (mut piece, mut grid) = (item, 0);
+    /// Combs that have all of an array's bytes, and others. Each takes some of the shortest steps for one piece, with what
+    /// lies between; the first one all.
+    fn all(raw: &RawTensor) -> Vec<Self> {
+        let (start, end) = extent(raw);
+        let axes = raw.strides.iter().flat_map(|strides| strides.shape.iter().zip(&strides.bytes));
+        let axes = axes.filter(|(n, _)| **n > 1).map(|(&n, &step)| (step.unsigned_abs(), n));
+        let mut axes: Vec<(usize, usize)> = axes.collect();
+        axes.sort_unstable_by(|a, b| b.cmp(a));
+        let (mut piece, mut grid) = (end - start, 0);
+        let mut combs = vec![Self { start, piece, grid }];
         for (step, n) in axes {
-            if step == piece {
-                piece *= n;
-            } else {
-                grid = common(grid, step);
-            }
+            piece = piece.saturating_sub(step * (n - 1));
+            grid = common(grid, step);
+            combs.push(Self { start, piece, grid });
         }
-        Self { start, piece, grid }
+        combs
+    }
+
+    /// The one that leaves most to others.
+    fn of(raw: &RawTensor) -> Self {
+        let (start, end) = extent(raw);
+        let whole = Self { start, piece: end - start, grid: 0 };
+        if raw.strides.is_none() {
+            return whole;
+        }
+        let share = |comb: &Self| comb.piece as f64 / comb.grid as f64;
+        let combs = Self::all(raw).into_iter().filter(|comb| comb.piece < comb.grid);
+        combs.min_by(|a, b| share(a).total_cmp(&share(b))).unwrap_or(whole)
     }
 
     /// Whether the two lie in different places of one grid, and so share no byte.
@@ -64,12 +77,11 @@ impl Comb {
         self.piece <= apart && other.piece <= grid - apart
     }
 
-    /// Where in its grid it lies: one range, or two where it goes over the edge.
-    fn places(self) -> impl Iterator<Item = (usize, usize)> {
-        let Self { start, piece, grid } = self;
-        let low = start % grid;
-        let places = match low + piece {
-            _ if piece >= grid => [(0, grid), (0, 0)],
+    /// Where in a grid it lies that its own is a multiple of: one range, or two where it goes over the edge.
+    fn places(self, grid: usize) -> impl Iterator<Item = (usize, usize)> {
+        let low = self.start % grid;
+        let places = match low + self.piece {
+            _ if self.piece >= grid => [(0, grid), (0, 0)],
             high if high <= grid => [(low, high), (0, 0)],
             high => [(low, grid), (0, high - grid)],
         };
@@ -88,7 +100,8 @@ fn common(mut a: usize, mut b: usize) -> usize {
 /// Whether two arrays lie in different places of one grid, as the columns of a matrix do. What is not seen here may
 /// still share nothing.
 pub(crate) fn interleave(a: &RawTensor, b: &RawTensor) -> bool {
-    Comb::of(a).interleaves(Comb::of(b))
+    let (a, b) = (Comb::all(a), Comb::all(b));
+    a.iter().any(|a| b.iter().any(|b| a.interleaves(*b)))
 }
 
 /// A byte range that is written, with the parameter it belongs to.
@@ -146,40 +159,65 @@ impl Ranges<Interval> {
     }
 }
 
-/// The arrays of one grid: the columns of a matrix all meet in their byte ranges, so they are told apart by their place
-/// in the grid first.
+/// Arrays in pieces whose ranges hang together, as those of a matrix's columns: each meets all others, so they are told
+/// apart by their places in a grid that they have in common.
 #[derive(Clone)]
 struct Weave {
+    grid: usize,
     all: Ranges<Interval>,
     places: Ranges<Ranges<Interval>>,
 }
 
 impl Weave {
-    fn new(intervals: &[Interval]) -> Self {
+    fn new(grid: usize, intervals: Vec<Interval>) -> Self {
         let mut places: BTreeMap<(usize, usize), Vec<Interval>> = BTreeMap::new();
-        for interval in intervals {
-            for place in interval.comb.places() {
+        for interval in &intervals {
+            for place in interval.comb.places(grid) {
                 places.entry(place).or_default().push(*interval);
             }
         }
         let places = places.into_iter().map(|(place, intervals)| (place, Ranges::by_extent(intervals)));
-        Self { all: Ranges::by_extent(intervals.iter().copied()), places: Ranges::new(places.collect()) }
+        Self { grid, places: Ranges::new(places.collect()), all: Ranges::by_extent(intervals) }
     }
 
-    /// Every range that may share memory with another array of the grid.
+    /// Several where some have a grid that would take too much from the others'.
+    fn of(intervals: Vec<Interval>) -> impl Iterator<Item = Self> {
+        let mut by_grid: Vec<(usize, Vec<Interval>)> = Vec::new();
+        for interval in intervals {
+            let grid = interval.comb.grid;
+            match by_grid.iter_mut().find(|(other, _)| common(*other, grid) >= grid.max(*other) / 4) {
+                Some((other, members)) => {
+                    *other = common(*other, grid);
+                    members.push(interval);
+                }
+                None => by_grid.push((grid, vec![interval])),
+            }
+        }
+        by_grid.into_iter().map(|(grid, intervals)| Self::new(grid, intervals))
+    }
+
+    fn extent(&self) -> (usize, usize) {
+        let low = self.all.sorted.first().map_or(0, |((low, _), _)| *low);
+        (low, self.all.reach.last().copied().unwrap_or(low))
+    }
+
+    /// Every range that may share memory with another array.
     fn meeting(&self, extent: (usize, usize), comb: Comb) -> impl Iterator<Item = &Interval> {
-        let places = comb.places().flat_map(|place| self.places.meeting(place));
-        places.flat_map(move |in_place| in_place.meeting(extent))
+        let (own, other) = if comb.grid.is_multiple_of(self.grid) { (Some(self), None) } else { (None, Some(self)) };
+        let own = own.into_iter().flat_map(move |weave| {
+            comb.places(weave.grid).flat_map(|place| weave.places.meeting(place)).flat_map(move |at| at.meeting(extent))
+        });
+        own.chain(other.into_iter().flat_map(move |weave| weave.all.meeting(extent)))
     }
 }
 
-/// Ranges to be found by the arrays that meet them.
+/// Ranges to be found by the arrays that meet them. Arrays in one memory whose grids have little in common are compared
+/// pair by pair; all else is sorted.
 #[derive(Default, Clone)]
 pub(crate) struct Map {
     /// Arrays in one piece.
     whole: Ranges<Interval>,
-    /// The others, by grid.
-    woven: BTreeMap<usize, Weave>,
+    woven: Ranges<Weave>,
 }
 
 impl Map {
@@ -191,28 +229,34 @@ impl Map {
     /// With more ranges, all at once: one after the other would take the square of the time.
     pub(crate) fn with(self, added: impl Iterator<Item = Interval>) -> Self {
         let mut whole = self.whole.sorted;
-        let mut woven: BTreeMap<usize, Vec<Interval>> = BTreeMap::new();
-        for (grid, weave) in self.woven {
-            woven.insert(grid, weave.all.sorted.into_iter().map(|(_, interval)| interval).collect());
-        }
+        let mut woven: Vec<Interval> = self
+            .woven
+            .sorted
+            .into_iter()
+            .flat_map(|(_, weave)| weave.all.sorted)
+            .map(|(_, interval)| interval)
+            .collect();
         for interval in added.filter(|Interval { extent: (low, high), .. }| low < high) {
-            match interval.comb.grid {
-                0 => whole.push((interval.extent, interval)),
-                grid => woven.entry(grid).or_default().push(interval),
-            }
+            if interval.comb.grid == 0 { whole.push((interval.extent, interval)) } else { woven.push(interval) }
         }
-        let woven = woven.into_iter().map(|(grid, intervals)| (grid, Weave::new(&intervals))).collect();
-        Self { whole: Ranges::new(whole), woven }
+        woven.sort_by_key(|interval| interval.extent.0);
+        let mut reach = 0;
+        let mut weaves: Vec<Vec<Interval>> = Vec::new();
+        for interval in woven {
+            match weaves.last_mut().filter(|_| interval.extent.0 < reach) {
+                Some(weave) => weave.push(interval),
+                None => weaves.push(vec![interval]),
+            }
+            reach = reach.max(interval.extent.1);
+        }
+        let weaves = weaves.into_iter().flat_map(Weave::of).map(|weave| (weave.extent(), weave));
+        Self { whole: Ranges::new(whole), woven: Ranges::new(weaves.collect()) }
     }
 
     /// Every range that may share memory with the array; some twice.
     pub(crate) fn meeting(&self, raw: &RawTensor) -> impl Iterator<Item = &Interval> {
         let (extent, comb) = (extent(raw), Comb::of(raw));
-        let woven = self.woven.iter().flat_map(move |(grid, weave)| {
-            let (own, other) = if *grid == comb.grid { (Some(weave), None) } else { (None, Some(weave)) };
-            let own = own.into_iter().flat_map(move |weave| weave.meeting(extent, comb));
-            own.chain(other.into_iter().flat_map(move |weave| weave.all.meeting(extent)))
-        });
+        let woven = self.woven.meeting(extent).flat_map(move |weave| weave.meeting(extent, comb));
         self.whole.meeting(extent).chain(woven)
     }
 }
