@@ -338,26 +338,27 @@ class AveragedModel:
         place = f"{_PLACE}.copy_to"
         targets, values = self._targets(place, model), [np.array(a) for a in self._averages]
         with deferred():
-            self._write(targets, values)
+            self._write(place, targets, values)
 
     @contextmanager
     def applied_to(self, model: Any) -> Iterator[None]:
         """Within the block the parameters have the averages' values; afterwards their own again, bit for bit."""
         self._check_whole("applied_to")
-        targets = self._targets(f"{_PLACE}.applied_to", model)
+        place = f"{_PLACE}.applied_to"
+        targets = self._targets(place, model)
         before, values = [np.array(p) for p in targets], [np.array(a) for a in self._averages]
         try:
             try:
                 with deferred():
-                    self._write(targets, values)
+                    self._write(place, targets, values)
                 yield
             finally:
                 with deferred():
-                    self._write(targets, before)
+                    self._write(place, targets, before)
         except KeyboardInterrupt:
             # It may have come before they were.
             with deferred():
-                self._write(targets, before)
+                self._write(place, targets, before)
             raise
 
     def _targets(self, place: str, model: Any) -> list[Any]:
@@ -376,9 +377,18 @@ class AveragedModel:
         return params
 
     @staticmethod
-    def _write(params: list[Any], values: list[Any]) -> None:
-        for p, value in zip(params, values, strict=True):
-            p[...] = value
+    def _write(place: str, params: list[Any], values: list[Any]) -> None:
+        """Writes all that can be written, and then says what could not."""
+        refused: dict[int, Exception] = {}
+        for i, (p, value) in enumerate(zip(params, values, strict=True)):
+            try:
+                p[...] = value
+            except Exception as error:
+                refused[i] = error
+        if refused:
+            names = ", ".join(f"parameter {i}" for i in refused)
+            first = next(iter(refused.values()))
+            raise refuse(RoptimValueError, place, names, "writeable", f"one that refuses ({first})") from first
 
     def state_dict(self) -> dict[str, Any]:
         """A copy: ``n_averaged``, ``module`` (a list of arrays, by name in a dict where there are names), and

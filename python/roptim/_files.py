@@ -10,6 +10,7 @@ import numpy as np
 
 from roptim import _roptim
 from roptim._errors import RoptimTypeError, RoptimValueError, refuse, told
+from roptim._values import callback
 
 #: Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], Any]
@@ -76,7 +77,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, progress: Progress | None = 
     CheckpointIOError
         If the system refuses the write; the old file is untouched then.
     """
-    _roptim.save(obj, path_text(path, "roptim.save"), progress)
+    place = "roptim.save"
+    _roptim.save(obj, path_text(path, place), callback(place, "progress", progress))
 
 
 def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Any:
@@ -99,4 +101,5 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> A
     CheckpointIOError
         If the system refuses the read.
     """
-    return _roptim.load(path_text(path, "roptim.load"), progress)
+    place = "roptim.load"
+    return _roptim.load(path_text(path, place), callback(place, "progress", progress))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from roptim._errors import RoptimTypeError, RoptimValueError, refuse
+from roptim._errors import RoptimError, RoptimTypeError, RoptimValueError, refuse
 
 _COPY = "convert it with numpy.asarray"
 _HOST = "in the host's memory"
@@ -94,6 +94,8 @@ def _viewed(x: object, make: Callable[[], Any], place: str, label: str, remedy: 
         array: np.ndarray[Any, Any] = make()
         if type(array) is not np.ndarray:
             raise TypeError(f"{_name(type(array))} is what it shows")
+    except RoptimError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         got = f"an object of type {_name(type(x))} ({reason})"

@@ -77,6 +77,10 @@ def register_optimizer_step_post_hook(hook: Hook) -> RemovableHandle:
     return register(EVERYWHERE.step_post, "register_optimizer_step_post_hook", hook)
 
 
+def _is_text(key: object) -> bool:
+    return isinstance(key, str)
+
+
 def stepped(own: Hook, optimizer: Any, hooks: Hooks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A step with the hooks around it; ``args`` begin with the optimizer, as torch's do."""
     place = f"{type(optimizer).__name__}.step"
@@ -84,10 +88,12 @@ def stepped(own: Hook, optimizer: Any, hooks: Hooks, args: tuple[Any, ...], kwar
         changed = hook(optimizer, args, kwargs)
         if changed is None:
             continue
-        if not isinstance(changed, tuple) or len(changed) != 2:
-            allowed = "None or a tuple of new args and kwargs"
-            raise refuse(RoptimTypeError, place, "what a step hook returns", allowed, told(changed))
-        args, kwargs = changed
+        match changed:
+            case ((first, *_) as args, dict() as kwargs) if first is optimizer and all(map(_is_text, kwargs)):
+                pass
+            case _:
+                allowed = "None or a tuple of new args, the first of which is the optimizer, and new kwargs"
+                raise refuse(RoptimTypeError, place, "what a step hook returns", allowed, told(changed))
     result = own(*args, **kwargs)
     for hook in [*hooks.step_post.values(), *EVERYWHERE.step_post.values()]:
         hook(optimizer, args, kwargs)

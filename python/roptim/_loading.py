@@ -14,6 +14,7 @@ from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, pr
 from roptim._groups import SCHEDULER_KEYS, SWITCHES, check_switches, refuse_misspelling, settled, shown
 from roptim._registry import classes_with
 from roptim._scheduled import decoded, is_scheduled, refuse_schedules, value_at, values_at
+from roptim._values import is_encodable
 
 if TYPE_CHECKING:
     from roptim.optimizer import Optimizer
@@ -100,6 +101,8 @@ class Rules:
         rename = {} if rename is None else rename
         if not isinstance(rename, Mapping) or not all(isinstance(n, str) for pair in rename.items() for n in pair):
             raise refuse(RoptimTypeError, place, "rename", "a dict of names", told(rename))
+        if not all(is_encodable(name) for pair in rename.items() for name in pair):
+            raise refuse(RoptimValueError, place, "rename", "of text that UTF-8 can hold", told(rename))
         if not isinstance(hparams, Mapping) and not (isinstance(hparams, str) and hparams in ("file", "keep")):
             raise refuse(RoptimValueError, place, "hparams", '"file", "keep" or a dict of values', told(hparams))
         return Rules(

@@ -12,6 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+try:
+    from numpy.lib.array_utils import byte_bounds
+except ImportError:  # before NumPy 2
+    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]  # of another version
+
 from roptim import _roptim
 from roptim._errors import (
     DeviceLostError,
@@ -95,6 +100,7 @@ def restore_tree(saved: Any, into: Any, rules: Rules, step: int | None = None) -
     plan = _Plan(rules)
     plan.through(saved, into, "", None, None)
     plan.check_renames()
+    plan.check_overlap()
     plan.commit()
     hparams = plan.hparams
     converted = ", ".join(dict.fromkeys(plan.converted)) or None
@@ -123,6 +129,8 @@ class _Plan:
         self.values: list[tuple[Callable[[Any], None], Any, Any]] = []
         self.optimizers: list[tuple[Optimizer, Callable[[], None]]] = []
         self.writes: list[Callable[[], None]] = []
+        #: Arrays that are written to, each by its name and with what it becomes.
+        self.arrays: list[tuple[str, np.ndarray[Any, Any], Any]] = []
 
     def through(
         self, saved: Any, target: Any, place: str, within: str | None, assign: Callable[[Any], None] | None
@@ -228,6 +236,8 @@ class _Plan:
         if isinstance(target, Parameter):
             self.writes.append(lambda: setattr(target, "data", saved))
         elif isinstance(target, np.ndarray):
+            if not target.dtype.hasobject:
+                self.arrays.append((name, target, saved))
             self.writes.append(lambda: target.__setitem__(..., saved))
         else:
             self.writes.append(lambda: target.write(np.ascontiguousarray(saved)))
@@ -336,6 +346,25 @@ class _Plan:
             got = ", ".join(map(repr, sorted(unused)))
             raise refuse(RoptimKeyError, _PLACE, "rename", "of names that the saved state has", got)
 
+    def check_overlap(self) -> None:
+        """Refuses arrays that share memory but were saved with different values there."""
+        found = [(low, high, i) for i, (_, array, _) in enumerate(self.arrays) for low, high in [byte_bounds(array)]]
+        before: list[tuple[int, int]] = []
+        for low, high, i in sorted(found):
+            before = [(end, j) for end, j in before if end > low]
+            name, array, saved = self.arrays[i]
+            if array.nbytes > high - low and not _holds_both((array, saved), (array, saved)):
+                raise refuse(
+                    RoptimValueError, _PLACE, name, "without elements that share memory", "different values there"
+                )
+            for _, j in before:
+                other, *pair = self.arrays[j]
+                if np.shares_memory(array, pair[0]) and not _holds_both((pair[0], pair[1]), (array, saved)):
+                    raise refuse(
+                        RoptimValueError, _PLACE, name, "memory of its own", f"memory of {other}, with other values"
+                    )
+            before.append((high, i))
+
     def commit(self) -> None:
         with deferred(), ExitStack() as undo:
             # What cannot give its state back comes last.
@@ -357,6 +386,19 @@ class _Plan:
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+def _holds_both(first: tuple[Any, Any], second: tuple[Any, Any]) -> bool:
+    """Whether two arrays that share memory can have these values at once: tried on other memory."""
+    bounds = [byte_bounds(array) for array, _ in (first, second)]
+    low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+    memory = np.zeros(high - low, np.uint8)
+    twins = []
+    for array, saved in (first, second):
+        at = array.__array_interface__["data"][0] - low
+        twins.append((np.ndarray(array.shape, array.dtype, memory.data, at, array.strides), saved))
+        twins[-1][0][...] = saved
+    return all(twin.tobytes() == np.asarray(saved, twin.dtype).tobytes() for twin, saved in twins)
 
 
 def _keep(undo: ExitStack, name: str, target: Any) -> None:

@@ -35,6 +35,13 @@ def is_encodable(text: str) -> bool:
     return True
 
 
+def callback(place: str, name: str, value: Any) -> Any:
+    """None, or what can be called."""
+    if value is not None and not callable(value):
+        raise refuse(RoptimTypeError, place, name, "None or callable", told(value))
+    return value
+
+
 def word(place: str, name: str, allowed: str, value: Any) -> str:
     """A text that chooses something: the engine knows which there are."""
     if not isinstance(value, str):

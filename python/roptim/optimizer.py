@@ -189,7 +189,7 @@ class Optimizer:
     #: The count of updates that the groups show scheduled values for; None to ask again.
     _shown_at: int | None = None
 
-    param_groups: FixedList
+    _param_groups: FixedList
     defaults: dict[str, Any]
 
     def __init__(
@@ -316,7 +316,7 @@ class Optimizer:
                     allowed = f"{shown_default} for an optimizer written in Python"
                     raise refuse(RoptimValueError, self._place, name, allowed, told(value))
         self._hypers = hypers
-        self.param_groups = FixedList()
+        self._param_groups = FixedList()
         #: Hyperparameters that are functions of the count of updates, by index of the groups that have some.
         self._scheduled: dict[int, dict[str, Any]] = {}
         self._state = State(self._engine)
@@ -602,7 +602,9 @@ class Optimizer:
     def accumulate(self, gradients: Any = None) -> None:
         """Adds gradients to sums that the next ``step()`` without gradients takes; they begin anew then.
 
-        On a GPU the sums stay there. They are float32 for parameters of fewer bits. A loop over micro-batches::
+        The sums are no part of the state: they are not saved, an optimizer that has some is not copied, and
+        :meth:`load_state_dict` and :meth:`zero_grad` forget them. They are float32 for parameters of fewer bits; on a
+        GPU they stay there. A loop over micro-batches::
 
             for x, y in micro_batches:
                 opt.accumulate(gradients_of(x, y))
@@ -666,9 +668,7 @@ class Optimizer:
         if self._engine is None or self._engine_name is None or self._current is None:
             allowed, got = "one of the engine's", f"{type(self).__name__}, written in Python"
             raise refuse(RoptimTypeError, place, "the optimizer", allowed, got)
-        if self._engine.has_sums:
-            remedy = "step or zero_grad first"
-            raise refuse(RoptimValueError, place, "sums of gradients", "none", "accumulated ones", remedy)
+        self._refuse_sums(place)
         if backend == "auto":
             remedy = "make an optimizer with it: it is measured once, before there is anything to move"
             raise refuse(RoptimValueError, place, "backend", '"cpu", "gpu" or a Device', "'auto'", remedy)
@@ -689,6 +689,11 @@ class Optimizer:
         self._options, self._engine, self._current.engine = options, engine, engine
         self._state._engine = engine
         return self
+
+    def _refuse_sums(self, place: str) -> None:
+        if self._engine is not None and self._engine.has_sums:
+            remedy = "step or zero_grad first"
+            raise refuse(RoptimValueError, place, "sums of gradients", "none", "accumulated ones", remedy)
 
     def _follow_schedules(self) -> None:
         """Brings scheduled hyperparameters to their values for the coming update."""
@@ -786,6 +791,17 @@ class Optimizer:
     # ---- state ------------------------------------------------------------------------------------------
 
     @property
+    def param_groups(self) -> FixedList:
+        """The groups: live dicts, as many as were given or added."""
+        return self._param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        if value is not self._param_groups:
+            remedy = 'set values in the groups, as param_groups[0]["lr"] = 0.1, or call add_param_group'
+            raise refuse(RoptimTypeError, self._place, "param_groups", "the list that it is", told(value), remedy)
+
+    @property
     def state(self) -> State:
         """State by parameter."""
         return self._state
@@ -873,6 +889,10 @@ class Optimizer:
         hooks = self._hooks or Hooks()
         for hook in list(hooks.state_dict_pre.values()):
             hook(self)
+        if self._engine is not None and self._engine.has_sums:
+            warn(
+                f"{self._place}.state_dict: gradients that were accumulated are not part of it; call it after the step"
+            )
         state_dict = self._state_dict()
         for hook in list(hooks.state_dict_post.values()):
             changed = hook(self, state_dict)
@@ -985,12 +1005,13 @@ class Optimizer:
     # ---- copies and text --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_sums(f"copy of {self._place}")
         internal = {
             "_engine",
             "_current",
             "_reserves",
             "_state",
-            "param_groups",
+            "_param_groups",
             "_specs",
             "_all",
             "_order_known",

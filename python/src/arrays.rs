@@ -185,7 +185,13 @@ pub(crate) fn look(array: &Bound<'_, PyUntypedArray>, access: Access, context: C
             let remedy = "convert it with .astype(a.dtype.newbyteorder(\"=\"))";
             return no(ErrorKind::Value, "in native byte order", format!("dtype {descr}"), remedy);
         }
-        let remedy = "convert it with .astype(numpy.float32)";
+        // Who has no bfloat16 keeps its bits as such numbers.
+        let remedy = match descr.kind() {
+            b'u' if descr.itemsize() == 2 => {
+                "convert it with .astype(numpy.float32), or bits of bfloat16 with .view(ml_dtypes.bfloat16)"
+            }
+            _ => "convert it with .astype(numpy.float32)",
+        };
         let allowed = "float32, float64, complex64, complex128, float16 or bfloat16";
         return no(ErrorKind::Type, allowed, descr.to_string(), remedy);
     };

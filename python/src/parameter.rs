@@ -10,7 +10,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use crate::arrays::{Access, Context, as_array, look};
 use crate::errors::{OrRaise, guarded};
 use crate::shared::{self, Home};
-use crate::values::text;
+use crate::values::{flag, text};
 
 /// An array that a parameter does not use for the time being.
 struct Wrapped {
@@ -227,6 +227,17 @@ impl ParameterBase {
     }
 }
 
+/// Whether steps change a parameter.
+struct RequiresGrad(bool);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for RequiresGrad {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        flag(&object, "Parameter", "requires_grad").map(Self)
+    }
+}
+
 fn named(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
     name.map(|name| text(name, "Parameter", "name")).transpose()
 }
@@ -234,8 +245,12 @@ fn named(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
 #[pymethods]
 impl ParameterBase {
     #[new]
-    #[pyo3(signature = (data, requires_grad=true, name=None))]
-    fn new(data: &Bound<'_, PyAny>, requires_grad: bool, name: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (data, requires_grad=RequiresGrad(true), name=None), text_signature = "(data, requires_grad=True, name=None)")]
+    fn new(
+        data: &Bound<'_, PyAny>,
+        requires_grad: RequiresGrad,
+        name: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
         let name = named(name)?;
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;
@@ -244,7 +259,7 @@ impl ParameterBase {
             data: array.unbind(),
             wrapped: None,
             grad: None,
-            requires_grad,
+            requires_grad: requires_grad.0,
             name,
             home: None,
             away: false,
@@ -300,8 +315,8 @@ impl ParameterBase {
     }
 
     #[setter]
-    fn set_requires_grad(&self, value: bool) {
-        self.with(|f| f.requires_grad = value);
+    fn set_requires_grad(&self, value: RequiresGrad) {
+        self.with(|f| f.requires_grad = value.0);
     }
 
     #[getter]

@@ -43,6 +43,11 @@ pub(crate) fn text(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResu
     })
 }
 
+/// A switch; of anything else the truth is seldom what was meant.
+pub(crate) fn flag(object: &Bound<'_, PyAny>, place: &str, name: &str) -> PyResult<bool> {
+    switch(object).ok_or_else(|| refuse(object.py(), ErrorKind::Type, place, name, "True or False", told(object), None))
+}
+
 fn switch(object: &Bound<'_, PyAny>) -> Option<bool> {
     if let Ok(b) = object.cast::<PyBool>() {
         return Some(b.is_true());

@@ -99,10 +99,9 @@ impl Optimizer {
         *self.groups.change() = groups;
         self.update_count = saved.update_count;
         self.skip_count = saved.skip_count;
-        if std::mem::take(&mut self.torn) {
-            // They may be half of what was added.
-            self.clear_sums();
-        }
+        self.torn = false;
+        // They are of another run than the state that was loaded, or half of what was added.
+        self.clear_sums();
         Ok(report)
     }
 

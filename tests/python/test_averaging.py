@@ -650,6 +650,17 @@ def test_applied_to_restores_every_bit(dtype: Any, as_parameter: bool) -> None:
     assert average.module["b"].astype(np.complex128).tolist() == [[1] * 3] * 2, "the average is its own array"
 
 
+def test_applied_to_gives_back_all_it_can_and_says_what_not() -> None:
+    params = [f32(3, value=5), f32(2, value=5), f32(1, value=5)]
+    average = AveragedModel([f32(3), f32(2), f32(1)])
+    with (
+        pytest.raises(roptim.RoptimValueError, match="applied_to: parameter 0, parameter 1 must be writeable, got"),
+        average.applied_to(params),
+    ):
+        params[0].flags.writeable = params[1].flags.writeable = False
+    assert [p[0] for p in params] == [1, 1, 5]
+
+
 def test_applied_to_nests() -> None:
     p = f32(2, value=1)
     two, three = AveragedModel(f32(2, value=2)), AveragedModel(f32(2, value=3))

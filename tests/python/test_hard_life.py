@@ -362,6 +362,41 @@ def test_an_optimizer_written_in_python_refuses_odd_states() -> None:
     opt.load_state_dict(good)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adafactor"])
+def test_accumulated_gradients_are_of_one_run(name: str) -> None:
+    """A load forgets them; nothing copies or saves an optimizer as if it had none."""
+    p, g = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
+    opt = getattr(roptim, name)([p], lr=1.0)
+    opt.step([g])
+    saved, before = opt.state_dict(), p.copy()
+    opt.accumulate([g])
+    with pytest.warns(UserWarning, match="gradients that were accumulated are not part of it"):
+        opt.state_dict()
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(roptim.RoptimValueError, match=f"copy of {name}: sums of gradients must be none"):
+            copied(opt)
+    opt.load_state_dict(saved)
+    with pytest.raises(TypeError, match="gradients must be given"):
+        opt.step()
+    assert np.array_equal(p, before)
+    opt.step([2 * g])
+    q = np.zeros_like(p)
+    twin = getattr(roptim, name)([q], lr=1.0)
+    twin.step([g])
+    twin.step([2 * g])
+    assert np.array_equal(p, q)
+
+
+def test_groups_are_not_exchanged() -> None:
+    opt = SGD([np.ones(2)], lr=0.5)
+    for groups in ([], [{"params": [], "lr": 5.0}], list(opt.param_groups), None):
+        with pytest.raises(roptim.RoptimTypeError, match="param_groups must be the list that it is") as told:
+            opt.param_groups = groups
+        assert "add_param_group" in str(told.value)
+    opt.param_groups = opt.param_groups
+    assert [group["lr"] for group in opt.param_groups] == [0.5]
+
+
 def test_files_refuse_what_they_cannot_hold(tmp_path: Any) -> None:
     for tree in ("\ud800", {"\ud800": 1}, 10**5000):
         with pytest.raises(ValueError, match=r"^roptim.save: "):
@@ -371,6 +406,10 @@ def test_files_refuse_what_they_cannot_hold(tmp_path: Any) -> None:
             roptim.save(1, path)
     with pytest.raises(TypeError, match="path must be a path, got an object of type int"):
         roptim.load(3)  # type: ignore[arg-type]
+    for call in (lambda: roptim.save(1, tmp_path / "x", progress=5), lambda: roptim.load(tmp_path / "x", progress=5)):  # type: ignore[arg-type]  # that is the point
+        with pytest.raises(roptim.RoptimTypeError, match="progress must be None or callable, got 5"):
+            call()
+    assert not (tmp_path / "x").exists()
     roptim.save(1, bytes(tmp_path / "x"))  # type: ignore[arg-type]
     assert roptim.load(tmp_path / "x") == 1
 

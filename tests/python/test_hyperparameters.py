@@ -426,6 +426,16 @@ def arguments() -> Iterator[Argument]:
     texts = [label for label, make in OF_NO_TYPE.items() if isinstance(make(), str) and "UTF-8" not in label]
     yield Argument("Parameter.name", lambda value: roptim.Parameter(np.ones(2), name=value), *texts)
     yield Argument("name of a Parameter", lambda value: setattr(roptim.Parameter(np.ones(2)), "name", value), *texts)
+    yield Argument("requires_grad", lambda value: roptim.Parameter(np.ones(2), requires_grad=value), *SWITCH)
+    yield Argument(
+        "requires_grad of a Parameter",
+        lambda value: setattr(roptim.Parameter(np.ones(2)), "requires_grad", value),
+        *SWITCH,
+    )
+    yield Argument("param_groups", lambda value: setattr(an_optimizer(), "param_groups", value))
+    renamed = roptim.Adam({"a": g})
+    yield Argument("rename", lambda value: renamed.load_state_dict(renamed.state_dict(), rename=value))
+    yield Argument("a name of rename", lambda value: renamed.load_state_dict(renamed.state_dict(), rename={"b": value}))
     yield Argument("step", lambda value: an_optimizer().step(value))
     yield Argument("add_param_group", lambda value: an_optimizer().add_param_group(value))
     yield Argument("load_state_dict", lambda value: an_optimizer().load_state_dict(value))

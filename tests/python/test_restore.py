@@ -658,6 +658,35 @@ def test_one_object_in_two_places(tmp_path: Path) -> None:
     assert into.tolist() == [1, 1]
 
 
+def test_arrays_that_share_memory_are_restored_with_values_that_fit() -> None:
+    flat = np.arange(6, dtype=np.float32)
+    saved = {"flat": flat.copy(), "head": flat[:4].copy(), "every": flat[::-2].copy()}
+    x = np.zeros(6, np.float32)
+    roptim.restore(saved, {"flat": x, "head": x[:4], "every": x[::-2]})
+    assert np.array_equal(x, flat)
+    x[:] = 7
+    for change, places in (("every", ("every", "flat", "head")), ("head", ("head", "flat"))):
+        wrong = {**saved, change: saved[change] + 1}
+        into = {"flat": x, "head": x[:4], "every": x[::-2]}
+        with pytest.raises(roptim.RoptimValueError, match="must be memory of its own, got memory of") as told:
+            roptim.restore(wrong, into)
+        assert str(told.value).split(": ")[1].split()[0] in places
+        assert np.all(x == 7)
+    apart = {"a": x[::2], "b": x[1::2]}
+    roptim.restore({"a": flat[:3], "b": flat[3:]}, apart)
+    assert x.tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_an_array_that_visits_memory_twice_is_restored_with_one_value() -> None:
+    memory = np.zeros(1, np.float32)
+    twice = np.lib.stride_tricks.as_strided(memory, (3,), (0,))
+    with pytest.raises(roptim.RoptimValueError, match="a must be without elements that share memory"):
+        roptim.restore({"a": np.arange(3, dtype=np.float32)}, {"a": twice})
+    assert memory[0] == 0
+    roptim.restore({"a": f32(3)}, {"a": twice})
+    assert memory[0] == 1
+
+
 @pytest.mark.parametrize(
     ("saved", "here", "message"),
     [
