@@ -236,7 +236,7 @@ class _Plan:
         if isinstance(target, Parameter):
             self.writes.append(lambda: setattr(target, "data", saved))
         elif isinstance(target, np.ndarray):
-            if not target.dtype.hasobject:
+            if target.size and not target.dtype.hasobject:
                 self.arrays.append((name, target, saved))
             self.writes.append(lambda: target.__setitem__(..., saved))
         else:
