@@ -354,15 +354,13 @@ class _Plan:
             before = [(end, j) for end, j in before if end > low]
             name, array, saved = self.arrays[i]
             if array.nbytes > high - low and not _holds_both((array, saved), (array, saved)):
-                raise refuse(
-                    RoptimValueError, _PLACE, name, "without elements that share memory", "different values there"
-                )
+                allowed = "without elements that share memory"
+                raise refuse(RoptimValueError, _PLACE, name, allowed, "different values there")
             for _, j in before:
-                other, *pair = self.arrays[j]
-                if np.shares_memory(array, pair[0]) and not _holds_both((pair[0], pair[1]), (array, saved)):
-                    raise refuse(
-                        RoptimValueError, _PLACE, name, "memory of its own", f"memory of {other}, with other values"
-                    )
+                other, earlier, value = self.arrays[j]
+                if _share_memory(earlier, array) and not _holds_both((earlier, value), (array, saved)):
+                    got = f"memory of {other}, with other values"
+                    raise refuse(RoptimValueError, _PLACE, name, "memory of its own", got)
             before.append((high, i))
 
     def commit(self) -> None:
@@ -386,6 +384,14 @@ class _Plan:
             undo.pop_all()
         for target, _ in self.optimizers:
             target._after_load()
+
+
+def _share_memory(a: Any, b: Any) -> bool:
+    """Taken as true where NumPy finds the question too hard: then values are compared."""
+    try:
+        return np.shares_memory(a, b, max_work=1_000_000)
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _holds_both(first: tuple[Any, Any], second: tuple[Any, Any]) -> bool:
