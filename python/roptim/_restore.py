@@ -389,7 +389,7 @@ class _Plan:
 def _share_memory(a: Any, b: Any) -> bool:
     """Taken as true where NumPy finds the question too hard: then values are compared."""
     try:
-        return np.shares_memory(a, b, max_work=1_000_000)
+        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]  # NumPy's stub knows two bounds
     except np.exceptions.TooHardError:
         return True
 

@@ -712,9 +712,10 @@ def test_a_gradient_on_a_device_is_refused(gpu: str) -> None:
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_zero_grad_is_true_or_false(value: Any) -> None:
     p, g = np.ones(3, np.float32), np.ones(3, np.float32)
-    if value is None:
-        SGD([p], lr=0.5).step([g], zero_grad=value)
-    else:
+    opt = SGD([p], lr=0.5)
+    for hook in (None, lambda *_: None):
+        if hook is not None:
+            opt.register_step_pre_hook(hook)
         with pytest.raises(TypeError, match="zero_grad must be True or False"):
-            SGD([p], lr=0.5).step([g], zero_grad=value)
-    assert g.tolist() == [1, 1, 1]
+            opt.step([g], zero_grad=value)
+    assert (p + g).tolist() == [2, 2, 2]
