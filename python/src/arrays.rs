@@ -10,10 +10,7 @@
 use std::sync::Arc;
 
 use numpy::npyffi::flags::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE};
-use numpy::{
-    Complex32, Complex64, PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray,
-    PyUntypedArrayMethods, dtype,
-};
+use numpy::{PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -112,27 +109,26 @@ fn overlaps_itself(strides: &Strides, item: usize) -> bool {
     offsets.windows(2).any(|w| w[1] - w[0] < item)
 }
 
-/// The engine's dtype of an array, if it has one and is in the machine's byte order.
+/// The engine's dtype of an array, if it has one and is in the machine's byte order. NumPy is not asked whether dtypes are
+/// equivalent: it may run code for the answer, and tells of errors there beside the call.
 fn engine_dtype(array: &Bound<'_, PyUntypedArray>) -> Option<Dtype> {
-    let py = array.py();
+    /// NumPy's own dtypes have numbers below it.
+    const USERS: i32 = 256;
     let descr = array.dtype();
-    let known = [
-        (dtype::<f32>(py), Dtype::F32),
-        (dtype::<f64>(py), Dtype::F64),
-        (dtype::<Complex32>(py), Dtype::C64),
-        (dtype::<Complex64>(py), Dtype::C128),
-    ];
-    let found = known.into_iter().find_map(|(known, engine)| descr.is_equiv_to(&known).then_some(engine));
-    found.or_else(|| half_dtype(&descr))
-}
-
-/// NumPy's own half precision, or the bfloat16 that the ml_dtypes package adds to it.
-fn half_dtype(descr: &Bound<'_, PyArrayDescr>) -> Option<Dtype> {
-    let name: String = descr.getattr("name").ok()?.extract().ok()?;
-    let native = descr.itemsize() == 2 && descr.is_native_byteorder() != Some(false);
-    match name.as_str() {
-        "float16" if native && descr.kind() == b'f' => Some(Dtype::F16),
-        "bfloat16" if native && descr.kind() == b'V' => Some(Dtype::BF16),
+    if descr.is_native_byteorder() == Some(false) {
+        return None;
+    }
+    match (descr.kind(), descr.itemsize()) {
+        (b'f', 4) if descr.num() < USERS => Some(Dtype::F32),
+        (b'f', 8) if descr.num() < USERS => Some(Dtype::F64),
+        (b'f', 2) if descr.num() < USERS => Some(Dtype::F16),
+        (b'c', 8) if descr.num() < USERS => Some(Dtype::C64),
+        (b'c', 16) if descr.num() < USERS => Some(Dtype::C128),
+        // That of the ml_dtypes package.
+        (b'V', 2) => {
+            let name: String = descr.getattr("name").ok()?.extract().ok()?;
+            (name == Dtype::BF16.name()).then_some(Dtype::BF16)
+        }
         _ => None,
     }
 }

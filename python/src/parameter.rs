@@ -246,11 +246,7 @@ fn named(name: Option<&Bound<'_, PyAny>>) -> PyResult<Option<String>> {
 impl ParameterBase {
     #[new]
     #[pyo3(signature = (data, requires_grad=RequiresGrad(true), name=None), text_signature = "(data, requires_grad=True, name=None)")]
-    fn new(
-        data: &Bound<'_, PyAny>,
-        requires_grad: RequiresGrad,
-        name: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<Self> {
+    fn new(data: &Bound<'_, PyAny>, requires_grad: RequiresGrad, name: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let name = named(name)?;
         let context = Context { place: "Parameter", label: "data" };
         let array = as_array(data, Access::Write, context)?;

@@ -220,7 +220,8 @@ state = {"a": np.arange(5000.0), "b": [np.ones(3000, np.int8)] * 3}
 checkpoints.save(1, state)
 checkpoints.wait()
 print("ready", flush=True)
-sys.stdin.readline()
+# By another system call than the saves': it may be under way when the tracer comes.
+os.readv(0, [bytearray(1)])
 try:
     checkpoints.save(2, state)
     checkpoints.wait()
@@ -298,7 +299,7 @@ def test_a_kill_at_every_system_call(tmp_path: Path, calls: Counter[str]) -> Non
     seen: Counter[int] = Counter()
     left = 0
     for name, k in each(calls, names):
-        if name in ("exit_group", "restart_syscall"):
+        if name in ("exit_group", "restart_syscall", "readv"):
             continue
         directory = tmp_path / "run"
         status, _ = traced(directory, "-o", "/dev/null", "-e", f"inject={name}:signal=SIGKILL:when={k}")
