@@ -393,16 +393,6 @@ def test_read_only_by_the_time_of_the_update() -> None:
     assert np.all(a == 1)
 
 
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-def test_dtypes_are_known_without_running_code(dtype: Any) -> None:
-    """A frame without builtins imports nothing, and what fails beside a call is told nobody but the log."""
-    a = np.ones(3, dtype)
-    opt = SGD([a], lr=0.5)
-    names = {"__builtins__": {}, "SGD": SGD, "opt": opt, "a": a, "g": np.ones(3, dtype), "b": np.ones(3, dtype)}
-    eval("lambda: (opt.step([g]), SGD([b]))", names)()
-    assert np.all(a == 0.5)
-
-
 # ---- shared memory ------------------------------------------------------------------------------------------
 
 
