@@ -91,9 +91,10 @@ def child(last):
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
+        # Not by the parent, who may be late.
+        say("pid", os.getpid())
         child(int(line))
         os._exit(0)
-    say("pid", pid)
     say("end", os.waitpid(pid, 0)[1])
 """
 )
