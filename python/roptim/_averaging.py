@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from roptim import _tree
-from roptim._errors import RoptimKeyError, RoptimTypeError, RoptimValueError, TornError, refuse, told
+from roptim._errors import RoptimError, RoptimKeyError, RoptimTypeError, RoptimValueError, TornError, refuse, told
 from roptim._foreign import has_gradient, view, will_write
 from roptim._groups import OPTIONS
 from roptim._parameter import Parameter
@@ -386,8 +386,10 @@ class AveragedModel:
             except Exception as error:
                 refused[i] = error
         if refused:
-            names = ", ".join(f"parameter {i}" for i in refused)
             first = next(iter(refused.values()))
+            if isinstance(first, RoptimError):
+                raise first
+            names = ", ".join(f"parameter {i}" for i in refused)
             raise refuse(RoptimValueError, place, names, "writeable", f"one that refuses ({first})") from first
 
     def state_dict(self) -> dict[str, Any]:

@@ -661,6 +661,19 @@ def test_applied_to_gives_back_all_it_can_and_says_what_not() -> None:
     assert [p[0] for p in params] == [1, 1, 5]
 
 
+def test_applied_to_keeps_the_class_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is lost is no array that is shut."""
+    params = [Parameter(f32(3, value=5)), f32(2, value=5)]
+
+    def lost(*_: Any) -> None:
+        raise roptim.DeviceLostError("gone")
+
+    average = AveragedModel([f32(3), f32(2)])
+    with pytest.raises(roptim.DeviceLostError, match="gone"), average.applied_to(params):
+        monkeypatch.setattr(Parameter, "__setitem__", lost)
+    assert params[1].tolist() == [5, 5]
+
+
 def test_applied_to_nests() -> None:
     p = f32(2, value=1)
     two, three = AveragedModel(f32(2, value=2)), AveragedModel(f32(2, value=3))
